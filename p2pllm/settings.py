@@ -1,0 +1,90 @@
+"""PeerSettings: what one peer may choose, and where this machine keeps things.
+
+Sources, strongest first: command-line flags (given as arguments), environment variables `P2PLLM_<FIELD>`, the
+TOML file `settings.toml` in the configuration folder, defaults. Nothing here is sent to other peers or changes
+what the run computes. What all peers must agree on is in `manifest`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import tomllib
+from pathlib import Path
+
+import platformdirs
+from blake3 import blake3
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from p2pllm.errors import SettingsError
+from p2pllm.manifest import explain
+
+_RUNTIME_DIR_BUDGET = 60
+"""Longest base of the runtime folder, in bytes: a Unix socket's whole path must stay under 104 (macOS)."""
+
+
+def settings_file() -> Path:
+    """Where the optional settings file lies."""
+    return Path(os.environ.get("P2PLLM_CONFIG", platformdirs.user_config_dir("p2pllm"))) / "settings.toml"
+
+
+class PeerSettings(BaseSettings):
+    """What one peer may choose; every field has a default that works."""
+
+    model_config = SettingsConfigDict(env_prefix="P2PLLM_", extra="forbid", frozen=True, validate_default=True)
+
+    home: Path = Field(
+        Path(platformdirs.user_data_dir("p2pllm")), description="folder of keys, runs, states and logs of this machine"
+    )
+    cache: Path = Field(Path(platformdirs.user_cache_dir("p2pllm")), description="folder of tokenised text")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0 = as torch chooses")
+    micro_batch: int = Field(0, ge=0, le=65536, description="samples computed at once; 0 = found by itself")
+    listen_host: str = Field("0.0.0.0", description="IP address to listen on")  # noqa: S104 - peers must reach it
+    listen_port: int = Field(0, ge=0, le=65535, description="TCP port to listen on; 0 = any free one")
+    announce: tuple[str, ...] = Field((), description="multiaddresses that others shall use instead of the found ones")
+    nat: bool = Field(True, description="open a port on the router and use relays when behind one")
+    data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
+    save_every: int = Field(10, ge=1, le=10**9, description="rounds between saved states; one is always saved on leaving")
+    startup_timeout_s: float = Field(120.0, ge=1, le=3600, description="seconds that p2pd and the worker may take to start")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the file."""
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=settings_file()))
+
+
+def load_settings(**flags: object) -> PeerSettings:
+    """Settings from all sources; a flag of None was not given.
+
+    Raises SettingsError with the field and what is wrong with it.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return PeerSettings(**given)  # type: ignore[arg-type]  # validated by pydantic
+    except ValidationError as error:
+        raise SettingsError(
+            f"A setting is not valid: {explain(error)}; look at the flags, the P2PLLM_ environment variables "
+            f"and {settings_file()}."
+        ) from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file {settings_file()} cannot be read: {error}.") from None
+
+
+def runtime_dir(home: Path, run_id: str, name: str) -> Path:
+    """Folder of the sockets of one peer: short, private, and another one for every (home, run, name)."""
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or Path(tempfile.gettempdir()) / f"p2pllm-{os.getuid()}")
+    if len(os.fsencode(base)) > _RUNTIME_DIR_BUDGET:
+        base = Path(f"/tmp/p2pllm-{os.getuid()}")  # noqa: S108 - made with mode 0700, and only if it is ours
+    mark = blake3(f"{home.absolute()}\0{run_id}\0{name}".encode()).hexdigest()[:16]
+    return base / f"p2pllm-{mark}"
