@@ -8,12 +8,12 @@ what the run computes. What all peers must agree on is in `manifest`.
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 import tomllib
 from pathlib import Path
 
 import platformdirs
-from blake3 import blake3
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -81,10 +81,9 @@ def load_settings(**flags: object) -> PeerSettings:
         raise SettingsError(f"The settings file {settings_file()} cannot be read: {error}.") from None
 
 
-def runtime_dir(home: Path, run_id: str, name: str) -> Path:
-    """Folder of the sockets of one peer: short, private, and another one for every (home, run, name)."""
+def new_runtime_dir() -> Path:
+    """A path for the sockets of one daemon: short, of this user, used by nobody else. It is not created."""
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or Path(tempfile.gettempdir()) / f"p2pllm-{os.getuid()}")
     if len(os.fsencode(base)) > _RUNTIME_DIR_BUDGET:
-        base = Path(f"/tmp/p2pllm-{os.getuid()}")  # noqa: S108 - made with mode 0700, and only if it is ours
-    mark = blake3(f"{home.absolute()}\0{run_id}\0{name}".encode()).hexdigest()[:16]
-    return base / f"p2pllm-{mark}"
+        base = Path(f"/tmp/p2pllm-{os.getuid()}")  # noqa: S108 - made with mode 0700, and only used if it is ours
+    return base / f"p2pllm-{secrets.token_hex(6)}"

@@ -1,0 +1,59 @@
+"""`p2pllm`: the group of commands, and the one place where errors become a sentence and an exit code.
+
+Everything heavy is imported inside a command, so that `p2pllm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import click
+
+from p2pllm import __version__
+from p2pllm.errors import P2PLLMError
+from p2pllm_cli import local, model, peer, swarm
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="p2pllm")
+def cli() -> None:
+    """Train one language model on many people's machines, with nobody in charge.
+
+    \b
+    First steps:
+      p2pllm new run.toml       write a commented run file
+      p2pllm start run.toml     found the run; prints the invite
+      p2pllm join p2pllm:...    take part, from any machine
+    """
+
+
+for command in (peer.new, peer.start, peer.join, local.status, local.leave, local.logs, model.generate, model.export):
+    cli.add_command(command)
+cli.add_command(swarm.swarm)
+
+
+def main() -> None:
+    """Run a command: 0 done, 1 the run failed, 2 usage; every foreseen error is one sentence on stderr."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = 130
+    except P2PLLMError as error:
+        click.echo(f"p2pllm: {error}", err=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

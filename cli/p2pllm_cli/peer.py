@@ -1,0 +1,106 @@
+"""new, start, join: commands that make a run or take part in one."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from p2pllm.errors import ManifestError, UsageError
+from p2pllm_cli.options import peer_options, settings_of
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("run.toml"))
+def new(path: Path) -> None:
+    """Write a commented run file to edit."""
+    from p2pllm.manifest import draft_template
+
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(draft_template())
+    except FileExistsError:
+        raise ManifestError(f"{path} exists already; choose another name or delete it first.") from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be written: {error.strerror}.") from None
+    click.echo(f"Wrote {path}. Edit it if you like, then: p2pllm start {path}")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@peer_options
+def start(path: Path, detach: bool, name: str | None, **flags: Any) -> None:
+    """Found the run of a run file, or go on with it, and become its first peer."""
+    from p2pllm.manifest import load_draft
+    from p2pllm_peers.launcher import Order
+
+    draft = load_draft(path)
+    settings = settings_of(flags)
+    _take_part(
+        Order(settings, name=_checked(name), draft=draft.model_dump(mode="json"), foreground=not detach), detach=detach
+    )
+
+
+@click.command()
+@click.argument("invite", required=False)
+@click.option("--run", "run_prefix", help="Go on with a run that this machine knows, without an invite.")
+@peer_options
+def join(invite: str | None, run_prefix: str | None, detach: bool, name: str | None, **flags: Any) -> None:
+    """Take part in the run of an INVITE. Without one: go on with a run that this machine knows."""
+    from p2pllm.invite import Invite
+    from p2pllm_cli.options import find_runs
+    from p2pllm_peers.launcher import Order
+
+    if invite and run_prefix:
+        raise UsageError("Give an invite or --run, not both.")
+    settings = settings_of(flags)
+    if invite:
+        Invite.decode(invite)  # a mistyped invite is reported before anything is started
+        order = Order(settings, name=_checked(name), invite=invite, foreground=not detach)
+    else:
+        run = find_runs(settings.home, run_prefix)[0]
+        order = Order(settings, name=_checked(name), run_id=run.run_id, foreground=not detach)
+    _take_part(order, detach=detach)
+
+
+def _checked(name: str | None) -> str:
+    if name and (not name.replace("-", "").replace("_", "").isalnum() or len(name) > 32):
+        raise UsageError(f"'{name}' cannot name a peer; use up to 32 letters, digits, dashes and underscores.")
+    return name or ""
+
+
+def _take_part(order: Any, *, detach: bool) -> None:
+    """Start the daemon, wait until it takes part, then show it until it ends."""
+    from p2pllm_cli.view import LiveView, StartView
+    from p2pllm_peers.launcher import DaemonProcess
+
+    with StartView() as starting:
+        daemon = DaemonProcess(order)
+        try:
+            ready = daemon.wait_ready(starting.progress)
+        except KeyboardInterrupt:
+            daemon.kill()
+            raise
+    if order.draft is not None:
+        click.echo(f"Invite: {ready['invite']}")
+    if detach:
+        click.echo(f"Taking part in run {ready['run_id'][:16]} as '{ready['name']}' in the background; see p2pllm status.")
+        return
+    leaving = False
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal leaving
+        if leaving:
+            daemon.kill()
+        leaving = True
+        daemon.leave()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGTERM, on_interrupt)
+    signal.signal(signal.SIGHUP, on_interrupt)
+    LiveView(ready["socket"], is_leaving=lambda: leaving).show()
+    code = daemon.wait()
+    if code:
+        raise SystemExit(code)

@@ -1,0 +1,189 @@
+"""Rich views of a start and of a daemon's status; plain lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from p2pllm_peers.control import watch
+
+console = Console()
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+class StartView:
+    """What a daemon does while it starts: a spinner, or a line for each new step."""
+
+    def __init__(self) -> None:
+        self._spinner: Status | None = None
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            self._spinner = console.status("starting")
+            self._spinner.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+
+    def progress(self, text: str) -> None:
+        """Show the step that is under way."""
+        if self._spinner is not None:
+            self._spinner.update(text)
+        elif text != self._last:
+            console.print(text, highlight=False, soft_wrap=True)
+        self._last = text
+
+
+class LiveView:
+    """A daemon's status until it ends: a live panel, or a line a round."""
+
+    def __init__(self, socket: str, is_leaving: Callable[[], bool]) -> None:
+        self._socket = socket
+        self._is_leaving = is_leaving
+
+    def show(self) -> None:
+        """Return when the daemon has ended."""
+        if not console.is_terminal:
+            shown = -1
+            for status in watch(self._socket):
+                if status["round"] != shown:
+                    shown = status["round"]
+                    console.print(status_line(status), highlight=False, soft_wrap=True)
+            return
+        with Live(console=console, refresh_per_second=4) as live:
+            for status in watch(self._socket):
+                live.update(panel(status, leaving=self._is_leaving()))
+
+
+class SwarmView:
+    """All peers of a local swarm: one live table, or a line a round."""
+
+    def __init__(self) -> None:
+        self._live: Live | None = None
+        self._shown = -1
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            self._live = Live(console=console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, statuses: list[dict[str, Any]]) -> None:
+        """Show the newest status of every peer."""
+        if not statuses:
+            return
+        ahead = max(statuses, key=lambda status: status["round"])
+        if self._live is not None:
+            rows = [{**status, "peer": status["peer_id"]} for status in statuses]
+            parts: list[Any] = [Text(status_line(ahead)), peer_table(rows)]
+            if len(ahead["losses"]) > 1:
+                parts.insert(1, Text(f"loss {curve(ahead['losses'])}", no_wrap=True, overflow="crop"))
+            self._live.update(Panel(Group(*parts), title=f"{ahead['run_name']}  {ahead['run_id'][:16]}"))
+        elif ahead["round"] != self._shown:
+            self._shown = ahead["round"]
+            console.print(status_line(ahead), highlight=False, soft_wrap=True)
+
+
+def status_line(status: dict[str, Any]) -> str:
+    """One line for logs and pipes."""
+    validation = status.get("validation_loss")
+    return (
+        f"round {status['round']}/{status['rounds']} loss {_loss(status['loss'])} validation {_loss(validation)} "
+        f"peers {1 + len(status['peers'])} tokens/s {status['swarm_tokens_per_s']:.0f} "
+        f"up {size(status['bytes_sent'])} down {size(status['bytes_received'])}"
+    )
+
+
+def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
+    """The whole status, at most 76 columns wide."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("round", f"{status['round']} of {status['rounds']}", "phase", status["phase"])
+    facts.add_row("loss", _loss(status["loss"]), "validation", _loss(status.get("validation_loss")))
+    facts.add_row(
+        "tokens/s", f"{status['tokens_per_s']:,.0f} here", "", f"{status['swarm_tokens_per_s']:,.0f} in the swarm"
+    )
+    facts.add_row("sent", size(status["bytes_sent"]), "received", size(status["bytes_received"]))
+    facts.add_row("device", status["device"], "micro-batch", str(status["micro_batch"]))
+    parts: list[Any] = [facts]
+    if len(status["losses"]) > 1:
+        parts.append(Text(f"loss {curve(status['losses'])}", no_wrap=True, overflow="crop"))
+    me = {**status, "peer": f"{status['peer_id'][-8:]} (this)"}
+    parts.append(peer_table([me, *status["peers"]]))
+    bottom = "leaving: finishing the round ..." if leaving else "Ctrl+C leaves"
+    return Panel(
+        Group(*parts), title=f"{status['run_name']}  {status['run_id'][:16]}", subtitle=bottom, width=min(78, console.width)
+    )
+
+
+def peer_table(rows: list[dict[str, Any]]) -> Table:
+    """Peers, one a row."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("peer", "phase"):
+        table.add_column(heading)
+    for heading in ("round", "samples", "tokens/s", "state"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["peer"] if row["peer"].endswith(")") else row["peer"][-8:],
+            row["phase"],
+            str(row["round"]),
+            str(row["samples"]),
+            f"{row['tokens_per_s']:,.0f}",
+            row["state_digest"][:8],
+        )
+    return table
+
+
+def print_status(report: dict[str, Any]) -> None:
+    """`p2pllm status`: the panel, or plain lines."""
+    if report["phase"] in ("stopped", "starting") and "round" not in report:
+        console.print(f"run {report['run_id'][:16]} as '{report['name']}': {report['phase']}", highlight=False)
+    elif console.is_terminal:
+        console.print(panel(report))
+        console.print(f"invite  {report['invite']}", soft_wrap=True, highlight=False)
+    else:
+        console.print(f"run {report['run_id'][:16]} as '{report['name']}': {report['phase']}", highlight=False)
+        console.print(status_line(report), highlight=False, soft_wrap=True)
+        for peer in report["peers"]:
+            console.print(
+                f"peer {peer['peer']} {peer['phase']} round {peer['round']} samples {peer['samples']} "
+                f"tokens/s {peer['tokens_per_s']:.0f} state {peer['state_digest'][:16]}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        console.print(f"invite {report['invite']}", soft_wrap=True, highlight=False)
+
+
+def curve(values: list[float], width: int = 60) -> str:
+    """A line of bars for the last `width` values."""
+    shown = values[-width:]
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+    return "".join(_BARS[min(7, int((value - low) / span * 7.999))] for value in shown)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

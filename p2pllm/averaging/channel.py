@@ -1,0 +1,188 @@
+"""Channel: one stream with exact reads into the caller's memory, and a record of who keeps us waiting.
+
+A StreamReader costs three copies and an allocation a read. Where the stream stands on a socket, a Channel
+puts a BufferedProtocol under it, with asyncio's public `set_protocol`, and the kernel writes into the array
+itself; streams without a socket (those of tests) are read the ordinary way. What does not live here: what the
+bytes mean, and whom to blame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from p2pllm.averaging.vigil import Wait
+
+CHUNK_BYTES = 256 * 1024
+"""Bytes handed to a writer at a time: a socket takes most of it at once, so that little is copied."""
+
+_REFUSAL_SECONDS = 1.0
+
+
+class Channel:
+    """Exact reads and bounded writes on one stream; at most one reader and one writer at a time."""
+
+    def __init__(self, reader: StreamReader, writer: StreamWriter, receiving: Wait, sending: Wait) -> None:
+        self.peer = receiving.peer
+        self.receiving = receiving
+        self.sending = sending
+        self.sent = 0
+        self.received = 0
+        self._reader = reader
+        self._writer = writer
+        self._rest = memoryview(b"")
+        self._direct: _DirectProtocol | None = None
+
+    async def take_over(self) -> None:
+        """Read straight from the socket from now on, if there is one; no read may be under way."""
+        transport = self._writer.transport
+        if self._writer.get_extra_info("socket") is None or transport.is_closing():
+            return
+        if not isinstance(transport, asyncio.Transport):
+            return
+        direct = _DirectProtocol(transport, self.receiving)
+        transport.set_protocol(direct)
+        # What the reader holds already comes first; with the end fed, read() returns just that, and at once.
+        self._reader.feed_eof()
+        self._rest = memoryview(await self._reader.read())
+        direct.pause()
+        self._direct = direct
+
+    async def receive_into(self, view: memoryview) -> None:
+        """Fill `view`, bytes. Raises ConnectionError if the stream ends before."""
+        with self.receiving.waiting():
+            at = min(len(self._rest), len(view))
+            view[:at] = self._rest[:at]
+            self._rest = self._rest[at:]
+            if at < len(view):
+                await (self._direct.fill(view[at:]) if self._direct else self._read_into(view[at:]))
+        self.received += len(view)
+
+    async def _read_into(self, view: memoryview) -> None:
+        at = 0
+        while at < len(view):
+            data = await self._reader.read(min(len(view) - at, CHUNK_BYTES))
+            if not data:
+                raise ConnectionResetError("The stream ended early.")
+            view[at : at + len(data)] = data
+            at += len(data)
+            self.receiving.touch()
+
+    async def ended(self) -> bool:
+        """Wait until the other side closes; False if bytes come instead."""
+        try:
+            await self.receive_into(memoryview(bytearray(1)))
+        except ConnectionError:
+            return True
+        return False
+
+    async def send(self, data: memoryview | bytes) -> None:
+        """Hand `data` to the stream, waiting while it is full. Raises ConnectionError if it is gone."""
+        view = memoryview(data)
+        for at in range(0, len(view), CHUNK_BYTES):
+            self.put(view[at : at + CHUNK_BYTES])
+            await self.flush()
+
+    def put(self, data: memoryview) -> None:
+        """Queue `data`; `flush` must follow before much more."""
+        self._writer.write(data)
+        self.sent += len(data)
+
+    async def flush(self) -> None:
+        """Wait until the stream takes more. Raises ConnectionError if it is gone."""
+        with self.sending.waiting():
+            await self._writer.drain()
+
+    def close(self) -> None:
+        """Close once what was sent has left; does not wait."""
+        self._writer.close()
+
+    def abort(self) -> None:
+        """Close now and drop what has not left."""
+        self._writer.transport.abort()
+
+
+class _DirectProtocol(asyncio.BufferedProtocol):
+    """Lets the transport write what comes into the array that `fill` names, and reads nothing otherwise."""
+
+    def __init__(self, transport: asyncio.Transport, receiving: Wait) -> None:
+        self._transport = transport
+        self._receiving = receiving
+        # drain() and wait_closed() of the StreamWriter live in the stream's own protocol: pass on what they need.
+        self._below = transport.get_protocol()
+        self._target = memoryview(b"")
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+
+    async def fill(self, view: memoryview) -> None:
+        if self._ended or self._transport.is_closing():
+            raise ConnectionResetError("The stream ended early.")
+        self._target = view
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._transport.resume_reading()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._target = memoryview(b"")
+            self.pause()
+
+    def pause(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._target
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._target = self._target[nbytes:]
+        self._receiving.touch()
+        if not self._target:
+            # At once, not when the waiter wakes: the loop may look at the socket again before that.
+            self.pause()
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result(None)
+
+    def eof_received(self) -> bool:
+        self._end()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end()
+        self._below.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._below.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._below.resume_writing()
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(ConnectionResetError("The stream ended early."))
+
+
+@contextmanager
+def held(writer: StreamWriter) -> Iterator[None]:
+    """Take nothing from the stream's socket while the block runs: what the other side sends stays with it."""
+    transport = writer.transport
+    if isinstance(transport, asyncio.Transport) and not transport.is_closing():
+        transport.pause_reading()
+    try:
+        yield
+    finally:
+        if isinstance(transport, asyncio.Transport) and not transport.is_closing():
+            transport.resume_reading()
+
+
+async def refuse(answer: bytes, reader: StreamReader, writer: StreamWriter) -> None:
+    """Answer, and let the other side close: a stream closed with unread bytes may lose the answer."""
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_REFUSAL_SECONDS):
+            writer.write(answer)
+            await writer.drain()
+            while await reader.read(CHUNK_BYTES):
+                pass

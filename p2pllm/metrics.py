@@ -1,0 +1,50 @@
+"""One stream of records: what a peer measured, one JSON object a line.
+
+What lives here: the record of a round and its file. What does not: showing them (`p2pllm_cli`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One committed round as this peer saw it. Times in seconds, losses in nats a token, digests in hex."""
+
+    round: int  # rounds committed, this one included
+    unix_time: float
+    samples: int
+    tokens: int
+    members: dict[str, int]  # peer id -> samples, in roster order
+    loss: float  # training loss over all members
+    validation_loss: float | None
+    learning_rate: float
+    aggregate_digest: str
+    state_digest: str
+    attempts: int
+    own_steps: list[int]  # samples of each of our micro-batches
+    bytes_sent: int  # of the exchange, by this peer
+    bytes_received: int
+    seconds: dict[str, float] = field(default_factory=dict)  # a part of the round -> its time
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+class JsonlSink:
+    """Appends records to a file; a reader may follow it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, record: RoundRecord) -> None:
+        """Append one record as one line."""
+        self._file.write(record.to_json() + "\n")
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._file.close()

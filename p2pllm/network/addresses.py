@@ -1,0 +1,78 @@
+"""Multiaddresses as the network handles them: checked, ordered, and split into peer and place.
+
+What lives here: texts and bytes. What does not: dialling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from multiaddr import Multiaddr
+
+from p2pllm.identity import is_peer_id
+
+MAX_ADDRESSES = 8
+"""Addresses that are kept of one peer."""
+
+MAX_ADDRESS_BYTES = 128
+"""Bound on the text of one address."""
+
+
+def checked_addresses(value: object) -> list[str]:
+    """Addresses that a stranger sent, at most 8. Raises ValueError; what they mean is checked when they are dialled."""
+    if not isinstance(value, list) or len(value) > MAX_ADDRESSES:
+        raise ValueError("not a list of at most 8 addresses")
+    for text in value:
+        if not isinstance(text, str) or len(text) > MAX_ADDRESS_BYTES:
+            raise ValueError("an address is no text or too long")
+        if not (text.isascii() and text.isprintable() and text.startswith("/")):
+            raise ValueError("an address has characters that no address has")
+    return list(value)
+
+
+def split(address: str) -> tuple[str, bytes]:
+    """The peer id at the end of an address, and the binary address of the place before it.
+
+    Raises ValueError: not a multiaddress, or without the id of an Ed25519 peer at its end.
+    """
+    if len(address) > 2 * MAX_ADDRESS_BYTES:
+        raise ValueError("an address is too long")
+    place, mark, peer = address.rpartition("/p2p/")
+    if not mark or not is_peer_id(peer):
+        raise ValueError(f"{address} does not end in /p2p/ and a peer id")
+    return peer, to_bytes(place)
+
+
+def to_bytes(address: str) -> bytes:
+    """The binary form of an address. Raises ValueError."""
+    try:
+        return bytes(Multiaddr(address).to_bytes())
+    except Exception as error:  # noqa: BLE001 - the parser raises many kinds on strange input
+        raise ValueError(f"{address[:MAX_ADDRESS_BYTES]} is not a multiaddress ({error})") from None
+
+
+def to_text(raw: bytes) -> str:
+    """The text of a binary address. Raises ValueError."""
+    try:
+        return str(Multiaddr(raw))
+    except Exception as error:  # noqa: BLE001 - the parser raises many kinds on strange input
+        raise ValueError(f"not a binary multiaddress ({error})") from None
+
+
+def ordered(addresses: Iterable[str]) -> list[str]:
+    """Without repetitions, those that only this machine can reach last."""
+    return sorted(dict.fromkeys(addresses), key=is_loopback)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach it."""
+    return address.startswith(("/ip4/127.", "/ip6/::1/"))
+
+
+def port_of(address: str) -> int | None:
+    """The TCP port in an address, if it has one."""
+    parts = address.split("/")
+    if "tcp" in parts[:-1]:
+        text = parts[parts.index("tcp") + 1]
+        return int(text) if text.isdecimal() else None
+    return None

@@ -1,0 +1,65 @@
+"""Beat: the message that members exchange, packed, and opened with bounds.
+
+What does not live here: when it is sent (`membership`) and what the status means.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from p2pllm.identity import is_peer_id
+from p2pllm.network.addresses import MAX_ADDRESSES, checked_addresses
+from p2pllm.network.messages import pack, unpack
+
+MAX_STATUS_BYTES = 4096
+"""Bound on the owner's part of a beat."""
+
+MAX_HINTS = 64
+"""Members that one beat tells of."""
+
+MAX_HINT_ADDRESSES = 4
+"""Addresses of each of them."""
+
+MAX_BEAT_BYTES = 64 * 1024
+"""Bound on a packed beat."""
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Beat:
+    """status: opaque bytes. addresses: the sender's own, or none. hints: addresses of other members by peer id."""
+
+    status: bytes
+    addresses: tuple[str, ...] = ()
+    hints: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Packed; of too many hints a random choice. Raises ValueError for a status above 4 KiB."""
+        if len(self.status) > MAX_STATUS_BYTES:
+            raise ValueError(f"a status of {len(self.status)} bytes; {MAX_STATUS_BYTES} are allowed")
+        chosen = list(self.hints.items())
+        if len(chosen) > MAX_HINTS:
+            chosen = random.sample(chosen, MAX_HINTS)
+        hints = [[peer, list(addresses[:MAX_HINT_ADDRESSES])] for peer, addresses in chosen]
+        return pack([_VERSION, self.status, list(self.addresses[:MAX_ADDRESSES]), hints])
+
+    @classmethod
+    def decode(cls, data: bytes) -> Beat:
+        """Open a stranger's beat. Raises ValueError, nothing else."""
+        fields = unpack(data, MAX_BEAT_BYTES)
+        if not isinstance(fields, list) or len(fields) != 4 or fields[0] != _VERSION:
+            raise ValueError("not a beat of this version")
+        _, status, addresses, hints = fields
+        if not isinstance(status, bytes) or len(status) > MAX_STATUS_BYTES:
+            raise ValueError("the status of a beat is no bytes or too long")
+        if not isinstance(hints, list) or len(hints) > MAX_HINTS:
+            raise ValueError("the hints of a beat are no list or too many")
+        return cls(status, tuple(checked_addresses(addresses)), dict(_hint(hint) for hint in hints))
+
+
+def _hint(value: object) -> tuple[str, tuple[str, ...]]:
+    if not isinstance(value, list) or len(value) != 2 or not is_peer_id(value[0]):
+        raise ValueError("a hint is not a peer id and addresses")
+    return str(value[0]), tuple(checked_addresses(value[1])[:MAX_HINT_ADDRESSES])

@@ -1,0 +1,137 @@
+"""Fetching large things from a peer by name: states, aggregates, tokenizers.
+
+One stream a fetch: the request, a bounded header that says what comes, then the raw bytes. The receiver states
+the most it will take before it asks, allocates nothing larger, and checks the content itself (its digest is
+known from elsewhere); this module only moves bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from p2pllm.errors import NetworkError
+from p2pllm.network.transport import Transport
+
+MAX_HEADER_BYTES = 256 * 1024
+PIECE_BYTES = 1 << 20
+REQUEST_TIMEOUT_S = 10.0
+STALL_TIMEOUT_S = 20.0
+"""A fetch in which no piece arrives for this long has failed."""
+
+MAX_CONCURRENT = 4
+"""Fetches that we serve at once; more wait."""
+
+_LENGTH = struct.Struct("!I")
+_SIZE = struct.Struct("!Q")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """What is served: a small header (msgpack types) and buffers that follow each other."""
+
+    header: dict[str, Any]
+    buffers: Sequence[memoryview | bytes] = field(default=())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all buffers."""
+        return sum(memoryview(buffer).nbytes for buffer in self.buffers)
+
+
+Source = Callable[[dict[str, Any]], Awaitable[Blob | None]]
+"""Request -> blob, or None if we do not have it."""
+
+
+class BulkServer:
+    """Serves blobs to whoever asks."""
+
+    def __init__(self, transport: Transport, source: Source) -> None:
+        self._transport = transport
+        self._source = source
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT)
+
+    async def start(self) -> None:
+        """Begin to answer."""
+        await self._transport.serve_stream("fetch", self._on_stream)
+
+    async def _on_stream(self, peer: str, reader: StreamReader, writer: StreamWriter) -> None:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            request = _unpack(await _read_framed(reader))
+        async with self._slots:
+            blob = await self._source(request)
+            async with asyncio.timeout(STALL_TIMEOUT_S):
+                _write_framed(writer, {"found": False} if blob is None else {"found": True, **blob.header})
+                writer.write(_SIZE.pack(0 if blob is None else blob.size))
+                await writer.drain()
+            for buffer in blob.buffers if blob else ():
+                view = memoryview(buffer).cast("B")
+                for start in range(0, len(view), PIECE_BYTES):
+                    async with asyncio.timeout(STALL_TIMEOUT_S):
+                        writer.write(view[start : start + PIECE_BYTES])
+                        await writer.drain()
+
+
+async def fetch(
+    transport: Transport, peer: str, request: dict[str, Any], max_bytes: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[dict[str, Any], bytearray] | None:
+    """Ask `peer` for a blob of at most `max_bytes` bytes; None if it does not have it.
+
+    progress: called with (bytes so far, bytes in all). Raises NetworkError if the peer fails, stalls, or
+    announces more than `max_bytes`.
+    """
+    reader, writer = await transport.open_stream(peer, "fetch")
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            _write_framed(writer, request)
+            await writer.drain()
+        # The answer may queue behind other fetches at the peer, so it gets the longer bound.
+        async with asyncio.timeout(STALL_TIMEOUT_S):
+            header = _unpack(await _read_framed(reader))
+            (size,) = _SIZE.unpack(await reader.readexactly(_SIZE.size))
+        if header.pop("found", False) is not True:
+            return None
+        if size > max_bytes:
+            raise NetworkError(f"Peer {peer[-8:]} announced {size} bytes where at most {max_bytes} can be right.")
+        body = bytearray(size)
+        view = memoryview(body)
+        for start in range(0, size, PIECE_BYTES):
+            async with asyncio.timeout(STALL_TIMEOUT_S):
+                piece = await reader.readexactly(min(PIECE_BYTES, size - start))
+            view[start : start + len(piece)] = piece
+            if progress:
+                progress(start + len(piece), size)
+        return header, body
+    except (TimeoutError, OSError, EOFError, ValueError) as error:
+        raise NetworkError(f"Peer {peer[-8:]} broke off a transfer: {error or 'it stalled'}.") from None
+    finally:
+        writer.close()
+
+
+def _write_framed(writer: StreamWriter, value: dict[str, Any]) -> None:
+    packed = msgpack.packb(value)
+    writer.write(_LENGTH.pack(len(packed)))
+    writer.write(packed)
+
+
+async def _read_framed(reader: StreamReader) -> bytes:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes is too long")
+    return await reader.readexactly(length)
+
+
+def _unpack(data: bytes) -> dict[str, Any]:
+    try:
+        value = msgpack.unpackb(data)
+    except Exception as error:  # noqa: BLE001 - msgpack raises many kinds on hostile bytes
+        raise ValueError(f"a header is not msgpack: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("a header is not a map")
+    return value

@@ -1,0 +1,286 @@
+"""Membership: beats between all members of a run, which carry everybody's status and hearsay about others.
+
+One beat a second informs both ends: the reply is the other's status. Who is alive is decided in `table`; this is the
+shell that sends, receives, bootstraps and remembers. What does not live here: what a status says (its owner packs and
+opens it) and the records in the DHT (`dht`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from p2pllm.errors import NetworkError, UnreachableError
+from p2pllm.identity import is_peer_id
+from p2pllm.network.beat import Beat
+from p2pllm.network.saved import load_peers, save_peers
+from p2pllm.network.table import MemberTable
+from p2pllm.network.transport import Transport
+
+log = logging.getLogger(__name__)
+
+_BEAT = "beat"
+_LEAVE = "leave"
+_TICK_S = 0.1
+_BEAT_TIMEOUT_S = 4.0
+_LEAVE_TIMEOUT_S = 1.0
+_HINTS_EVERY_S = 10.0
+_LOOK_UP_EVERY_S = 30.0
+_LOOK_UP_ALONE_S = 5.0
+_STALL_S = 1.0
+
+
+class Dialer(Transport, Protocol):
+    """A Transport that can be told addresses."""
+
+    def learn(self, peer: str, addresses: Iterable[str]) -> None:
+        """Remember where a peer can be reached."""
+        ...
+
+
+class Record(Protocol):
+    """What a lookup finds of one member."""
+
+    @property
+    def peer(self) -> str: ...
+    @property
+    def addresses(self) -> tuple[str, ...]: ...
+
+
+class Lookup(Protocol):
+    """Another source of members; `dht.Directory` is one."""
+
+    async def members(self) -> Sequence[Record]:
+        """All that can be found. Never raises NetworkError."""
+        ...
+
+
+class Membership:
+    """Who takes part in the run, and who of them is alive. `start` it, then ask or wait for changes."""
+
+    def __init__(
+        self,
+        transport: Dialer,
+        *,
+        status: Callable[[], bytes],
+        on_status: Callable[[str, bytes], None],
+        addresses: Callable[[], Sequence[str]],
+        directory: Lookup | None = None,
+        saved: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """status: packs our own status, at most 4 KiB. on_status: called with (peer id, status) of others, unchecked.
+
+        addresses: where we can be reached. directory: looked through every 30 s, every 5 s while nobody is alive.
+        saved: file with the peers of former sessions.
+        """
+        self._transport = transport
+        self._status = status
+        self._on_status = on_status
+        self._addresses = addresses
+        self._directory = directory
+        self._saved = saved
+        self._clock = clock
+        self._table = MemberTable(transport.peer_id)
+        self._told: dict[str, tuple[object, float]] = {}
+        self._in_flight: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._last_alive: frozenset[str] = frozenset()
+        self._last_tick = clock()
+        self._stopped = False
+
+    # -- for the owner ---------------------------------------------------------------------------------------
+
+    async def start(self, bootstrap: Iterable[str] = ()) -> None:
+        """Begin. bootstrap: addresses with peer ids, those of the invite; never forgotten.
+
+        Raises NetworkError if the calls cannot be served.
+        """
+        self.add(bootstrap)
+        for peer, addresses in load_peers(self._saved).items():
+            self._hearsay(peer, addresses)
+        await self._transport.serve_call(_BEAT, self._answer_beat)
+        await self._transport.serve_call(_LEAVE, self._answer_leave)
+        self._last_tick = self._clock()
+        self._spawn(self._run())
+        if self._directory is not None:
+            self._spawn(self._look_up(self._directory))
+
+    async def stop(self) -> None:
+        """Say goodbye to the living (at most 1 s), save the known peers, end."""
+        self._stopped = True
+        alive = self.alive()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(self._say_goodbye(peer) for peer in alive))
+        await self._save(alive)
+
+    def alive(self) -> frozenset[str]:
+        """Peer ids of the living, without ourselves."""
+        return self._table.alive(self._clock())
+
+    def known(self) -> dict[str, tuple[str, ...]]:
+        """Addresses by peer id of all known members, dead and alive, without ourselves."""
+        return self._table.known()
+
+    async def wait_changed(self, seen: frozenset[str]) -> frozenset[str]:
+        """Wait until the living are others than `seen`; returns them."""
+        while (alive := self.alive()) == seen:
+            await self._changed.wait()
+        return alive
+
+    def add(self, addresses: Iterable[str]) -> None:
+        """More addresses to try, each ending in /p2p/ID; malformed ones are skipped. Never forgotten."""
+        places: dict[str, list[str]] = {}
+        for address in addresses:
+            peer = address.rpartition("/p2p/")[2]
+            if is_peer_id(peer):
+                places.setdefault(peer, []).append(address)
+        for peer, known in places.items():
+            self._hearsay(peer, known, pinned=True)
+        self._wake.set()
+
+    def push(self) -> None:
+        """Our status has changed: tell the living now, at most 10 times a second each."""
+        self._table.push(self._clock())
+        self._wake.set()
+
+    # -- sending ---------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            self.tick()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S):
+                    await self._wake.wait()
+                # a push of one who changes its status all the time must not make this loop spin
+                await asyncio.sleep(_TICK_S / 10)
+
+    def tick(self) -> None:
+        """Send what is due and notice who fell silent. Runs every 0.1 s; public for tests with a clock of their own."""
+        now = self._clock()
+        gap, self._last_tick = now - self._last_tick, now
+        if gap > _STALL_S:
+            self._table.forgive(gap, now)
+        self._table.forget(now)
+        for peer in self._table.due(now):
+            if peer not in self._in_flight:
+                self._table.beat_sent(peer, now)
+                self._in_flight.add(peer)
+                self._spawn(self._beat(peer))
+        self._told = {peer: told for peer, told in self._told.items() if peer in self._table}
+        self._notice()
+
+    async def _beat(self, peer: str) -> None:
+        try:
+            await self._exchange(peer, self._message(peer))
+        finally:
+            self._in_flight.discard(peer)
+            self._wake.set()
+
+    async def _exchange(self, peer: str, message: bytes) -> None:
+        try:
+            reply = await self._transport.call(peer, _BEAT, message, _BEAT_TIMEOUT_S)
+            self._take(peer, Beat.decode(reply))
+        except (NetworkError, ValueError) as error:
+            log.debug("no beat: %s", error)
+            self._failed(peer, refused=isinstance(error, UnreachableError))
+
+    def _failed(self, peer: str, *, refused: bool) -> None:
+        self._told.pop(peer, None)  # who comes back may know nothing
+        self._table.failed(peer, self._clock(), refused=refused)
+        self._notice()
+
+    def _message(self, peer: str) -> bytes:
+        """Our status; and addresses and hearsay if they changed or 10 s have passed."""
+        now = self._clock()
+        own = tuple(self._addresses())
+        state = (self._table.version, own)
+        told, at = self._told.get(peer, (None, float("-inf")))
+        if told == state and now - at < _HINTS_EVERY_S:
+            return Beat(self._status()).encode()
+        self._told[peer] = (state, now)
+        known = self._table.known()
+        hints = {other: known[other] for other in self._table.alive(now) if other != peer}
+        return Beat(self._status(), own, hints).encode()
+
+    async def _say_goodbye(self, peer: str) -> None:
+        with contextlib.suppress(NetworkError):
+            await self._transport.call(peer, _LEAVE, b"", _LEAVE_TIMEOUT_S)
+
+    # -- receiving -------------------------------------------------------------------------------------------
+
+    async def _answer_beat(self, peer: str, payload: bytes) -> bytes:
+        if self._stopped:
+            raise NetworkError("leaving")  # an answer would look alive
+        try:
+            self._take(peer, Beat.decode(payload))
+        except ValueError as error:
+            log.debug("a beat of %s is malformed: %s", peer, error)
+            raise NetworkError("malformed beat") from None
+        return self._message(peer)
+
+    async def _answer_leave(self, peer: str, _: bytes) -> bytes:
+        self._table.left(peer, self._clock())
+        self._notice()
+        return b""
+
+    def _take(self, peer: str, beat: Beat) -> None:
+        if not is_peer_id(peer) or not self._table.heard(peer, self._clock(), beat.addresses):
+            raise NetworkError("no room for another member")
+        if beat.addresses:
+            self._transport.learn(peer, beat.addresses)
+        for other, addresses in beat.hints.items():
+            self._hearsay(other, addresses)
+        self._notice()
+        try:
+            self._on_status(peer, beat.status)
+        except Exception:  # whatever a stranger's status does to its owner's code, the beats go on
+            log.exception("the status of %s could not be used", peer)
+
+    def _hearsay(self, peer: str, addresses: Iterable[str], *, pinned: bool = False) -> None:
+        if self._table.learn(peer, addresses, self._clock(), pinned=pinned):
+            self._transport.learn(peer, self._table[peer].addresses)
+            self._wake.set()
+
+    def _notice(self) -> None:
+        alive = self.alive()
+        if alive != self._last_alive:
+            self._last_alive = alive
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    # -- other sources ---------------------------------------------------------------------------------------
+
+    async def _look_up(self, directory: Lookup) -> None:
+        while True:
+            for record in await directory.members():
+                self._hearsay(record.peer, record.addresses)
+            if self.alive():
+                await self._save(self.alive())
+            await asyncio.sleep(_LOOK_UP_EVERY_S if self.alive() else _LOOK_UP_ALONE_S)
+
+    async def _save(self, alive: frozenset[str]) -> None:
+        """Remember the living for the next session; if there are none, the former ones stay."""
+        known = self._table.known()
+        peers = {peer: list(known[peer]) for peer in sorted(alive) if known.get(peer)}
+        if self._saved is None or not peers:
+            return
+        try:
+            await asyncio.to_thread(save_peers, self._saved, peers)
+        except OSError as error:
+            log.warning("the known peers cannot be saved to %s: %s", self._saved, error.strerror)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,308 @@
+"""Node: the real Transport. It names the methods, knows where peers live and keeps the handlers.
+
+A restart of p2pd keeps the identity, the port and the handlers; calls in flight fail with NetworkError, later ones wait for
+the new p2pd within their own time-out. What does not live here: p2pd's life (`supervisor`), its
+protocol (`control`), the DHT (`dht`), who is alive (`membership`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from hivemind.p2p import PeerID
+
+from p2pllm.errors import NetworkError, UnreachableError
+from p2pllm.identity import Identity, is_peer_id
+from p2pllm.network.addresses import MAX_ADDRESSES, split
+from p2pllm.network.book import AddressBook
+from p2pllm.network.control import Control
+from p2pllm.network.dht import Directory
+from p2pllm.network.options import ListenSettings, NodeSettings, P2pdOptions
+from p2pllm.network.p2pd import Progress
+from p2pllm.network.streams import Traffic
+from p2pllm.network.supervisor import Supervisor
+from p2pllm.network.transport import MAX_CALL_BYTES, CallHandler, StreamHandler
+from p2pllm.network.wire import short
+
+OPEN_STREAM_S = 10.0
+"""Time that `open_stream` may take."""
+
+_RECONNECT_S = 10.0
+
+
+class Node:
+    """A Transport over p2pd. Made by `start`, ended by `stop`.
+
+    identity: our key. traffic: bytes moved so far. directory: the members that the DHT knows.
+    """
+
+    def __init__(
+        self, identity: Identity, run_id: str, options: P2pdOptions, on_restart: Callable[[str], None] | None
+    ) -> None:
+        self.identity = identity
+        self.traffic = Traffic()
+        self.directory = Directory(identity, run_id, self.addresses)
+        self._prefix = f"/p2pllm/1/{run_id[:16]}/"
+        self._on_restart = on_restart
+        self._supervisor = Supervisor(options, identity.peer_id, self.traffic, self)
+        self._book = AddressBook()
+        self._calls: dict[str, CallHandler] = {}
+        self._streams: dict[str, StreamHandler] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+
+    @classmethod
+    async def start(
+        cls,
+        identity: Identity,
+        run_id: str,
+        runtime_dir: Path,
+        settings: ListenSettings,
+        *,
+        relays: Iterable[str] = (),
+        progress: Progress | None = None,
+        on_restart: Callable[[str], None] | None = None,
+    ) -> Self:
+        """Start p2pd and return once it answers.
+
+        identity: with its key file. run_id: 64 hex digits. runtime_dir: private folder of the sockets, at most 90
+        bytes. relays: addresses of peers that relay for us behind a NAT, those of the invite. progress: called with
+        phrases while p2pd starts. on_restart: called with the cause after each restart of p2pd.
+        Raises SettingsError (address or folder cannot be used) and NetworkError (port in use, p2pd does not start).
+        """
+        if identity.path is None:
+            raise NetworkError("A node needs an identity that is in a file, because p2pd reads it.")
+        options = P2pdOptions(
+            identity=identity.path,
+            runtime_dir=runtime_dir,
+            listen_host=settings.listen_host,
+            listen_port=settings.listen_port,
+            announce=settings.announce,
+            nat=settings.nat,
+            relays=tuple(relays),
+            startup_timeout_s=settings.startup_timeout_s,
+        )
+        self = cls(identity, run_id, options, on_restart)
+        await self._supervisor.start(progress)
+        return self
+
+    async def stop(self) -> None:
+        """End p2pd and remove its sockets, within 3 seconds. Calls in flight fail. May be called twice."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._supervisor.stop()
+
+    @property
+    def restarts(self) -> int:
+        """How often p2pd had to be restarted."""
+        return self._supervisor.restarts
+
+    @property
+    def failed(self) -> asyncio.Future[NetworkError]:
+        """Done, with the error as its result, when p2pd cannot be restarted; cancelled by `stop`."""
+        return self._supervisor.failed
+
+    # -- who and where -------------------------------------------------------------------------------------
+
+    @property
+    def peer_id(self) -> str:
+        """Our own peer id, base58."""
+        return self.identity.peer_id
+
+    def addresses(self) -> list[str]:
+        """Where others can reach us, each ending in /p2p/ and our id; at most 8, loopback last. Refreshed every 2 s."""
+        return self._supervisor.addresses[:MAX_ADDRESSES]
+
+    def learn(self, peer: str, addresses: Iterable[str]) -> None:
+        """Remember where a peer can be reached. Addresses are checked when they are used."""
+        if peer != self.peer_id:
+            self._book.learn(peer, addresses)
+
+    async def connect(self, address: str, timeout: float = 20.0) -> str:
+        """Connect to the peer at an address that ends in /p2p/ and its id; returns the id.
+
+        Raises UnreachableError: malformed, nobody there, somebody else there, or no answer within `timeout` seconds.
+        """
+        try:
+            peer, place = split(address)
+        except ValueError as error:
+            raise UnreachableError(f"This address cannot be used: {error}.") from None
+        try:
+            async with asyncio.timeout(timeout):
+                control = await self._supervisor.up()
+                await control.connect(PeerID.from_base58(peer), [place])
+        except TimeoutError:
+            raise UnreachableError(f"Nobody answers at {address} within {timeout:g} s.") from None
+        if peer not in self._book:
+            self.learn(peer, [address])
+        self._meet(peer)
+        return peer
+
+    async def connect_any(self, addresses: Iterable[str], timeout: float = 20.0) -> str:
+        """Try all addresses at once; returns the id of the first peer that answers.
+
+        Raises UnreachableError that lists what was tried and why it failed.
+        """
+        tried = list(dict.fromkeys(addresses))
+        tasks = {asyncio.create_task(self.connect(address, timeout)): address for address in tried}
+        reasons = []
+        try:
+            for next_done in asyncio.as_completed(tasks):
+                try:
+                    return await next_done
+                except NetworkError as error:
+                    reasons.append(str(error).rstrip("."))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        raise UnreachableError(
+            f"No peer can be reached at {', '.join(tried) or 'no address at all'} ({'; '.join(reasons)}); "
+            "check your connection, or ask for a fresh invite."
+        )
+
+    # -- Transport -----------------------------------------------------------------------------------------
+
+    async def call(self, peer: str, method: str, payload: bytes, timeout: float) -> bytes:
+        """See Transport. Raises UnreachableError where nobody is there, NetworkError otherwise."""
+        if len(payload) > MAX_CALL_BYTES:
+            raise NetworkError(f"A call of {method} has {len(payload)} bytes; {MAX_CALL_BYTES} are allowed.")
+        try:
+            async with asyncio.timeout(timeout):
+                control = await self._introduced(peer)
+                reply = await control.call_unary_handler(_peer(peer), self._prefix + method, payload)
+        except TimeoutError:
+            raise NetworkError(f"Peer {short(peer)} did not answer {method} within {timeout:g} s.") from None
+        except UnreachableError:
+            self._book.lose(peer)
+            raise
+        if len(reply) > MAX_CALL_BYTES:
+            raise NetworkError(
+                f"Peer {short(peer)} answered {method} with {len(reply)} bytes, which is too much."
+            )
+        self._meet(peer)
+        return reply
+
+    async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
+        """See Transport.
+
+        An end of the stream is also what a lost connection looks like, so the data must say where they end. There is
+        no half-closed state: `write_eof` ends both directions.
+        """
+        try:
+            async with asyncio.timeout(OPEN_STREAM_S):
+                control = await self._introduced(peer)
+                return await control.open_stream(_peer(peer), self._prefix + method)
+        except TimeoutError:
+            raise NetworkError(
+                f"Peer {short(peer)} did not take a stream within {OPEN_STREAM_S:g} s."
+            ) from None
+        except UnreachableError:
+            self._book.lose(peer)
+            raise
+
+    async def serve_call(self, method: str, handler: CallHandler) -> None:
+        """See Transport. Stays registered over restarts of p2pd."""
+        known = method in self._calls
+        control = await self._supervisor.up()
+        self._calls[method] = handler
+        if not known:
+            await _unless_lost(control, self._serve_call(control, method))
+
+    async def serve_stream(self, method: str, handler: StreamHandler) -> None:
+        """See Transport. Stays registered over restarts of p2pd."""
+        known = method in self._streams
+        control = await self._supervisor.up()
+        self._streams[method] = handler
+        if not known:
+            await _unless_lost(control, self._serve_stream(control, method))
+
+    async def _serve_call(self, control: Control, method: str) -> None:
+        async def answer(payload: bytes, caller: PeerID) -> bytes:
+            if len(payload) > MAX_CALL_BYTES:
+                raise NetworkError(f"{len(payload)} bytes are too many")
+            peer = caller.to_base58()
+            self._meet(peer)
+            reply = await self._calls[method](peer, payload)
+            if len(reply) > MAX_CALL_BYTES:
+                raise NetworkError(f"the reply to {method} has {len(reply)} bytes")
+            return reply
+
+        await control.add_unary_handler(self._prefix + method, answer)
+
+    async def _serve_stream(self, control: Control, method: str) -> None:
+        async def accept(caller: PeerID, reader: StreamReader, writer: StreamWriter) -> None:
+            peer = caller.to_base58()
+            self._meet(peer)
+            await self._streams[method](peer, reader, writer)
+
+        await control.serve_stream(self._prefix + method, accept)
+
+    async def _introduced(self, peer: str) -> Control:
+        """As `_up`, and p2pd knows the addresses that we know of the peer."""
+        control = await self._supervisor.up()
+        if not self._book.has_met(peer):
+            places = self._book.places(peer)
+            if places:
+                await control.connect(_peer(peer), places)
+        return control
+
+    def _meet(self, peer: str) -> None:
+        """The peer is connected with us."""
+        if self._book.meet(peer):
+            self.directory.introduce(peer)
+
+    # -- what the supervisor tells -------------------------------------------------------------------------
+
+    async def came_up(self, control: Control) -> None:
+        """See Owner."""
+        await asyncio.gather(
+            *(self._serve_call(control, method) for method in self._calls),
+            *(self._serve_stream(control, method) for method in self._streams),
+        )
+        await self.directory.attach(control)
+
+    async def went_down(self, orderly: bool) -> None:
+        """See Owner."""
+        await self.directory.detach(alive=orderly)
+
+    def restarted(self, reason: str) -> None:
+        """See Owner."""
+        for peer in self._book.forget_met():
+            self._spawn(self._reconnect(peer))
+        if self._on_restart is not None:
+            self._on_restart(reason)
+
+    async def _reconnect(self, peer: str) -> None:
+        """Dial from our side at once: the others' p2pd refuse to dial for some seconds after a failed attempt."""
+        with contextlib.suppress(TimeoutError, NetworkError):
+            async with asyncio.timeout(_RECONNECT_S):
+                await self._introduced(peer)
+                self._meet(peer)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+async def _unless_lost(control: Control, registering: Coroutine[Any, Any, None]) -> None:
+    try:
+        await registering
+    except NetworkError:
+        if not control.lost.is_set():  # else the next p2pd gets all handlers
+            raise
+
+
+def _peer(peer: str) -> PeerID:
+    if not is_peer_id(peer):
+        raise NetworkError(f"{peer[:64]} is not the id of a peer.")
+    return PeerID.from_base58(peer)
+
+
+__all__ = ["ListenSettings", "Node", "NodeSettings"]

@@ -1,0 +1,47 @@
+"""What a node and its p2pd are started with. What does not live here: where a user writes it (`settings`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class ListenSettings(Protocol):
+    """The settings that concern the network; PeerSettings has them."""
+
+    @property
+    def listen_host(self) -> str: ...
+    @property
+    def listen_port(self) -> int: ...
+    @property
+    def announce(self) -> tuple[str, ...]: ...
+    @property
+    def nat(self) -> bool: ...
+    @property
+    def startup_timeout_s(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """ListenSettings of a node that listens on loopback only and asks nobody; for tests and the lab."""
+
+    listen_host: str = "127.0.0.1"
+    listen_port: int = 0
+    announce: tuple[str, ...] = ()
+    nat: bool = False
+    startup_timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class P2pdOptions:
+    """What p2pd is started with. Addresses are multiaddresses."""
+
+    identity: Path
+    runtime_dir: Path
+    listen_host: str = "0.0.0.0"  # noqa: S104 - peers must reach it
+    listen_port: int = 0
+    announce: tuple[str, ...] = ()
+    nat: bool = True
+    relays: tuple[str, ...] = ()
+    startup_timeout_s: float = 120.0

@@ -1,0 +1,134 @@
+"""Counted streams over Unix sockets: asyncio's readers and writers with a larger buffer and a byte count.
+
+What lives here: the two stream classes, opening and accepting them, and the counters. What does not: the messages
+that p2pd expects at the start of a stream (`control`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import StreamReader, StreamReaderProtocol, StreamWriter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+READ_LIMIT = 4 << 20
+"""Bytes; a reader pauses its socket at twice this. 1.25 times the bulk rate of asyncio's 64 KiB."""
+
+WRITE_LIMIT = 1 << 20
+"""Bytes; `drain` waits while more than this lies unsent."""
+
+_CANCEL_S = 0.5
+"""A handler that does not end when it is cancelled is left behind."""
+
+Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
+
+
+@dataclass
+class Traffic:
+    """Payload bytes since the node was started, without the framing of p2pd and TCP."""
+
+    calls_sent: int = 0
+    calls_received: int = 0
+    streams_sent: int = 0
+    streams_received: int = 0
+
+
+class CountedReader(StreamReader):
+    """A StreamReader that counts what arrives; one addition per chunk read from the socket."""
+
+    traffic: Traffic | None = None
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]  # asyncio gives bytes
+        """Called by asyncio with every chunk."""
+        if self.traffic is not None:
+            self.traffic.streams_received += len(data)
+        super().feed_data(data)
+
+
+class CountedWriter(StreamWriter):
+    """A StreamWriter that counts what is written."""
+
+    traffic: Traffic | None = None
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """As asyncio's."""
+        if self.traffic is not None:
+            self.traffic.streams_sent += data.nbytes if isinstance(data, memoryview) else len(data)
+        super().write(data)
+
+    def writelines(self, data: Iterable[bytes | bytearray | memoryview]) -> None:
+        """As asyncio's, without joining large pieces."""
+        for piece in data:
+            self.write(piece)
+
+
+def count(reader: StreamReader, writer: StreamWriter, traffic: Traffic) -> None:
+    """Start counting; what an opening handshake already moved is not counted."""
+    if isinstance(reader, CountedReader) and isinstance(writer, CountedWriter):
+        reader.traffic = writer.traffic = traffic
+
+
+class _Protocol(StreamReaderProtocol):
+    """Makes our own writer; asyncio's `client_connected_cb` could only be given asyncio's."""
+
+    def __init__(self, accept: Callable[[CountedReader, CountedWriter], None] | None) -> None:
+        self._loop_used = asyncio.get_running_loop()
+        self.reader = CountedReader(limit=READ_LIMIT, loop=self._loop_used)
+        super().__init__(self.reader, loop=self._loop_used)
+        self._accept = accept
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_LIMIT)
+        if self._accept is not None:
+            self._accept(self.reader, self.writer(transport))
+
+    def writer(self, transport: Any) -> CountedWriter:
+        return CountedWriter(transport, self, self.reader, self._loop_used)
+
+
+async def open_unix(path: Path) -> tuple[CountedReader, CountedWriter]:
+    """Connect to a Unix socket. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.create_unix_connection(lambda: _Protocol(None), str(path))
+    return protocol.reader, protocol.writer(transport)
+
+
+class UnixServer:
+    """Accepts streams on a Unix socket and runs one task for each, until it is closed."""
+
+    def __init__(self, path: Path, accept: Accept) -> None:
+        self._path = path
+        self._handler = accept
+        self._server: asyncio.AbstractServer | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(
+            lambda: _Protocol(self._accepted), str(self._path), backlog=256
+        )
+
+    def _accepted(self, reader: CountedReader, writer: CountedWriter) -> None:
+        task = asyncio.create_task(self._run(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, reader: CountedReader, writer: CountedWriter) -> None:
+        try:
+            await self._handler(reader, writer)
+        finally:
+            writer.close()
+
+    async def close(self) -> None:
+        """Stop accepting, cancel what runs, remove the socket."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CANCEL_S)
+        self._path.unlink(missing_ok=True)

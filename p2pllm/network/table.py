@@ -1,0 +1,198 @@
+"""MemberTable: who is known and who is alive, decided from what was heard and when. Pure: no clock, no network.
+
+Times are seconds on any clock that only goes forward. What does not live here: sending beats (`membership`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from p2pllm.network.addresses import MAX_ADDRESSES
+
+BEAT_EVERY_S = 1.0
+"""Silence after which a living member is sent a beat."""
+
+ALIVE_S = 5.0
+"""A member that was not heard of for so long is not alive."""
+
+RETRY_S = 0.2
+"""A member whose connection failed is tried again this soon; the second failure makes it dead."""
+
+MAX_BACKOFF_S = 30.0
+"""Longest time between attempts to reach a dead member."""
+
+FORGET_S = 600.0
+"""A dead member is forgotten after this, one that was only heard of by hearsay after a fifth of it."""
+
+PUSH_EVERY_S = 0.1
+"""Least time between two beats to one member."""
+
+MAX_MEMBERS = 256
+"""Known members; direct callers displace hearsay and the dead, never the living."""
+
+_YIELD_S = 0.25
+"""One beat informs both ends, so of two only the one with the smaller id sends, unless it falls silent."""
+
+_LEFT_S = 30.0
+"""Hearsay about a member that has said goodbye is ignored for so long."""
+
+
+@dataclass
+class Member:
+    """What is known of one peer. `heard` is None until it was heard of directly."""
+
+    peer: str
+    addresses: tuple[str, ...]
+    known_since: float
+    pinned: bool = False
+    heard: float | None = None
+    failures: int = 0
+    next_beat: float = 0.0
+    last_beat: float = float("-inf")
+    pushed: float = float("-inf")
+
+    def is_alive(self, now: float) -> bool:
+        """Heard of directly within ALIVE_S, and not failing since."""
+        return self.heard is not None and now - self.heard < ALIVE_S and self.failures < 2
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is time for a beat."""
+        if now - self.last_beat < PUSH_EVERY_S:
+            return False
+        return now >= self.next_beat or (self.pushed > self.last_beat and self.is_alive(now))
+
+
+class MemberTable:
+    """All known members but ourselves. `version` rises when what we would tell others changes."""
+
+    def __init__(self, own_id: str) -> None:
+        self._own_id = own_id
+        self._members: dict[str, Member] = {}
+        self._left: dict[str, float] = {}
+        self.version = 0
+
+    def __getitem__(self, peer: str) -> Member:
+        return self._members[peer]
+
+    def __contains__(self, peer: str) -> bool:
+        return peer in self._members
+
+    def alive(self, now: float) -> frozenset[str]:
+        """Peer ids of the living."""
+        return frozenset(peer for peer, member in self._members.items() if member.is_alive(now))
+
+    def known(self) -> dict[str, tuple[str, ...]]:
+        """Addresses by peer id."""
+        return {peer: member.addresses for peer, member in self._members.items()}
+
+    def due(self, now: float) -> list[str]:
+        """Whom to send a beat."""
+        return [peer for peer, member in self._members.items() if member.is_due(now)]
+
+    def learn(self, peer: str, addresses: Iterable[str], now: float, *, pinned: bool = False) -> bool:
+        """Hearsay: somebody, a file or the DHT says that the peer may be there. Whether that was news.
+
+        A living member's own word about its addresses is not overruled. Pinned members are never forgotten.
+        """
+        known = tuple(addresses)
+        if peer == self._own_id or now - self._left.get(peer, float("-inf")) < _LEFT_S:
+            return False
+        member = self._members.get(peer)
+        if member is None:
+            if not self._make_room(now, direct=pinned):
+                return False
+            self._members[peer] = Member(peer, known, now, pinned, next_beat=now)
+            return True
+        member.pinned = member.pinned or pinned
+        # Any of them may be the stale one, so the last news goes first and none is dropped for it.
+        merged = tuple(dict.fromkeys((*known, *member.addresses)))[:MAX_ADDRESSES]
+        if merged == member.addresses or member.is_alive(now):
+            return False
+        member.addresses = merged
+        return True
+
+    def heard(self, peer: str, now: float, addresses: Iterable[str] = ()) -> bool:
+        """The peer called or answered; whether it is in the table now (not if that is full of living members)."""
+        if peer == self._own_id:
+            return False
+        known = tuple(addresses)
+        member = self._members.get(peer)
+        if member is None:
+            if not self._make_room(now, direct=True):
+                return False
+            member = self._members[peer] = Member(peer, known, now)
+        if not member.is_alive(now) or (known and known != member.addresses):
+            self.version += 1
+        member.addresses = known or member.addresses
+        member.heard = now
+        member.failures = 0
+        member.next_beat = now + BEAT_EVERY_S + (_YIELD_S if self._own_id > peer else 0)
+        self._left.pop(peer, None)
+        return True
+
+    def beat_sent(self, peer: str, now: float) -> None:
+        """A beat is on its way."""
+        member = self._members[peer]
+        member.last_beat = now
+        member.next_beat = now + BEAT_EVERY_S
+
+    def failed(self, peer: str, now: float, *, refused: bool) -> None:
+        """A beat failed. refused: nobody is there or the connection broke, which is certain; else only no answer.
+
+        One refusal makes a member suspected, and it is tried again at once; a second one makes it dead.
+        """
+        member = self._members.get(peer)
+        if member is None:
+            return
+        was_alive = member.is_alive(now)
+        if refused or not was_alive:
+            member.failures += 1
+        if refused and member.failures == 1 and was_alive:
+            member.next_beat = now + RETRY_S
+        elif not member.is_alive(now):
+            # a dead one counts from 2, so that an answer is needed to make it alive
+            member.failures = max(member.failures, 2)
+            member.next_beat = now + min(MAX_BACKOFF_S, 2.0 ** min(member.failures - 2, 10))
+        if was_alive and not member.is_alive(now):
+            self.version += 1
+
+    def left(self, peer: str, now: float) -> None:
+        """The peer said goodbye."""
+        if self._members.pop(peer, None) is not None:
+            self.version += 1
+            self._left = {gone: at for gone, at in self._left.items() if now - at < _LEFT_S}
+            if len(self._left) < MAX_MEMBERS:
+                self._left[peer] = now
+
+    def push(self, now: float) -> None:
+        """Our status changed: every living member is due, unless it was just told."""
+        for member in self._members.values():
+            member.pushed = now
+
+    def forgive(self, gap: float, now: float) -> None:
+        """We ourselves did not run for `gap` seconds: nobody's silence in that time counts."""
+        for member in self._members.values():
+            if member.heard is not None:
+                member.heard = min(now, member.heard + gap)
+
+    def forget(self, now: float) -> None:
+        """Drop who has been dead for long."""
+        for member in list(self._members.values()):
+            patience = FORGET_S if member.heard is not None else FORGET_S / 5
+            since = member.heard if member.heard is not None else member.known_since
+            if not member.pinned and now - since > patience:
+                del self._members[member.peer]
+
+    def _make_room(self, now: float, *, direct: bool) -> bool:
+        """Whether one more fits, after dropping hearsay (or else the longest dead) for one that is there for sure."""
+        if len(self._members) < MAX_MEMBERS:
+            return True
+        if not direct:
+            return False
+        candidates = [m for m in self._members.values() if not m.pinned and not m.is_alive(now)]
+        if not candidates:
+            return False
+        worst = min(candidates, key=lambda m: (m.heard is not None, m.heard or m.known_since))
+        del self._members[worst.peer]
+        return True

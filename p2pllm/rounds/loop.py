@@ -1,0 +1,189 @@
+"""The main loop of a peer: compute until the swarm has its samples, average, step, again.
+
+Read `TrainingLoop.run` from top to bottom; everything it calls is one step of a round. It knows the compute
+process only as `Compute`, the network only through `RoundRunner` and `StateKeeper`, and does no input or
+output of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from p2pllm.manifest import RunManifest
+from p2pllm.metrics import RoundRecord
+from p2pllm.rounds import plan
+from p2pllm.rounds.keeper import StateKeeper
+from p2pllm.rounds.roster import RosterDesk
+from p2pllm.rounds.round import RoundResult, RoundRunner, Update
+from p2pllm.rounds.swarm import SwarmView
+from p2pllm.state.outer import learning_rate
+
+log = logging.getLogger(__name__)
+
+FAREWELL_S = 20.0
+"""How long a peer that is done stays to serve those who are behind."""
+
+
+class Compute(Protocol):
+    """The process that computes gradients, as the loop sees it."""
+
+    @property
+    def ready(self) -> bool:
+        """The process is up and has a model."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Samples gathered in the round that was begun."""
+        ...
+
+    @property
+    def own_steps(self) -> list[int]:
+        """Samples of each micro-batch of the update that was finished last."""
+        ...
+
+    async def begin(self, round_number: int) -> None:
+        """Take the parameters as they are now and gather gradients for this round."""
+        ...
+
+    async def finish(self) -> Update | None:
+        """End the current micro-batch and hand over the update; None if there is none."""
+        ...
+
+    async def abandon(self) -> None:
+        """Drop what was gathered; returns when the process no longer reads the parameters."""
+        ...
+
+    async def evaluate(self) -> float | None:
+        """Validation loss of the parameters as they are now, nats a token; None if it failed."""
+        ...
+
+
+class TrainingLoop:
+    """One peer's way through the rounds of a run."""
+
+    def __init__(
+        self,
+        manifest: RunManifest,
+        view: SwarmView,
+        desk: RosterDesk,
+        runner: RoundRunner,
+        keeper: StateKeeper,
+        compute: Compute,
+        on_round: Callable[[RoundRecord], None],
+    ) -> None:
+        self._manifest = manifest
+        self._view = view
+        self._desk = desk
+        self._runner = runner
+        self._keeper = keeper
+        self._compute = compute
+        self._on_round = on_round
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Make `run` return after the round that is being closed, or at once if none is."""
+        self._stopping = True
+        self._view.notify()
+
+    async def run(self) -> None:
+        """Train until the run's last round is committed, or until `stop`."""
+        last_round = self._manifest.round.rounds
+        while not self._stopping and self._keeper.head[0] < last_round:
+            head = plan.head_to_follow(self._keeper.head, self._view.statuses())
+            if head is not None:
+                await self._follow(head)
+                continue
+            begin = time.monotonic()
+            await self._collect()
+            if self._stopping or self._must_follow():
+                await self._compute.abandon()
+                continue
+            update = await self._compute.finish()
+            collected = time.monotonic()
+            if update is None:
+                await self._view.wait_change(1.0)
+                continue
+            result = await self._runner.run(update)
+            if result.committed and result.aggregate is not None:
+                self._view.say(phase="commit")
+                seconds = await self._keeper.apply(result.aggregate)
+                await self._report(result, {"compute": collected - begin, **result.seconds, **seconds})
+        if self._keeper.head[0] >= last_round:
+            await self._see_off()
+
+    async def _collect(self) -> None:
+        """Gather samples until the swarm has enough of them, or the deadline passes and we have some."""
+        head, section = self._keeper.head, self._manifest.round
+        await self._compute.begin(head[0])
+        self._view.say(head=head, samples=0)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + section.deadline_s
+        while not self._stopping and not self._must_follow():
+            samples, phase = self._compute.samples, "collecting" if self._compute.ready else "starting"
+            if (samples, phase) != (self._view.own.samples, self._view.own.phase):
+                self._view.say(phase=phase, samples=samples)
+            enough = plan.gathered(head, self._view.with_own()) >= section.samples
+            if samples > 0 and (enough or loop.time() > deadline or self._desk.others_are_over()):
+                return
+            await self._view.wait_change(max(0.05, min(1.0, deadline - loop.time())))
+
+    def _must_follow(self) -> bool:
+        return plan.head_to_follow(self._keeper.head, self._view.statuses()) is not None
+
+    async def _follow(self, head: plan.Head) -> None:
+        """Catch up with the swarm; if nobody can help now, wait for news."""
+        own = self._keeper.head
+        if head[0] == own[0]:
+            log.warning("our state of round %d differs from the swarm's; fetching theirs", own[0])
+        else:
+            log.info("catching up from round %d to %d", own[0], head[0])
+        await self._compute.abandon()
+        self._view.say(phase="joining", samples=0)
+        if await self._keeper.follow(head, plan.donors(head, self._view.statuses())):
+            self._view.say(head=self._keeper.head)
+        else:
+            await self._view.wait_change(1.0)
+
+    async def _report(self, result: RoundResult, seconds: dict[str, float]) -> None:
+        """Announce the new head, evaluate if it is time, and hand over the record."""
+        head, roster = self._keeper.head, result.roster
+        assert roster is not None  # noqa: S101 - a committed round has a roster
+        self._view.say(head=head, samples=0)
+        data = self._manifest.data
+        begin = time.monotonic()
+        due = head[0] % data.validation_every == 0 or head[0] == self._manifest.round.rounds
+        validation_loss = await self._compute.evaluate() if due else None
+        seconds["validation"] = time.monotonic() - begin
+        self._on_round(
+            RoundRecord(
+                round=head[0],
+                unix_time=time.time(),
+                samples=roster.total_samples,
+                tokens=roster.total_samples * data.context_length,
+                members=dict(zip(roster.members, roster.samples, strict=True)),
+                loss=roster.mean_loss,
+                validation_loss=validation_loss,
+                learning_rate=learning_rate(self._manifest.optimizer, self._manifest.round.rounds, head[0] - 1),
+                aggregate_digest=result.aggregate_digest.hex(),
+                state_digest=head[1].hex(),
+                attempts=result.attempts,
+                own_steps=self._compute.own_steps,
+                bytes_sent=result.bytes_sent,
+                bytes_received=result.bytes_received,
+                seconds={name: round(value, 6) for name, value in seconds.items()},
+            )
+        )
+
+    async def _see_off(self) -> None:
+        """The run is complete: stay until every living peer has the last round, for a bounded time."""
+        self._view.say(head=self._keeper.head, phase="done", samples=0)
+        own = self._keeper.head
+        await self._view.wait_until(
+            lambda: self._stopping or all(status.head == own for status in self._view.statuses().values()),
+            FAREWELL_S,
+        )

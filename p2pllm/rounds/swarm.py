@@ -1,0 +1,131 @@
+"""SwarmView: what this peer says of itself and what it has heard from the living others.
+
+The bridge between membership, which moves opaque status bytes, and the round protocol, which reads them. It
+decides nothing; `plan` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from p2pllm.rounds.messages import MessageError, Phase, Status
+
+log = logging.getLogger(__name__)
+
+_NO_STATE = bytes(32)
+
+
+class Liveness(Protocol):
+    """The part of membership that the view needs."""
+
+    def alive(self) -> frozenset[str]:
+        """Peers heard of lately, without ourselves."""
+        ...
+
+    def push(self) -> None:
+        """Tell the others our status soon."""
+        ...
+
+
+class SwarmView:
+    """Own status and the others' last ones, with one event for every change."""
+
+    def __init__(self, peer_id: str, *, initial_state: bytes, last_round: int) -> None:
+        """initial_state: digest that the manifest gives for round 0; last_round: no claim beyond it is heard."""
+        self.peer_id = peer_id
+        self._initial_state = initial_state
+        self._last_round = last_round
+        self.own = Status(round=0, digest=_NO_STATE, phase="starting", samples=0, tokens_per_s=0.0)
+        self._heard: dict[str, Status] = {}
+        self._liveness: Liveness | None = None
+        self._changed = asyncio.Event()
+
+    def attach(self, liveness: Liveness) -> None:
+        """Use `liveness` to know who lives and to announce changes of ours."""
+        self._liveness = liveness
+
+    def statuses(self) -> dict[str, Status]:
+        """Last status of every living peer, without ourselves."""
+        alive = self._liveness.alive() if self._liveness else frozenset()
+        return {peer: status for peer, status in self._heard.items() if peer in alive}
+
+    def with_own(self) -> dict[str, Status]:
+        """Last status of every living peer and ours."""
+        return {**self.statuses(), self.peer_id: self.own}
+
+    def say(
+        self,
+        *,
+        head: tuple[int, bytes] | None = None,
+        phase: Phase | None = None,
+        samples: int | None = None,
+        tokens_per_s: float | None = None,
+    ) -> None:
+        """Change what is given of our own status and announce it."""
+        old = self.own
+        self.own = Status(
+            round=old.round if head is None else head[0],
+            digest=old.digest if head is None else head[1],
+            phase=old.phase if phase is None else phase,
+            samples=old.samples if samples is None else samples,
+            tokens_per_s=old.tokens_per_s if tokens_per_s is None else tokens_per_s,
+        )
+        if self._liveness is not None:
+            self._liveness.push()
+        self.notify()
+
+    def own_bytes(self) -> bytes:
+        """Our status for a heartbeat."""
+        return self.own.pack()
+
+    def hear(self, peer: str, payload: bytes) -> None:
+        """Take a status out of a heartbeat; one that is not valid is ignored."""
+        try:
+            status = Status.unpack(payload)
+        except MessageError as error:
+            log.debug("status of %s ignored: %s", peer, error)
+            return
+        if status.round > self._last_round or (status.round == 0 and status.digest != self._initial_state):
+            status = status.model_copy(update={"phase": "joining"})  # nothing that it claims to hold counts
+        if self._heard.get(peer) != status:
+            self._heard[peer] = status
+            self.notify()
+
+    def hear_head(self, peer: str, head: tuple[int, bytes]) -> None:
+        """Learn from a round's messages that a peer is at `head`, ahead of its next heartbeat."""
+        old = self._heard.get(peer)
+        if old is not None and old.head != head:
+            self._heard[peer] = old.model_copy(update={"round": head[0], "digest": head[1], "phase": "roster"})
+        self.notify()
+
+    def forget(self, peer: str) -> None:
+        """Drop the last status of a peer that is gone."""
+        self._heard.pop(peer, None)
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake everybody who waits for a change."""
+        self._changed.set()
+
+    async def wait_change(self, timeout: float) -> None:
+        """Return after the next change, or after `timeout` seconds."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Wait until `condition` holds; False if it does not within `timeout` seconds."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
+        while not condition():
+            left = end - loop.time()
+            if left <= 0:
+                return False
+            await self.wait_change(left)
+        return True

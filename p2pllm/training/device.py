@@ -1,0 +1,70 @@
+"""Devices: which one to compute on, in which type, and whether an exception means that its memory is full.
+
+What does not live here: what is computed (`inner`, `evaluate`, `generate`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+
+from p2pllm.errors import SettingsError
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device that the setting names; "auto" is the first of CUDA, MPS and CPU that this machine has.
+
+    Raises SettingsError if it names one that is not here.
+    """
+    if setting == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name)
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        raise SettingsError(f'The device "{setting}" is none of auto, cpu, mps, cuda and cuda:N.') from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise SettingsError(
+                f'The device "{setting}" is not on this machine, which has {count} CUDA devices that torch '
+                "can use; set device to auto, or check the driver and torch's build."
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise SettingsError('The device "mps" is not on this machine; set device to auto.')
+    return device
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 for matrix products where a CUDA device computes in it; float32 anywhere else."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the host or of a device is full."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give cached memory back, so that a smaller attempt does not fail on fragments of a larger one."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given; needed before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,310 @@
+"""The daemon of a node: `python -m p2pllm_peers.daemon`, started by `launcher`.
+
+It owns the network, the shared state and the round protocol, supervises the worker, and answers the commands of
+this machine. This file is its life from the order to the exit; what it takes part with is `Membership`,
+`TrainingLoop` and their kin in the library, put together in `node_of_run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from p2pllm.errors import NetworkError, P2PLLMError, RunError, StateError
+from p2pllm.identity import Identity
+from p2pllm.invite import Invite
+from p2pllm.manifest import RunDraft
+from p2pllm.network.addresses import port_of
+from p2pllm.network.node import Node
+from p2pllm.settings import new_runtime_dir
+from p2pllm_peers.compute import ComputeProcess
+from p2pllm_peers.control import ControlServer
+from p2pllm_peers.entry import fetch_manifest, seal
+from p2pllm_peers.folders import (
+    FOUNDER,
+    PeerFolder,
+    RunFolder,
+    founded_from,
+    key_file,
+    name_to_join_as,
+    write_whole,
+)
+from p2pllm_peers.launcher import Order
+from p2pllm_peers.participant import Participant
+
+T = TypeVar("T")
+
+log = logging.getLogger("p2pllm.daemon")
+
+LEAVE_ROUND_S = 5.0
+"""How long a peer that was asked to leave goes on with a round that is being closed."""
+
+
+class Daemon:
+    """One peer of one run."""
+
+    def __init__(self, order: Order, runtime_dir: Path) -> None:
+        self._order = order
+        self._settings = order.settings
+        self._runtime_dir = runtime_dir
+        self._leaving = asyncio.Event()
+        self._interrupts = 0
+        self._compute: ComputeProcess | None = None
+        self._node: Node | None = None
+        self._participant: Participant | None = None
+        self._control: ControlServer | None = None
+
+    async def run(self) -> None:
+        """From the order to the end of the run, or until asked to leave."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+        self._compute = ComputeProcess(self._settings, self._runtime_dir, self._on_compute, tell_progress)
+        try:
+            await self._unless_leaving(self._enter(self._compute))
+            if self._participant is not None and not self._leaving.is_set():
+                await self._take_part(self._participant)
+        finally:
+            await self._end()
+
+    async def _enter(self, compute: ComputeProcess) -> None:
+        """Find out what to compute, start everything, and report ready."""
+        await compute.launch()  # its libraries load while we find the run
+        invite = Invite.decode(self._order.invite) if self._order.invite else None
+        if self._order.draft is not None:
+            folder = await self._found(compute, RunDraft(**self._order.draft))
+        else:
+            run = RunFolder(self._settings.home, invite.run_id if invite else self._order.run_id)
+            folder = self._occupy(run.peer(self._order.name or name_to_join_as(run)))
+        addresses = invite.addresses if invite else ()
+        identity = Identity.load_or_create(folder.key)
+        tell_progress("starting the network")
+        node = self._node = await self._start_node(folder, identity, addresses)
+        sealed = folder.run.load()
+        if sealed is None:
+            if invite is None:
+                raise StateError(f"The manifest of run {folder.run.run_id[:16]} is missing; join again with an invite.")
+            sealed = await fetch_manifest(node, invite, tell_progress)
+            folder.run.save(*sealed)
+        participant = self._participant = Participant(folder, sealed, self._settings, node, compute)
+        await participant.start(addresses, tell_progress)
+        await self._open_for_commands(folder, participant)
+
+    async def _found(self, compute: ComputeProcess, draft: RunDraft) -> PeerFolder:
+        """Seal a new run, or find the one that was started from the same draft."""
+        name = self._order.name or FOUNDER
+        identity = Identity.load_or_create(key_file(self._settings.home, name))
+        run = founded_from(self._settings.home, draft.digest(), identity.peer_id)
+        if run is None:
+            sealed = await seal(draft, identity, compute, self._settings)
+            run = RunFolder(self._settings.home, sealed[0].run_id)
+            run.save(*sealed, draft_digest=draft.digest())
+        return self._occupy(run.peer(name))
+
+    async def _start_node(self, folder: PeerFolder, identity: Identity, relays: tuple[str, ...]) -> Node:
+        """Start the network on the port of the last time if it is free, so that old addresses of ours stay true."""
+        remembered, wanted = folder.path / "port", self._settings.listen_port
+        with contextlib.suppress(OSError, ValueError):
+            wanted = wanted or int(remembered.read_text())
+        settings = self._settings.model_copy(update={"listen_port": wanted})
+        try:
+            node = await Node.start(
+                identity, folder.run.run_id, self._runtime_dir, settings, relays=relays, progress=tell_progress
+            )
+        except NetworkError:
+            if self._settings.listen_port or not wanted:
+                raise
+            remembered.unlink()
+            return await self._start_node(folder, identity, relays)
+        if ports := [port for port in map(port_of, node.addresses()) if port]:
+            write_whole(remembered, str(ports[0]).encode())
+        return node
+
+    async def _open_for_commands(self, folder: PeerFolder, participant: Participant) -> None:
+        """Open the control socket and tell who started us."""
+        socket = self._runtime_dir / "control.sock"
+        handlers = {"status": self._on_status, "leave": self._on_leave, "save": self._on_save}
+        self._control = ControlServer(socket, handlers)
+        await self._control.start()
+        facts = {
+            "pid": os.getpid(),
+            "socket": str(socket),
+            "runtime_dir": str(self._runtime_dir),
+            "run_id": folder.run.run_id,
+            "name": folder.name,
+            "invite": participant.invite(),
+        }
+        write_whole(folder.path / "daemon.json", json.dumps(facts).encode())
+        tell("ready", **facts)
+        self._watch_launcher()
+
+    def _occupy(self, folder: PeerFolder) -> PeerFolder:
+        """Become the peer's only daemon, clean up behind a killed one, and log into its folder from here on."""
+        folder.lock()
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            left = json.loads((folder.path / "daemon.json").read_bytes())["runtime_dir"]
+            shutil.rmtree(left, ignore_errors=True)
+        log_into(folder.path / "daemon.log")
+        return folder
+
+    async def _take_part(self, participant: Participant) -> None:
+        """Train until the run is over, we are asked to leave, or something failed for good."""
+        assert self._compute is not None and self._node is not None  # noqa: S101 - made before
+        training = asyncio.create_task(participant.loop.run())
+        leaving = asyncio.create_task(self._leaving.wait())
+        failed = asyncio.ensure_future(_first_failure(self._compute.failed, self._node.failed))
+        await asyncio.wait({training, leaving, failed}, return_when=asyncio.FIRST_COMPLETED)
+        participant.loop.stop()
+        if not failed.done() and not training.done():
+            await asyncio.wait({training}, timeout=LEAVE_ROUND_S)
+        for task in (training, leaving, failed):
+            task.cancel()
+        for outcome in await asyncio.gather(failed, training, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    async def _end(self) -> None:
+        """Say goodbye, save, and leave no process and no socket."""
+        try:
+            if self._participant is not None:
+                await self._participant.stop()
+        finally:
+            if self._node is not None:
+                await self._node.stop()
+            if self._compute is not None:
+                await self._compute.close()
+            if self._control is not None:
+                await self._control.close()
+            if self._participant is not None:
+                (self._participant.folder.path / "daemon.json").unlink(missing_ok=True)
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+
+    async def _unless_leaving(self, work: Awaitable[T]) -> T | None:
+        """Await `work`, but drop it as soon as we are asked to leave or the compute process fails for good."""
+        assert self._compute is not None  # noqa: S101 - made before
+        task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self._leaving.wait())
+        await asyncio.wait({task, leaving, self._compute.failed}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if self._compute.failed.done():
+            self._compute.failed.result()
+        return None
+
+    # -- what wakes us ------------------------------------------------------------------------------------------
+
+    def _interrupt(self) -> None:
+        """A first signal leaves in order, a second one at once."""
+        self._interrupts += 1
+        if self._interrupts > 1:
+            kill_children()
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+            os._exit(130)
+        self._leaving.set()
+
+    def _on_compute(self) -> None:
+        if self._participant is not None:
+            self._participant.view.notify()
+
+    def _watch_launcher(self) -> None:
+        """In the foreground, leave when the program that started us hangs up; then write only to the log."""
+        if self._order.foreground:
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._hung_up)
+        silence()
+
+    def _hung_up(self) -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self._leaving.set()
+
+    async def _on_status(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._participant is not None  # noqa: S101 - the socket opens after
+        return self._participant.status()
+
+    async def _on_leave(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._leaving.set()
+        return {"leaving": True}
+
+    async def _on_save(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._participant is not None  # noqa: S101 - the socket opens after
+        try:
+            await self._participant.save()
+        except StateError as error:
+            return {"error": str(error)}
+        return {"round": self._participant.keeper.head[0]}
+
+
+async def _first_failure(compute: asyncio.Future[None], node: asyncio.Future[NetworkError]) -> None:
+    """Raise what ends this peer: a worker or a p2pd that cannot be kept alive."""
+    await asyncio.wait({compute, node}, return_when=asyncio.FIRST_COMPLETED)
+    if compute.done():
+        compute.result()
+    if node.done() and not node.cancelled():
+        raise node.result()
+
+
+def tell(event: str, **fields: Any) -> None:
+    """Report to the program that started us; it may be gone."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+        sys.stdout.flush()
+
+
+def tell_progress(text: str) -> None:
+    """Report and log a step of the start."""
+    log.info("%s", text)
+    tell("progress", text=text)
+
+
+def log_into(path: Path) -> None:
+    """Log to a file, what libraries write to standard error included."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    os.dup2(handler.stream.fileno(), sys.stderr.fileno())
+
+
+def silence() -> None:
+    """Let go of the launcher's pipe: whoever reads it may end before us."""
+    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device, not a path
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def kill_children() -> None:
+    """End all child processes at once."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+
+
+def main() -> None:
+    """Read the order, live, and exit with the code that the command shall return."""
+    order = Order.from_json(sys.stdin.readline())
+    runtime_dir = new_runtime_dir()
+    try:
+        asyncio.run(Daemon(order, runtime_dir).run())
+    except P2PLLMError as error:
+        log.error("%s", error)
+        tell("error", kind=type(error).__name__, message=str(error))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        log.exception("the daemon failed")
+        tell("error", kind=RunError.__name__, message=f"The daemon failed: {error!r}; this is a defect of p2pllm.")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Where a machine keeps the runs that it takes part in, and which peer of a run is meant.
+
+    <home>/keys/<name>.key                          identity of the peers of that name, in every run
+    <home>/runs/<run id>/manifest.json              the sealed manifest, with manifest.sig and tokenizer.json
+    <home>/runs/<run id>/<name>/daemon.json         the running daemon: process id and socket
+    <home>/runs/<run id>/<name>/daemon.lock         held while the daemon lives
+    <home>/runs/<run id>/<name>/{daemon.log,rounds.jsonl,peers.json,worker.json,state/}
+
+One machine may hold several peers of one run under different names: `start` makes the peer "founder", `join`
+makes "volunteer", and `--name` any other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p2pllm.errors import DaemonError, ManifestError, P2PLLMError, StateError
+from p2pllm.identity import verify
+from p2pllm.manifest import RunManifest
+
+FOUNDER, VOLUNTEER = "founder", "volunteer"
+SIGNING_DOMAIN = "manifest"
+"""Domain of the founder's signature over a manifest's canonical bytes."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files that all peers of one run on this machine share."""
+
+    home: Path
+    run_id: str
+
+    @property
+    def path(self) -> Path:
+        """Folder of the run."""
+        return self.home / "runs" / self.run_id[:16]
+
+    def peer(self, name: str) -> PeerFolder:
+        """Folder of one peer of this run."""
+        return PeerFolder(self, name)
+
+    def peers(self) -> list[PeerFolder]:
+        """All peers of this run on this machine."""
+        if not self.path.is_dir():
+            return []
+        return [self.peer(entry.name) for entry in sorted(self.path.iterdir()) if (entry / "daemon.lock").exists()]
+
+    def save(self, manifest: RunManifest, signature: bytes, tokenizer: bytes | None, draft_digest: str = "") -> None:
+        """Keep a sealed manifest; each file appears whole."""
+        with _file_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if tokenizer is not None:
+                write_whole(self.path / "tokenizer.json", tokenizer)
+            write_whole(self.path / "manifest.sig", signature)
+            if draft_digest:
+                write_whole(self.path / "draft.digest", draft_digest.encode())
+            write_whole(self.path / "manifest.json", manifest.canonical_bytes())
+
+    def load(self) -> tuple[RunManifest, bytes, bytes | None] | None:
+        """(manifest, signature, tokenizer.json or None) as saved; None if this run was never saved here.
+
+        Raises ManifestError if the files are damaged.
+        """
+        if not (self.path / "manifest.json").exists():
+            return None
+        with _file_errors(self.path):
+            manifest = RunManifest.from_bytes((self.path / "manifest.json").read_bytes(), self.run_id)
+            signature = (self.path / "manifest.sig").read_bytes()
+            tokenizer = None
+            if manifest.tokenizer.source != "bytes":
+                tokenizer = (self.path / "tokenizer.json").read_bytes()
+        check_signature(manifest, signature)
+        return manifest, signature, tokenizer
+
+
+@dataclass(frozen=True)
+class PeerFolder:
+    """The files of one peer."""
+
+    run: RunFolder
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """Folder of the peer."""
+        return self.run.path / self.name
+
+    @property
+    def key(self) -> Path:
+        """The identity, shared by the peers of this name in every run."""
+        return key_file(self.run.home, self.name)
+
+    def running(self) -> dict[str, Any] | None:
+        """What daemon.json says of a living daemon; None if none lives."""
+        try:
+            with (self.path / "daemon.lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None  # nobody holds it
+        except BlockingIOError:
+            pass
+        except OSError:
+            return None
+        try:
+            found: dict[str, Any] = json.loads((self.path / "daemon.json").read_bytes())
+        except (OSError, ValueError):
+            return {}  # it is just starting
+        return found
+
+    def lock(self) -> int:
+        """Become this peer's daemon; the lock goes with the process. Raises DaemonError if one lives."""
+        with _file_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise DaemonError(
+                f"This machine already takes part in run {self.run.run_id[:16]} as '{self.name}'; look with "
+                f"`p2pllm status`, or add a second peer with --name."
+            ) from None
+        return handle
+
+
+def key_file(home: Path, name: str) -> Path:
+    """Where the identity of the peers called `name` lies."""
+    return home / "keys" / f"{name}.key"
+
+
+def all_runs(home: Path) -> list[RunFolder]:
+    """Every run that this machine knows, the one used last first."""
+    found = []
+    for manifest in (home / "runs").glob("*/manifest.json"):
+        try:
+            run_id = RunManifest.from_bytes(manifest.read_bytes()).run_id
+        except (P2PLLMError, OSError):
+            continue  # a damaged run is reported when it is named
+        last_used = max(entry.stat().st_mtime for entry in [manifest.parent, *manifest.parent.glob("*/rounds.jsonl")])
+        found.append((last_used, RunFolder(home, run_id)))
+    return [run for _, run in sorted(found, key=lambda item: item[0], reverse=True)]
+
+
+def founded_from(home: Path, draft_digest: str, founder: str) -> RunFolder | None:
+    """The run that `founder` started from this very draft before, if any."""
+    for run in all_runs(home):
+        marker = run.path / "draft.digest"
+        if marker.exists() and marker.read_text() == draft_digest:
+            loaded = run.load()
+            if loaded is not None and loaded[0].founder == founder:
+                return run
+    return None
+
+
+def name_to_join_as(run: RunFolder) -> str:
+    """The peer name of a `join` that names none: what this machine already is in the run, else a volunteer.
+
+    A machine whose founder is running gets a second peer, so that two terminals make a swarm.
+    """
+    founder, volunteer = run.peer(FOUNDER), run.peer(VOLUNTEER)
+    if volunteer.path.exists() or not founder.path.exists() or founder.running() is not None:
+        return VOLUNTEER
+    return FOUNDER
+
+
+def check_signature(manifest: RunManifest, signature: bytes) -> None:
+    """Raise ManifestError unless the founder that the manifest names has signed it."""
+    if not verify(manifest.founder, SIGNING_DOMAIN, manifest.canonical_bytes(), signature):
+        raise ManifestError(
+            f"The manifest of run {manifest.run_id[:16]} is not signed by its founder; ask the organiser for a new invite."
+        )
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is either there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _file_errors:  # noqa: N801 - reads as a statement
+    """Turn the operating system's errors into one sentence that names the folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            where = error.filename or self._path
+            raise StateError(
+                f"Cannot use {where}: {error.strerror}; free the disk, mend the permissions, or choose another "
+                f"folder with --home."
+            ) from None

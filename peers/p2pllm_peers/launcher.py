@@ -1,0 +1,112 @@
+"""Starting a daemon from another program and hearing how its start goes.
+
+The daemon is given its order as one JSON line on standard input and reports its start on standard output, one
+JSON object a line: progress, then ready or error. In the foreground standard input stays open: when its other
+end closes, the daemon leaves the run in order.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from p2pllm import errors
+from p2pllm.errors import DaemonError, P2PLLMError
+from p2pllm.settings import PeerSettings
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a daemon shall do. Exactly one of `draft`, `invite` and `run_id` is given."""
+
+    settings: PeerSettings
+    name: str = ""  # of the peer; "" chooses
+    draft: dict[str, Any] | None = None  # found this run, or go on with it
+    invite: str = ""  # join this run
+    run_id: str = ""  # go on with a run that this machine knows
+    foreground: bool = True
+
+    def to_json(self) -> str:
+        """One line."""
+        fields = {**asdict(self), "settings": json.loads(self.settings.model_dump_json())}
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, line: str) -> Order:
+        """What `to_json` wrote."""
+        fields = json.loads(line)
+        return cls(**{**fields, "settings": PeerSettings(**fields["settings"])})
+
+
+class DaemonProcess:
+    """A daemon that this program started."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "p2pllm_peers.daemon"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl+C in the terminal is for the view, which asks the daemon to leave
+            text=True,
+        )
+        self._stdin.write(order.to_json() + "\n")
+        self._stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the daemon."""
+        return self._process.pid
+
+    @property
+    def _stdin(self) -> IO[str]:
+        assert self._process.stdin is not None  # noqa: S101 - it was asked for
+        return self._process.stdin
+
+    def wait_ready(self, on_progress: Callable[[str], None]) -> dict[str, Any]:
+        """Wait until the daemon takes part in the run; returns {"socket", "invite", "run_id", "name", ...}.
+
+        Raises the error that the daemon reports, or DaemonError if it dies without a word.
+        """
+        assert self._process.stdout is not None  # noqa: S101 - it was asked for
+        for line in self._process.stdout:
+            event = json.loads(line)
+            if event["event"] == "progress":
+                on_progress(event["text"])
+            elif event["event"] == "ready":
+                if not self._order.foreground:
+                    self._stdin.close()
+                return dict(event)
+            elif event["event"] == "error":
+                self._process.wait(10)
+                kind = getattr(errors, event["kind"], DaemonError)
+                error: P2PLLMError = kind(event["message"])
+                raise error
+        code = self._process.wait()
+        stderr = self._process.stderr.read().strip().splitlines() if self._process.stderr else []
+        raise DaemonError(
+            f"The daemon ended with code {code} before it was ready: {stderr[-1] if stderr else 'no message'}."
+        )
+
+    def leave(self) -> None:
+        """Ask the daemon to leave the run in order; it does so by itself when this program dies."""
+        if not self._stdin.closed:
+            self._stdin.close()
+
+    def poll(self) -> int | None:
+        """Exit code, or None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end; returns the exit code."""
+        return self._process.wait(timeout)
+
+    def kill(self) -> None:
+        """End it at once; its children end by themselves."""
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,251 @@
+"""Participant: the library's parts, put together into one peer of one run.
+
+What is wired here and nowhere else: node, membership, view, all-reduce, roster, votes, keeper, loop. `daemon`
+starts and ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from p2pllm.averaging import DenseAllReduce
+from p2pllm.errors import StateError
+from p2pllm.invite import Invite
+from p2pllm.metrics import JsonlSink, RoundRecord
+from p2pllm.network.bulk import Blob, BulkServer
+from p2pllm.network.membership import Membership
+from p2pllm.network.node import Node
+from p2pllm.rounds import plan
+from p2pllm.rounds.keeper import StateKeeper
+from p2pllm.rounds.loop import TrainingLoop
+from p2pllm.rounds.roster import RosterDesk
+from p2pllm.rounds.round import RoundRunner
+from p2pllm.rounds.swarm import SwarmView
+from p2pllm.rounds.vote import VoteBox
+from p2pllm.settings import PeerSettings
+from p2pllm.state import snapshot
+from p2pllm.state.layout import Layout
+from p2pllm.state.outer import AdamW
+from p2pllm.state.shared import SharedState
+from p2pllm_peers.compute import ComputeProcess
+from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
+from p2pllm_peers.folders import PeerFolder
+
+log = logging.getLogger(__name__)
+
+HEARING_S = 10.0
+"""How long a peer that knows others listens for them before it trains alone."""
+
+SHOWN_LOSSES = 200
+
+Progress = Callable[[str], None]
+
+
+class Participant:
+    """One peer of one run while its daemon lives."""
+
+    def __init__(
+        self,
+        folder: PeerFolder,
+        sealed: Sealed,
+        settings: PeerSettings,
+        node: Node,
+        compute: ComputeProcess,
+    ) -> None:
+        manifest = sealed[0]
+        self.folder = folder
+        self._sealed = sealed
+        self._manifest = manifest
+        self._settings = settings
+        self._node = node
+        self._compute = compute
+        self.view = SwarmView(
+            node.peer_id,
+            initial_state=bytes.fromhex(manifest.initial_state),
+            last_round=manifest.round.rounds,
+        )
+        self._records = JsonlSink(folder.path / "rounds.jsonl")
+        self._losses: deque[float] = deque(maxlen=SHOWN_LOSSES)
+        self._last: RoundRecord | None = None
+        self._validation_loss: float | None = None
+        self._saved_head: plan.Head | None = None
+        self._saving: asyncio.Task[None] | None = None
+        self._started = time.time()
+        self._membership: Membership | None = None
+        self._keeper: StateKeeper | None = None
+
+    @property
+    def keeper(self) -> StateKeeper:
+        """The state of this peer; there is one once `start` has returned."""
+        if self._keeper is None:
+            raise StateError("This peer has no state yet; wait until it takes part in the run.")
+        return self._keeper
+
+    async def start(self, addresses: tuple[str, ...], progress: Progress) -> None:
+        """Join the membership, build the model, and come to the swarm's head."""
+        node = self._node
+        if addresses and not any((self.folder.path / "state").glob("*.safetensors")):
+            await node.connect_any(addresses)  # without a state there is nothing to go on with alone
+        membership = self._membership = Membership(
+            node,
+            status=self.view.own_bytes,
+            on_status=self.view.hear,
+            addresses=node.addresses,
+            directory=node.directory,
+            saved=self.folder.path / "peers.json",
+        )
+        self.view.attach(membership)
+        await serve_manifest(node, self._sealed)
+        await membership.start(addresses)
+        self._following = asyncio.create_task(self._follow_membership(membership))
+        progress("building the model")
+        layout = await self._build()
+        self._assemble(layout)
+        await self._desk.start()
+        await self._votes.start()
+        await self._allreduce.start()
+        await BulkServer(node, self._serve).start()
+        await self._hear_the_swarm(bool(addresses or membership.known()), progress)
+
+    async def _follow_membership(self, membership: Membership) -> None:
+        """A peer that comes or goes may change what the round protocol waits for."""
+        seen: frozenset[str] = frozenset()
+        while True:
+            seen = await membership.wait_changed(seen)
+            self.view.notify()
+
+    async def _build(self) -> Layout:
+        """Have the worker build model and data; sealing a run has done so already."""
+        compute = self._compute
+        compute.run_id, compute.peer_id = self._manifest.run_id, self._node.peer_id
+        remembered = self.folder.path / "worker.json"
+        if compute.ready:
+            return compute.layout
+        return await compute.build(self._manifest, self._sealed[2], remembered, self._settings.startup_timeout_s)
+
+    def _assemble(self, layout: Layout) -> None:
+        """Load the newest state of this peer and put the round protocol on top of it."""
+        manifest, view, compute = self._manifest, self.view, self._compute
+        run_id, section = manifest.run_id, manifest.round
+        state = snapshot.newest(self.folder.path / "state", run_id, layout, params_out=compute.params)
+        if state is None:
+            state = SharedState.initial(layout, compute.params)
+        keeper = self._keeper = StateKeeper(state, AdamW(manifest.optimizer, section.rounds, layout), self._node)
+        self._saved_head = keeper.head
+        self._desk = RosterDesk(self._node, view, section, run_id)
+        self._votes = VoteBox(self._node, view)
+        self._allreduce = DenseAllReduce(self._node)
+        runner = RoundRunner(view, self._desk, self._votes, self._allreduce, keeper, section, run_id)
+        self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)
+
+    async def _hear_the_swarm(self, expected: bool, progress: Progress) -> None:
+        """Listen who is there before the first round, so that nobody trains alone beside a swarm.
+
+        A state of round 0 counts only with the digest that the manifest gives; a machine whose own differs, as
+        other hardware may make it, waits until it has one from a peer.
+        """
+        view = self.view
+        view.say(head=self.keeper.head, phase="joining")
+        if expected:
+            progress("listening for the swarm")
+            await view.wait_until(lambda: bool(view.statuses()), HEARING_S)
+        wrong = self.keeper.head[0] == 0 and self.keeper.head[1].hex() != self._manifest.initial_state
+        while wrong:
+            progress("this machine makes other initial weights than the founder's; fetching the run's")
+            head = plan.head_to_follow(None, view.statuses())
+            if head is not None and await self.keeper.follow(head, plan.donors(head, view.statuses())):
+                return
+            await view.wait_change(1.0)
+
+    async def _serve(self, request: dict[str, Any]) -> Blob | None:
+        return tokenizer_blob(self._sealed, request) or await self.keeper.serve(request)
+
+    def _on_round(self, record: RoundRecord) -> None:
+        """Keep what a round measured, and save the state when the settings ask for it."""
+        self._records.write(record)
+        self._last = record
+        self._losses.append(record.loss)
+        if record.validation_loss is not None:
+            self._validation_loss = record.validation_loss
+        self.view.say(tokens_per_s=self._compute.tokens_per_s)
+        if record.round % self._settings.save_every == 0 and (self._saving is None or self._saving.done()):
+            self._saving = asyncio.create_task(self._save_quietly())
+
+    async def save(self) -> None:
+        """Save the state as it is now. Raises StateError."""
+        if self.keeper.head == self._saved_head:
+            return
+        async with self.keeper.held() as state:
+            folder = self.folder.path / "state"
+            await asyncio.to_thread(snapshot.save, folder, state, self._manifest.run_id)
+            self._saved_head = self.keeper.head
+
+    async def _save_quietly(self) -> None:
+        """Save, and go on without if the disk does not take it: training is worth more than this copy."""
+        try:
+            await self.save()
+        except StateError as error:
+            log.error("%s", error)
+
+    def invite(self) -> str:
+        """The string with which others join, with the addresses that we know of ourselves now."""
+        return Invite(
+            run_id=self._manifest.run_id, founder=self._manifest.founder, addresses=tuple(self._node.addresses())
+        ).encode()
+
+    def status(self) -> dict[str, Any]:
+        """What `p2pllm status` shows; every number is measured or counted by this daemon."""
+        own, others = self.view.own, self.view.statuses()
+        traffic = self._node.traffic
+        return {
+            "run_name": self._manifest.name,
+            "run_id": self._manifest.run_id,
+            "name": self.folder.name,
+            "peer_id": self._node.peer_id,
+            "invite": self.invite(),
+            "phase": own.phase,
+            "round": own.round,
+            "rounds": self._manifest.round.rounds,
+            "samples": own.samples,
+            "state_digest": own.digest.hex(),
+            "loss": None if self._last is None else self._last.loss,
+            "validation_loss": self._validation_loss,
+            "losses": [round(loss, 4) for loss in self._losses],
+            "tokens_per_s": self._compute.tokens_per_s,
+            "swarm_tokens_per_s": self._compute.tokens_per_s + sum(s.tokens_per_s for s in others.values()),
+            "bytes_sent": traffic.calls_sent + traffic.streams_sent,
+            "bytes_received": traffic.calls_received + traffic.streams_received,
+            "device": self._compute.device,
+            "micro_batch": self._compute.micro_batch,
+            "worker_restarts": self._compute.restarts,
+            "network_restarts": self._node.restarts,
+            "uptime_s": time.time() - self._started,
+            "peers": [
+                {
+                    "peer": peer,
+                    "phase": status.phase,
+                    "round": status.round,
+                    "samples": status.samples,
+                    "tokens_per_s": status.tokens_per_s,
+                    "state_digest": status.digest.hex(),
+                }
+                for peer, status in sorted(others.items())
+            ],
+        }
+
+    async def stop(self) -> None:
+        """Say goodbye, save the state, and end the network. Raises StateError if the state cannot be saved."""
+        try:
+            if self._keeper is not None:
+                self.view.say(phase="leaving", samples=0)
+                await self.save()
+        finally:
+            if self._membership is not None:
+                self._following.cancel()
+                await self._membership.stop()
+            self._records.close()

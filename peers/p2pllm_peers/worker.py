@@ -1,0 +1,233 @@
+"""The worker: the process that computes. It owns the device, the model and the data, and no network.
+
+The daemon starts it, writes commands to its standard input and reads events from its standard output, one JSON
+object a line. The first line in is the job. Parameters come and updates go through one shared file of
+2 * parameters float32 values: first the parameters, then the update.
+
+    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "runtime_dir"}
+    in       {"do": "begin", "round", "run_id", "peer"}, {"do": "finish" | "abandon" | "evaluate" | "exit"}
+    out      progress, ready, step, micro_batch, update, abandoned, validation, error
+
+When its standard input closes the daemon is gone, however it died: the worker then removes the sockets that the
+daemon could not remove, and ends at once.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import mmap
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import time
+from typing import Any, TextIO
+
+import numpy as np
+
+from p2pllm.errors import P2PLLMError
+from p2pllm.manifest import RunDraft
+from p2pllm.settings import PeerSettings
+
+Command = dict[str, Any]
+
+LARGEST_SHARE = 8
+"""A micro-batch is at most one such part of a round's samples, so that rounds end near their target."""
+
+_PROGRESS_EVERY_S = 0.5
+
+
+class Pipe:
+    """The daemon's end of the talk: commands in, events out."""
+
+    def __init__(self, source: TextIO, sink: TextIO) -> None:
+        self._source = source
+        self._sink = sink
+        self._commands: queue.Queue[Command] = queue.Queue()
+        self._last_progress = 0.0
+        self.runtime_dir = ""
+
+    def start(self) -> Command:
+        """Wait for the job, then listen in a thread of its own."""
+        line = self._source.readline()
+        if not line:
+            os._exit(0)
+        job: Command = json.loads(line)
+        self.runtime_dir = job["runtime_dir"]
+        threading.Thread(target=self._listen, daemon=True).start()
+        return job
+
+    def next(self, *, wait: bool) -> Command | None:
+        """The next command; None if there is none and we shall not wait."""
+        try:
+            return self._commands.get(block=wait)
+        except queue.Empty:
+            return None
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Tell the daemon."""
+        self._sink.write(json.dumps({"event": event, **fields}) + "\n")
+        self._sink.flush()
+
+    def tokenising(self, done: int, total: int) -> None:
+        """Report progress of a long preparation, not too often."""
+        if time.monotonic() - self._last_progress > _PROGRESS_EVERY_S:
+            self._last_progress = time.monotonic()
+            self.emit("progress", text=f"reading the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+    def _listen(self) -> None:
+        for line in self._source:
+            self._commands.put(json.loads(line))
+        # The daemon is gone, perhaps killed: clean up behind it. From this thread, because the main one may be
+        # in the middle of a long computation.
+        shutil.rmtree(self.runtime_dir, ignore_errors=True)
+        os._exit(0)
+
+
+class Worker:
+    """The model, the data and the round under way."""
+
+    def __init__(self, pipe: Pipe, job: Command) -> None:
+        """Build everything the job names. Raises what the training package raises for input that is not usable."""
+        # Here and not at the top: the daemon hears progress before these seconds, and tests import this module.
+        import torch
+        from p2pllm.training import data, device, inner, model, sources, tokenizer
+
+        self._pipe = pipe
+        settings, draft = PeerSettings(**job["settings"]), RunDraft.model_validate(job["draft"])
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self._device = device.choose_device(settings.device)
+        tokens = tokenizer.load_tokenizer(base64.b64decode(job["tokenizer"]) if job["tokenizer"] else None)
+        pipe.emit("progress", text="building the model")
+        self._model = model.build(draft, tokens)
+        layout = model.layout_of(self._model)
+        self._params, self._update = _map(job["shared_fd"], layout.size)
+        if job["fresh"]:
+            model.read_params(self._model, self._params)
+        self._model.to(self._device)
+        pipe.emit("progress", text="reading the text")
+        self._corpus = data.Corpus.open(draft.data, tokens, settings.cache, settings.data_path, pipe.tokenising)
+        digest = draft.data.digest
+        if draft.data.source != "stdlib" and not digest:
+            found = sources.documents(draft.data.source, settings.data_path)
+            digest = sources.text_digest(found, pipe.tokenising)
+        self._accumulator = self._accumulate("", "", job["micro_batch"] or 1)
+        if not job["micro_batch"]:
+            pipe.emit("progress", text="finding the micro-batch that suits this device")
+            self._accumulator.find_micro_batch(limit=max(1, draft.round.samples // LARGEST_SHARE))
+        self._drawn_for = ("", "")
+        self._round: int | None = None
+        self._steps: list[int] = []
+        self._loss = 0.0
+        pipe.emit(
+            "ready",
+            layout=layout.to_json(),
+            device=str(self._device),
+            micro_batch=self._accumulator.micro_batch,
+            data_digest=digest,
+        )
+
+    def _accumulate(self, run_id: str, peer: str, micro_batch: int) -> Any:
+        from p2pllm.training.inner import GradientAccumulator
+
+        return GradientAccumulator(
+            self._model, self._corpus, self._device, run_id=run_id, peer=peer, micro_batch=micro_batch
+        )
+
+    def run(self) -> None:
+        """Obey commands; between them compute, if a round is under way."""
+        while True:
+            command = self._pipe.next(wait=self._round is None)
+            match command and command["do"]:
+                case None:
+                    self._step()
+                case "begin":
+                    assert command is not None  # noqa: S101 - matched above
+                    self._begin(command)
+                case "finish":
+                    self._finish()
+                case "abandon":
+                    self._abandon()
+                    self._pipe.emit("abandoned")
+                case "evaluate":
+                    self._evaluate()
+                case "exit":
+                    return
+
+    def _begin(self, command: Command) -> None:
+        """Take the parameters from the shared memory and start on a round."""
+        from p2pllm.training.model import write_params
+
+        self._abandon()
+        drawn_for = (command["run_id"], command["peer"])
+        if drawn_for != self._drawn_for:
+            self._accumulator = self._accumulate(*drawn_for, self._accumulator.micro_batch)
+            self._drawn_for = drawn_for
+        write_params(self._model, self._params)
+        self._round = command["round"]
+
+    def _step(self) -> None:
+        """One micro-batch."""
+        before = self._accumulator.micro_batch
+        result = self._accumulator.step(self._round, len(self._steps), before)
+        self._steps.append(result.samples)
+        self._loss += result.loss * result.samples
+        self._pipe.emit("step", round=self._round, samples=self._accumulator.samples, tokens=result.tokens)
+        if self._accumulator.micro_batch != before:
+            self._pipe.emit("micro_batch", micro_batch=self._accumulator.micro_batch)
+
+    def _finish(self) -> None:
+        """Hand over the mean gradient in the shared memory."""
+        if self._round is not None and not self._steps:
+            self._step()  # the swarm is done before our first micro-batch: it is nearly free and makes us a member
+        samples = self._accumulator.finish(self._update)
+        loss = self._loss / max(1, samples)
+        self._pipe.emit("update", samples=samples, loss=loss, steps=self._steps)
+        self._abandon()
+
+    def _abandon(self) -> None:
+        self._accumulator.reset()
+        self._round, self._steps, self._loss = None, [], 0.0
+
+    def _evaluate(self) -> None:
+        from p2pllm.training.evaluate import validation_loss
+        from p2pllm.training.model import write_params
+
+        write_params(self._model, self._params)
+        windows = self._corpus.validation_windows()
+        loss = validation_loss(self._model, windows, self._device, self._accumulator.micro_batch)
+        self._pipe.emit("validation", loss=loss)
+
+
+def _map(handle: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The shared memory as (parameters, update), float32 vectors of `size` elements."""
+    if os.fstat(handle).st_size != 8 * size:
+        os.ftruncate(handle, 8 * size)
+    both = np.frombuffer(mmap.mmap(handle, 8 * size), dtype="<f4")
+    return both[:size], both[size:]
+
+
+def main() -> None:
+    """Entry of the process: `python -m p2pllm_peers.worker`, started by the daemon only."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when we end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break the protocol
+    pipe = Pipe(sys.stdin, events)
+    import torch  # noqa: F401 - load the libraries while the daemon finds out what to compute
+    from p2pllm.training import inner, model  # noqa: F401
+
+    job = pipe.start()
+    try:
+        Worker(pipe, job).run()
+    except P2PLLMError as error:
+        pipe.emit("error", kind=type(error).__name__, message=str(error))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
