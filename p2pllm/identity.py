@@ -1,8 +1,8 @@
 """Identity: the Ed25519 key of one peer, what it signs, and how others check it.
 
-The key file is libp2p's own format, so p2pd reads the same file. A peer id of an Ed25519 key holds the public key
-itself: whoever knows the id can check a signature without asking anybody. What does not live here: what is signed
-(records, votes, manifests build their own bytes) and anything that imports hivemind.
+The key file is libp2p's own format, so p2pd reads the same file. A peer id of an Ed25519 key holds the public
+key itself: whoever knows the id can check a signature without asking anybody. What does not live here: what
+is signed (records, votes, manifests build their own bytes) and anything that imports hivemind.
 """
 
 from __future__ import annotations
@@ -65,12 +65,16 @@ class Identity:
             raise StateError(f"The key file {path} cannot be used: {error.strerror or error}.") from None
 
     def sign(self, domain: str, data: bytes) -> bytes:
-        """Sign `data` for one purpose; a signature made for another `domain` does not verify. Returns 64 bytes."""
+        """Sign `data` for one purpose; a signature made for another `domain` does not verify. Returns 64
+        bytes.
+        """
         return self._key.sign(_message(domain, data))
 
 
 def verify(peer_id: str, domain: str, data: bytes, signature: bytes) -> bool:
-    """Whether the peer signed `data` for `domain`. False, never an exception, for malformed ids and signatures."""
+    """Whether the peer signed `data` for `domain`. False, never an exception, for malformed ids and
+    signatures.
+    """
     try:
         key = public_key_of(peer_id)
         Ed25519PublicKey.from_public_bytes(key).verify(signature, _message(domain, data))
@@ -80,7 +84,9 @@ def verify(peer_id: str, domain: str, data: bytes, signature: bytes) -> bool:
 
 
 def peer_id_of(public_key: bytes) -> str:
-    """The libp2p peer id, base58, of a raw Ed25519 public key of 32 bytes. Raises ValueError for other lengths."""
+    """The libp2p peer id, base58, of a raw Ed25519 public key of 32 bytes. Raises ValueError for other
+    lengths.
+    """
     if len(public_key) != PUBLIC_KEY_BYTES:
         raise ValueError(f"a public key has {PUBLIC_KEY_BYTES} bytes, not {len(public_key)}")
     # the multihash starts with exactly one zero byte, which base58 writes as one "1"
@@ -160,6 +166,4 @@ def _read(path: Path) -> Ed25519PrivateKey:
 
 
 def _damaged(path: Path) -> StateError:
-    return StateError(
-        f"The key file {path} is damaged or of another kind; restore it from a copy, or delete it to get a new identity."
-    )
+    return StateError(f"The key file {path} is damaged; restore it from a copy, or delete it to get a new identity.")

@@ -1,12 +1,12 @@
 """Invite: one line of text that lets somebody join a run.
 
-It names the run, the founder's key (which signs the manifest) and a few addresses of peers. It is lower-case base32,
-so that no shell, chat program or web address changes it, and it ends in a checksum that finds typing errors. What
-does not live here: secrets (an invite may be published) and whether anybody answers (`network`).
+It names the run, the founder's key (which signs the manifest) and a few addresses of peers. It is lower-case
+base32, so that no shell, chat program or web address changes it, and it ends in a checksum that finds typing
+errors. What does not live here: secrets (an invite may be published) and whether anybody answers (`network`).
 
-Bytes: version, length of all (2), checked part, checksum (6). The checked part of version 1: run id (32), founder's
-key (32), number of further keys, these keys (32 each), number of addresses, and for each address the number of its
-key (0 is the founder), its length, and its binary multiaddress.
+Bytes: version, length of all (2), checked part, checksum (6). The checked part of version 1: run id (32),
+founder's key (32), number of further keys, these keys (32 each), number of addresses, and for each address
+the number of its key (0 is the founder), its length, and its binary multiaddress.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ _AROUND = " \t\r\n\"'`<>()[]{}.,;"
 class Invite:
     """How to find a run.
 
-    run_id: 64 hex digits. founder: peer id. addresses: 1 to 8 multiaddresses; those without a /p2p/ID at their end
-    are the founder's, and get it added. Raises InviteError for values that no run has.
+    run_id: 64 hex digits. founder: peer id. addresses: 1 to 8 multiaddresses; those without a /p2p/ID at their end are
+    the founder's, and get it added; all are brought into their usual spelling. Raises InviteError for values that no
+    run has.
     """
 
     run_id: str
@@ -95,9 +96,7 @@ class Invite:
         try:
             return _parse(data[_HEAD:-_CHECKSUM])
         except (ValueError, IndexError):
-            raise InviteError(
-                "The invite is damaged although its checksum fits; ask for a new one."
-            ) from None
+            raise InviteError("The invite is damaged although its checksum fits; ask for a new one.") from None
 
 
 def _whole(address: str, founder: str) -> str:
@@ -105,16 +104,15 @@ def _whole(address: str, founder: str) -> str:
     place, mark, peer = address.rpartition("/p2p/")
     if not mark or not is_peer_id(peer):
         place, peer = address, founder
-    whole = f"{place}/p2p/{peer}"
-    if len(whole.encode()) > MAX_ADDRESS_BYTES:
-        raise InviteError(f"The address {whole[:60]}… is longer than {MAX_ADDRESS_BYTES} bytes.")
+    if len(f"{place}/p2p/{peer}".encode()) > MAX_ADDRESS_BYTES:
+        raise InviteError(f"The address {place[:60]}… is longer than {MAX_ADDRESS_BYTES} bytes.")
     try:
-        same = _to_text(_to_bytes(place)) == place
+        usual = _to_text(_to_bytes(place))  # of several ways to write an address the one that decoding will give
     except ValueError:
-        same = False
-    if not same or not place:
+        usual = ""
+    if not usual.strip("/"):
         raise InviteError(f"{address} is not an address like /ip4/192.0.2.1/tcp/4001.")
-    return whole
+    return f"{usual}/p2p/{peer}"
 
 
 def _parse(body: bytes) -> Invite:

@@ -33,7 +33,9 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The architecture: any causal language model that transformers' AutoConfig knows."""
 
-    type: str = Field("llama", max_length=64, description="transformers' model_type, for example llama, qwen3, gpt2")
+    type: str = Field(
+        "llama", max_length=64, description="transformers' model_type, for example llama, qwen3, gpt2"
+    )
     config: dict[str, Any] = Field(
         default={
             "hidden_size": 128,
@@ -77,7 +79,9 @@ class DataSection(_Section):
         description='BLAKE3 over the text of a "text:" source; `start` fills it in; "" accepts any text',
     )
     context_length: int = Field(128, ge=8, le=1 << 20, description="tokens a sample")
-    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of the documents that is held out")
+    validation_fraction: float = Field(
+        0.02, gt=0, lt=0.5, description="share of the documents that is held out"
+    )
     validation_samples: int = Field(32, ge=1, le=65536, description="held-out samples of one evaluation")
     validation_every: int = Field(10, ge=1, description="rounds between evaluations")
 
@@ -95,27 +99,42 @@ class OptimizerSection(_Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, a round")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment, a round")
     epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay, times the learning rate, a round")
-    clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of the averaged gradient; 0 does not clip")
+    weight_decay: float = Field(
+        0.1, ge=0, le=10, description="decoupled decay, times the learning rate, a round"
+    )
+    clip_norm: float = Field(
+        1.0, ge=0, description="largest L2 norm of the averaged gradient; 0 does not clip"
+    )
     warmup_rounds: int = Field(10, ge=0, description="rounds in which the learning rate rises linearly")
     final_fraction: float = Field(
-        0.1, ge=0, le=1, description="learning rate of the last round as a share of the peak; it falls linearly"
+        0.1,
+        ge=0,
+        le=1,
+        description="learning rate of the last round as a share of the peak; it falls linearly",
     )
 
 
 class RoundSection(_Section):
     """When a round ends and how its updates are averaged."""
 
-    strategy: Literal["sync"] = Field("sync", description="sync: peers average gradients, then all apply the same step")
+    strategy: Literal["sync"] = Field(
+        "sync", description="sync: peers average gradients, then all apply the same step"
+    )
     rounds: int = Field(200, ge=1, le=10**9, description="rounds of the whole run")
     samples: int = Field(96, ge=1, le=10**9, description="samples that the swarm gathers in one round")
-    deadline_s: float = Field(60.0, ge=1, le=86400, description="seconds after which a round ends with what it has")
+    deadline_s: float = Field(
+        60.0, ge=1, le=86400, description="seconds after which a round ends with what it has"
+    )
     roster_wait_s: float = Field(
-        5.0, ge=0.5, le=600, description="seconds that a finished round waits for live peers that are not in yet"
+        5.0,
+        ge=0.5,
+        le=600,
+        description="seconds that a finished round waits for live peers that are not in yet",
     )
     exchange_deadline_s: float = Field(
         60.0, ge=1, le=3600, description="seconds that one all-reduce may take before it is retried"
     )
+    min_peers: int = Field(1, ge=1, le=64, description="peers that must be there for a round to begin")
     max_peers: int = Field(64, ge=1, le=64, description="largest roster of one round")
     codec: Literal["fp32", "fp16"] = Field("fp32", description="how values travel in the all-reduce")
 
@@ -123,8 +142,13 @@ class RoundSection(_Section):
 class RunDraft(_Section):
     """What an organiser writes. Every section may be left out; its defaults then hold."""
 
-    name: str = Field("stdlib-llama", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-                      description="a short name for people; letters, digits, dots and dashes")
+    name: str = Field(
+        "stdlib-llama",
+        min_length=1,
+        max_length=64,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="a short name for people; letters, digits, dots and dashes",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights and of every draw of data")
     model: ModelSection = ModelSection()
     tokenizer: TokenizerSection = TokenizerSection()
@@ -171,13 +195,17 @@ class RunManifest(RunDraft):
         Raises ManifestError if the bytes are too many, malformed, not canonical, or of another run.
         """
         if len(data) > MAX_MANIFEST_BYTES:
-            raise ManifestError(f"The manifest has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} allowed.")
+            raise ManifestError(
+                f"The manifest has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} allowed."
+            )
         try:
             manifest = cls.model_validate_json(data)
         except ValidationError as error:
             raise ManifestError(f"The manifest is not valid: {explain(error)}.") from None
         if manifest.canonical_bytes() != data:
-            raise ManifestError("The manifest is not in its canonical form; another version of p2pllm wrote it.")
+            raise ManifestError(
+                "The manifest is not in its canonical form; another version of p2pllm wrote it."
+            )
         if run_id is not None and manifest.run_id != run_id:
             raise ManifestError(f"The manifest belongs to run {manifest.run_id[:16]}, not to {run_id[:16]}.")
         return manifest
@@ -223,7 +251,9 @@ def load_draft(path: Path) -> RunDraft:
     return draft.model_copy(
         update={
             "tokenizer": TokenizerSection(source=_anchored(draft.tokenizer.source, "file:", path.parent)),
-            "data": draft.data.model_copy(update={"source": _anchored(draft.data.source, "text:", path.parent)}),
+            "data": draft.data.model_copy(
+                update={"source": _anchored(draft.data.source, "text:", path.parent)}
+            ),
         }
     )
 

@@ -15,7 +15,12 @@ from pathlib import Path
 
 import platformdirs
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from p2pllm.errors import SettingsError
 from p2pllm.manifest import explain
@@ -32,10 +37,13 @@ def settings_file() -> Path:
 class PeerSettings(BaseSettings):
     """What one peer may choose; every field has a default that works."""
 
-    model_config = SettingsConfigDict(env_prefix="P2PLLM_", extra="forbid", frozen=True, validate_default=True)
+    model_config = SettingsConfigDict(
+        env_prefix="P2PLLM_", extra="forbid", frozen=True, validate_default=True
+    )
 
     home: Path = Field(
-        Path(platformdirs.user_data_dir("p2pllm")), description="folder of keys, runs, states and logs of this machine"
+        Path(platformdirs.user_data_dir("p2pllm")),
+        description="folder of keys, runs, states and logs of this machine",
     )
     cache: Path = Field(Path(platformdirs.user_cache_dir("p2pllm")), description="folder of tokenised text")
     device: str = Field(
@@ -45,11 +53,17 @@ class PeerSettings(BaseSettings):
     micro_batch: int = Field(0, ge=0, le=65536, description="samples computed at once; 0 = found by itself")
     listen_host: str = Field("0.0.0.0", description="IP address to listen on")  # noqa: S104 - peers must reach it
     listen_port: int = Field(0, ge=0, le=65535, description="TCP port to listen on; 0 = any free one")
-    announce: tuple[str, ...] = Field((), description="multiaddresses that others shall use instead of the found ones")
+    announce: tuple[str, ...] = Field(
+        (), description="multiaddresses that others shall use instead of the found ones"
+    )
     nat: bool = Field(True, description="open a port on the router and use relays when behind one")
     data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
-    save_every: int = Field(10, ge=1, le=10**9, description="rounds between saved states; one is always saved on leaving")
-    startup_timeout_s: float = Field(120.0, ge=1, le=3600, description="seconds that p2pd and the worker may take to start")
+    save_every: int = Field(
+        10, ge=1, le=10**9, description="rounds between saved states; one is always saved on leaving"
+    )
+    startup_timeout_s: float = Field(
+        120.0, ge=1, le=3600, description="seconds that p2pd and the worker may take to start"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -61,7 +75,11 @@ class PeerSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then environment, then the file."""
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=settings_file()))
+        return (
+            init_settings,
+            env_settings,
+            TomlConfigSettingsSource(settings_cls, toml_file=settings_file()),
+        )
 
 
 def load_settings(**flags: object) -> PeerSettings:

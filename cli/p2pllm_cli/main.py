@@ -29,7 +29,16 @@ def cli() -> None:
     """
 
 
-for command in (peer.new, peer.start, peer.join, local.status, local.leave, local.logs, model.generate, model.export):
+for command in (
+    peer.new,
+    peer.start,
+    peer.join,
+    local.status,
+    local.leave,
+    local.logs,
+    model.generate,
+    model.export,
+):
     cli.add_command(command)
 cli.add_command(swarm.swarm)
 

@@ -39,7 +39,8 @@ def start(path: Path, detach: bool, name: str | None, **flags: Any) -> None:
     draft = load_draft(path)
     settings = settings_of(flags)
     _take_part(
-        Order(settings, name=_checked(name), draft=draft.model_dump(mode="json"), foreground=not detach), detach=detach
+        Order(settings, name=_checked(name), draft=draft.model_dump(mode="json"), foreground=not detach),
+        detach=detach,
     )
 
 
@@ -86,7 +87,9 @@ def _take_part(order: Any, *, detach: bool) -> None:
     if order.draft is not None:
         click.echo(f"Invite: {ready['invite']}")
     if detach:
-        click.echo(f"Taking part in run {ready['run_id'][:16]} as '{ready['name']}' in the background; see p2pllm status.")
+        click.echo(
+            f"Taking part in run {ready['run_id'][:16]} as '{ready['name']}' in the background; see p2pllm status."
+        )
         return
     leaving = False
 

@@ -114,7 +114,10 @@ def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
     facts.add_row("round", f"{status['round']} of {status['rounds']}", "phase", status["phase"])
     facts.add_row("loss", _loss(status["loss"]), "validation", _loss(status.get("validation_loss")))
     facts.add_row(
-        "tokens/s", f"{status['tokens_per_s']:,.0f} here", "", f"{status['swarm_tokens_per_s']:,.0f} in the swarm"
+        "tokens/s",
+        f"{status['tokens_per_s']:,.0f} here",
+        "",
+        f"{status['swarm_tokens_per_s']:,.0f} in the swarm",
     )
     facts.add_row("sent", size(status["bytes_sent"]), "received", size(status["bytes_received"]))
     facts.add_row("device", status["device"], "micro-batch", str(status["micro_batch"]))
@@ -125,7 +128,10 @@ def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
     parts.append(peer_table([me, *status["peers"]]))
     bottom = "leaving: finishing the round ..." if leaving else "Ctrl+C leaves"
     return Panel(
-        Group(*parts), title=f"{status['run_name']}  {status['run_id'][:16]}", subtitle=bottom, width=min(78, console.width)
+        Group(*parts),
+        title=f"{status['run_name']}  {status['run_id'][:16]}",
+        subtitle=bottom,
+        width=min(78, console.width),
     )
 
 

@@ -2,9 +2,9 @@
 
 Reduce-scatter and all-gather over the same streams: member i reduces span i of the vector. Everybody opens
 one stream to every other member, sends the header and its own values of that member's span, and reads back
-the mean of it (Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005: the direct
-form, best for long vectors). A mean is encoded once, and its reducer too uses what the others decode, so all
-members hold the same bits.
+the mean of it (Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005: the
+direct form, best for long vectors). A mean is encoded once, and its reducer too uses what the others decode,
+so all members hold the same bits.
 
 What does not live here: finding the attempt that an incoming stream belongs to, and telling others that we
 gave up; `dense` does both.
@@ -58,13 +58,12 @@ class Attempt:
         self._vector = vector
         self._codec = codec(group.codec)
         self._part_elements = part_elements
+        self._own = np.empty(min(part_elements, group.size), np.float32)
         self._stall = stall_timeout
         self._vigil = Vigil(stall_timeout)
         self._shares = group.shares()
         loop = asyncio.get_running_loop()
-        self._arrivals: dict[str, asyncio.Future[Channel]] = {
-            peer: loop.create_future() for peer in self.others
-        }
+        self._arrivals: dict[str, asyncio.Future[Channel]] = {peer: loop.create_future() for peer in self.others}
         self._interrupted: asyncio.Future[None] = loop.create_future()
         self._over = asyncio.Event()
 
@@ -228,7 +227,7 @@ class Attempt:
         """Write the mean of a part to the aggregate, and return its encoded bytes."""
         mean = self.aggregate[part]
         # Our own values count as the others would get them.
-        terms[self._me] = self._decode(self._encode_own(part), np.empty_like(mean))
+        terms[self._me] = self._decode(self._encode_own(part), self._own[: mean.size])
         started = time.perf_counter()
         try:
             weighted_mean([terms[member] for member in self.group.members], self._shares, mean)
@@ -249,7 +248,7 @@ class Attempt:
                 with blaming(channel.peer):
                     await channel.flush()
 
-    # -- bytes and values --------------------------------------------------------------------------------------
+    # -- bytes and values ----------------------------------------------------------------------------
 
     def _parts(self, peer: str) -> list[slice]:
         return self.group.parts(self.group.members.index(peer), self._part_elements)

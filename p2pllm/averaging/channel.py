@@ -9,6 +9,7 @@ bytes mean, and whom to blame.
 from __future__ import annotations
 
 import asyncio
+import socket
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ class Channel:
         self._writer = writer
         self._rest = memoryview(b"")
         self._direct: _DirectProtocol | None = None
+        _widen(writer)
 
     async def take_over(self) -> None:
         """Read straight from the socket from now on, if there is one; no read may be under way."""
@@ -104,13 +106,28 @@ class Channel:
         self._writer.transport.abort()
 
 
+def _widen(writer: StreamWriter) -> None:
+    """Let whole chunks go from the array to the socket.
+
+    What a socket does not take at once asyncio copies to a buffer of its own. So wait until that buffer is
+    empty, and let the socket take a chunk; on TCP the kernel itself knows best.
+    """
+    sock = writer.get_extra_info("socket")
+    if sock is None:
+        return
+    writer.transport.set_write_buffer_limits(high=0)
+    if sock.family == socket.AF_UNIX:
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHUNK_BYTES)  # Linux doubles it
+
+
 class _DirectProtocol(asyncio.BufferedProtocol):
     """Lets the transport write what comes into the array that `fill` names, and reads nothing otherwise."""
 
     def __init__(self, transport: asyncio.Transport, receiving: Wait) -> None:
         self._transport = transport
         self._receiving = receiving
-        # drain() and wait_closed() of the StreamWriter live in the stream's own protocol: pass on what they need.
+        # The StreamWriter's drain() and wait_closed() live in the stream's own protocol: it must hear, too.
         self._below = transport.get_protocol()
         self._target = memoryview(b"")
         self._waiter: asyncio.Future[None] | None = None

@@ -103,6 +103,4 @@ def _bytes(array: NDArray[Any]) -> memoryview:
 
 def _check_length(used: Codec, data: bytes | bytearray | memoryview, count: int) -> None:
     if len(data) != used.bytes_for(count):
-        raise ValueError(
-            f"{count} {used.name} values take {used.bytes_for(count)} bytes, but {len(data)} came."
-        )
+        raise ValueError(f"{count} {used.name} values take {used.bytes_for(count)} bytes, but {len(data)} came.")

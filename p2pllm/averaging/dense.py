@@ -1,9 +1,9 @@
 """DenseAllReduce: the exact weighted mean of one float32 vector over a group of peers, or nothing.
 
-All members end with the same bits, or an attempt fails; a peer's failure is a result, never an exception. Here live
-the entry point, the streams that others open to us, and the notice by which who gives up first tells the rest, so
-that nobody blames a victim. What does not live here: the exchange itself (`attempt`), who is in a group, and what
-happens after a failure (`rounds`).
+All members end with the same bits, or an attempt fails; a peer's failure is a result, never an exception.
+Here live the entry point, the streams that others open to us, and the notice by which who gives up first
+tells the rest, so that nobody blames a victim. What does not live here: the exchange itself (`attempt`), who
+is in a group, and what happens after a failure (`rounds`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class DenseAllReduce:
     """Runs all-reduces over a Transport, several groups at once if need be.
 
     transport: streams and calls. stall_timeout: seconds without any progress after which a peer has failed.
-    part_bytes: float32 bytes that are reduced at a time; the same at all peers. pending_timeout: seconds that the
-    stream of a faster peer waits for us to start.
+    part_bytes: float32 bytes that are reduced at a time; the same at all peers. pending_timeout: seconds
+    that the stream of a faster peer waits for us to start.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class DenseAllReduce:
             self._ended.popitem(last=False)
         return self._accused.pop(group_id)
 
-    # -- streams that others open ------------------------------------------------------------------------------
+    # -- streams that others open --------------------------------------------------------------------
 
     async def _on_stream(self, caller: str, reader: StreamReader, writer: StreamWriter) -> None:
-        """Read the header, find or await the attempt, and leave the stream to it; closed when this returns."""
+        """Read the header, find or await the attempt, and leave the stream to it."""
         if self._pending[caller] >= MAX_PENDING_PER_PEER or self._pending.total() >= MAX_PENDING:
             return await refuse(REFUSED, reader, writer)
         self._pending[caller] += 1
@@ -164,7 +164,7 @@ class DenseAllReduce:
         return header[at : at + GROUP_ID_BYTES], header[at + GROUP_ID_BYTES :]
 
     async def _await_start(self, group_id: bytes) -> Attempt | None:
-        """The running attempt of a group, if need be when it starts; None if it is over. Raises TimeoutError."""
+        """The attempt of a group, once it runs; None if it is over. Raises TimeoutError."""
         if group_id in self._attempts:
             return self._attempts[group_id]
         if group_id in self._ended:
@@ -179,7 +179,7 @@ class DenseAllReduce:
                 del self._starts[group_id]
             raise
 
-    # -- giving up together ------------------------------------------------------------------------------------
+    # -- giving up together --------------------------------------------------------------------------
 
     async def _tell(self, attempt: Attempt, gave_up: GaveUp, timeout: float) -> None:
         """Tell the others, before our streams close, that we give up and whom we hold responsible."""

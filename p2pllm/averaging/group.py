@@ -1,7 +1,7 @@
 """Group and ExchangeResult: what goes into one all-reduce and what comes out; and how the vector is cut.
 
-Every number that frames the wire (spans, parts, their bytes) follows from the Group alone, so no length is ever
-read from the network. What does not live here: moving bytes.
+Every number that frames the wire (spans, parts, their bytes) follows from the Group alone, so no length is
+ever read from the network. What does not live here: moving bytes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Group:
         return [np.float32(weight / total) for weight in self.weights]
 
     def span(self, index: int) -> range:
-        """The elements that member `index` reduces; contiguous, in roster order, empty for some if size is small."""
+        """The elements that member `index` reduces: contiguous, in roster order, maybe empty."""
         blocks = -(-self.size // _ALIGN)
         base, extra = divmod(blocks, len(self.members))
         first = index * base + min(index, extra)
@@ -86,10 +86,7 @@ class Group:
     def parts(self, index: int, part_elements: int) -> list[slice]:
         """The span of member `index` in pieces of `part_elements`; the last may be smaller."""
         span = self.span(index)
-        return [
-            slice(at, min(at + part_elements, span.stop))
-            for at in range(span.start, span.stop, part_elements)
-        ]
+        return [slice(at, min(at + part_elements, span.stop)) for at in range(span.start, span.stop, part_elements)]
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,9 @@ class ExchangeResult:
     """What became of one attempt, as seen by one member."""
 
     aggregate: NDArray[np.float32] | None
-    """float32 (size,), the weighted mean, the same bits at every member that has one; None if the attempt failed."""
+    """float32 (size,), the weighted mean, the same bits wherever there is one; None after a failure."""
     failed: frozenset[str]
-    """Members that caused the failure, as far as seen from here: silent, gone, or sent what cannot be used."""
+    """Members that caused the failure, as far as seen from here: silent, gone, or sending nonsense."""
     reason: str
     """One sentence; empty if the attempt succeeded."""
     bytes_sent: int
@@ -107,4 +104,4 @@ class ExchangeResult:
     accused: dict[str, frozenset[str]] = field(default_factory=dict)
     """Hearsay: member that gave up first -> members that it holds responsible; may be lies."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time: "total", of it "connect" (until every stream stood), and computing "encode", "decode", "reduce"."""
+    """Wall time: "total"; of it "connect" (until all streams stood), "encode", "decode" and "reduce"."""

@@ -1,7 +1,7 @@
 """The weighted mean of a part, in an arithmetic that is the same on every machine.
 
-float32 throughout, terms in roster order: acc = s_0 * x_0, then acc = acc + (s_i * x_i), every operation rounded
-on its own (numpy never fuses a multiply and an add). What does not live here: where terms come from.
+float32 throughout, terms in roster order: acc = s_0 * x_0, then acc = acc + (s_i * x_i), every operation
+rounded on its own (numpy never fuses a multiply and an add). What does not live here: where terms come from.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class NotFinite(ValueError):  # noqa: N818 - names what was found
 def weighted_mean(terms: Sequence[Floats], shares: Sequence[np.float32], out: Floats) -> None:
     """Write sum(shares[i] * terms[i]) to `out`; the terms are overwritten.
 
-    terms: float32 (n,) each, in roster order. shares: from Group.shares. out: float32 (n,), no alias of a term.
-    Where finite terms at the edge of float32 add up beyond it, the largest finite value is taken.
+    terms: float32 (n,) each, in roster order. shares: from Group.shares. out: float32 (n,), no alias of a
+    term. Where finite terms at the edge of float32 add up beyond it, the largest finite value is taken.
     Raises NotFinite if a term has a value that is not finite; `out` is then undefined.
     """
     with np.errstate(over="ignore", invalid="ignore"):
@@ -37,7 +37,7 @@ def weighted_mean(terms: Sequence[Floats], shares: Sequence[np.float32], out: Fl
             else:
                 np.multiply(term, share, out=term)
                 np.add(out, term, out=out)
-    # One look at the sum instead of one at every term: nothing that is added to NaN or infinity is finite again.
+    # One look at the sum instead of one at every term: what is added to NaN or infinity stays so.
     if np.isfinite(out).all():
         return
     # The first term was not overwritten; of the others, a share (0 to 1) keeps or makes what is not finite.

@@ -1,8 +1,9 @@
 """Vigil: what we wait for, of whom, since when; and whom to blame when it does not come.
 
 Blame follows one rule. Sending values and reading means are things that a member does whatever others do, so
-who does not is at fault. Giving out means and taking values are not: a member that lacks a third one's values
-stops both, so it is blamed only where nobody is at fault for sure, and later. What does not live here: streams.
+who does not is at fault. Giving out means and taking values are not: a member that lacks a third one's
+values stops both, so it is blamed only where nobody is at fault for sure, and later. What does not live
+here: streams.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ MAX_ADDRESS_BYTES = 128
 
 
 def checked_addresses(value: object) -> list[str]:
-    """Addresses that a stranger sent, at most 8. Raises ValueError; what they mean is checked when they are dialled."""
+    """Addresses that a stranger sent, at most 8. Raises ValueError; what they mean is checked when they are
+    dialled.
+    """
     if not isinstance(value, list) or len(value) > MAX_ADDRESSES:
         raise ValueError("not a list of at most 8 addresses")
     for text in value:

@@ -29,7 +29,9 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Beat:
-    """status: opaque bytes. addresses: the sender's own, or none. hints: addresses of other members by peer id."""
+    """status: opaque bytes. addresses: the sender's own, or none. hints: addresses of other members by peer
+    id.
+    """
 
     status: bytes
     addresses: tuple[str, ...] = ()

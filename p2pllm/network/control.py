@@ -1,9 +1,9 @@
 """Our side of p2pd's control protocol: calls and streams, over Unix sockets.
 
-It has the methods that hivemind's own client has, so hivemind's P2P can be put on top of it (`dht` does), but not
-its faults: there a reply to a call that was just cancelled ends the reading task and hangs every later call, calls
-in flight hang when p2pd dies, and cancelled handlers are kept for good. What does not live here: starting p2pd
-(`p2pd`), restarting it and knowing addresses (`node`).
+It has the methods that hivemind's own client has, so hivemind's P2P can be put on top of it (`dht` does), but
+not its faults: there a reply to a call that was just cancelled ends the reading task and hangs every later
+call, calls in flight hang when p2pd dies, and cancelled handlers are kept for good. What does not live here:
+starting p2pd (`p2pd`), restarting it and knowing addresses (`node`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from p2pllm.network.wire import (
     MAX_MESSAGE_BYTES,
     failure,
     framed,
+    one_line,
     read_message,
     short,
     unix_address,
@@ -100,7 +101,7 @@ class Control:
         self._traffic.calls_sent += len(data)
         reply = await self._ask_daemon(f"calling {proto}", peer_id, callUnary=request)
         if reply.HasField("error"):
-            text = reply.error.decode(errors="replace")[:200]
+            text = one_line(reply.error.decode(errors="replace"))
             raise NetworkError(f"Peer {short(peer_id.to_base58())} failed to answer: {text}.")
         self._traffic.calls_received += len(reply.response)
         return bytes(reply.response)
@@ -114,9 +115,7 @@ class Control:
     async def remove_unary_handler(self, proto: str) -> None:
         """No longer answer calls of `proto`. Raises NetworkError."""
         self._unary.pop(proto, None)
-        await self._ask_daemon(
-            f"ending {proto}", None, removeUnaryHandler=pb.RemoveUnaryHandlerRequest(proto=proto)
-        )
+        await self._ask_daemon(f"ending {proto}", None, removeUnaryHandler=pb.RemoveUnaryHandlerRequest(proto=proto))
 
     async def _ask_daemon(self, what: str, peer: PeerID | None, **field: Message) -> Any:
         call_id = uuid4().bytes
@@ -137,9 +136,7 @@ class Control:
                 future.exception()  # marks it as seen where we were cancelled at the same moment
         if response.HasField("daemonError"):
             message_text = str(response.daemonError.message)
-            raise (
-                failure(peer, message_text) if peer else NetworkError(f"p2pd failed {what}: {message_text}.")
-            )
+            raise (failure(peer, message_text) if peer else NetworkError(f"p2pd failed {what}: {message_text}."))
         return response.callUnaryResponse if peer is not None else None
 
     async def _send(self, message: Message) -> None:
@@ -177,9 +174,7 @@ class Control:
                 self._answering[call_id].cancel()
         else:
             future = self._pending.get(call_id)
-            if (
-                future is not None and not future.done()
-            ):  # it may have been cancelled in this turn of the loop
+            if future is not None and not future.done():  # it may have been cancelled in this turn of the loop
                 future.set_result(response)
 
     async def _answer(self, call_id: bytes, request: Any) -> None:
@@ -209,10 +204,8 @@ class Control:
     async def open_stream(self, peer_id: PeerID, proto: str) -> tuple[StreamReader, StreamWriter]:
         """Open a stream to another peer. Raises NetworkError; without a time-out of its own."""
         request = pb.StreamOpenRequest(peer=peer_id.to_bytes(), proto=[proto])
-        reader, writer, _ = await self._ask(
-            pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id
-        )
-        count(reader, writer, self._traffic)
+        reader, writer, response = await self._ask(pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id)
+        count(reader, writer, self._traffic, len(framed(response)))
         return reader, writer
 
     async def serve_stream(self, proto: str, handler: PeerStreamHandler) -> None:
@@ -226,7 +219,7 @@ class Control:
         try:
             async with asyncio.timeout(_HANDSHAKE_S):
                 info: Any = await read_message(reader, pb.StreamInfo())
-            count(reader, writer, self._traffic)
+            count(reader, writer, self._traffic, len(framed(info)))
             await self._streams[info.proto](PeerID(info.peer), reader, writer)
         except (OSError, IncompleteReadError, DecodeError, TimeoutError, NetworkError, KeyError) as error:
             log.debug("an incoming stream ended: %r", error)

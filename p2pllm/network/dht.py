@@ -1,8 +1,8 @@
 """Directory: who is in the run, as small signed records in hivemind's Kademlia DHT.
 
-Each peer announces one record under the run's key, with its peer id as the subkey. Every node refuses records that
-are not signed by the peer that they name, so a stranger can announce itself and nobody else. What does not live
-here: whether a member is alive (`membership`) and p2pd (`node`).
+Each peer announces one record under the run's key, with its peer id as the subkey. Every node refuses records
+that are not signed by the peer that they name, so a stranger can announce itself and nobody else. What does
+not live here: whether a member is alive (`membership`) and p2pd (`node`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class MemberRecord:
 
     @classmethod
     def sign(cls, identity: Identity, run_id: str, addresses: Sequence[str], now: float) -> MemberRecord:
-        """A record of ourselves; addresses that do not fit into MAX_RECORD_BYTES are left out, the last ones first."""
+        """A record of ourselves; addresses that do not fit into MAX_RECORD_BYTES are left out, the last ones
+        first.
+        """
         fitting = list(addresses)[:MAX_ADDRESSES]
         while True:
             body = _body(run_id, identity.peer_id, fitting, now)
@@ -154,7 +156,9 @@ class _SharedP2P(P2P):  # type: ignore[misc]  # hivemind has no types
 
 
 class Directory:
-    """Announces ourselves and finds the others. One for the life of a node; `attach` again after p2pd restarts."""
+    """Announces ourselves and finds the others. One for the life of a node; `attach` again after p2pd
+    restarts.
+    """
 
     def __init__(
         self,
@@ -217,20 +221,22 @@ class Directory:
                     record.issued + RECORD_SECONDS,
                     subkey=self._identity.peer_id,
                 )
-        except (TimeoutError, NetworkError) as error:
-            log.debug("announcing failed: %r", error)
+        except Exception:  # hivemind raises all kinds on what strangers send; the next attempt is 20 s away
+            log.debug("announcing failed", exc_info=True)
             return False
         return bool(stored)
 
     async def members(self) -> list[MemberRecord]:
-        """The valid records of the run, our own among them, at most MAX_RECORDS; what did not answer is missing."""
+        """The valid records of the run, our own among them, at most MAX_RECORDS; what did not answer is
+        missing.
+        """
         if self._dht is None:
             return []
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 found = await self._dht.get(directory_key(self._run_id), latest=True)
-        except (TimeoutError, NetworkError) as error:
-            log.debug("a lookup failed: %r", error)
+        except Exception:  # hivemind raises all kinds on what strangers send
+            log.debug("a lookup failed", exc_info=True)
             return []
         values = found.value if found is not None and isinstance(found.value, dict) else {}
         records = []

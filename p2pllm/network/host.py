@@ -1,6 +1,8 @@
-"""What this machine must give before p2pd starts: a private folder, a free port, open files, no leftover p2pd.
+"""What this machine must give before p2pd starts: a private folder, a free port, open files, no leftover
+p2pd.
 
-What lives here: checks and preparations, each with a sentence for the user when it fails. What does not: the process.
+What lives here: checks and preparations, each with a sentence for the user when it fails. What does not: the
+process.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _OPEN_FILES = 65536
 
 
 def prepare_runtime_dir(path: Path) -> None:
-    """Make the folder of the sockets with mode 0700. Raises SettingsError if it is too long, or not ours alone."""
+    """Make the folder of the sockets with mode 0700. Raises SettingsError if it is too long, or not ours
+    alone.
+    """
     if len(os.fsencode(path)) > _LONGEST_RUNTIME_DIR:
         raise SettingsError(f"The runtime folder {path} has a longer path than {_LONGEST_RUNTIME_DIR} bytes.")
     try:
@@ -51,7 +55,9 @@ def sweep(pid_file: Path) -> None:
 
 
 def check_listen(host: str, port: int) -> None:
-    """Fail where p2pd would not: it shares ports (SO_REUSEPORT), so a second one on a port starts and disturbs both."""
+    """Fail where p2pd would not: it shares ports (SO_REUSEPORT), so a second one on a port starts and
+    disturbs both.
+    """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -65,7 +71,7 @@ def check_listen(host: str, port: int) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise NetworkError(port_in_use(host, port)) from None
             raise SettingsError(
-                f"This machine cannot listen on {host} port {port}: {error.strerror}; choose another listen_host or port."
+                f"This machine cannot listen on {host} port {port}: {error.strerror}; choose another listen_host."
             ) from None
 
 

@@ -1,8 +1,8 @@
 """Membership: beats between all members of a run, which carry everybody's status and hearsay about others.
 
-One beat a second informs both ends: the reply is the other's status. Who is alive is decided in `table`; this is the
-shell that sends, receives, bootstraps and remembers. What does not live here: what a status says (its owner packs and
-opens it) and the records in the DHT (`dht`).
+One beat a second informs both ends: the reply is the other's status. Who is alive is decided in `table`; this
+is the shell that sends, receives, bootstraps and remembers. What does not live here: what a status says (its
+owner packs and opens it) and the records in the DHT (`dht`).
 """
 
 from __future__ import annotations
@@ -74,10 +74,11 @@ class Membership:
         saved: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """status: packs our own status, at most 4 KiB. on_status: called with (peer id, status) of others, unchecked.
+        """status: packs our own status, at most 4 KiB. on_status: called with (peer id, status) of others,
+        unchecked.
 
-        addresses: where we can be reached. directory: looked through every 30 s, every 5 s while nobody is alive.
-        saved: file with the peers of former sessions.
+        addresses: where we can be reached. directory: looked through every 30 s, every 5 s while nobody is
+        alive. saved: file with the peers of former sessions.
         """
         self._transport = transport
         self._status = status
@@ -166,7 +167,9 @@ class Membership:
                 await asyncio.sleep(_TICK_S / 10)
 
     def tick(self) -> None:
-        """Send what is due and notice who fell silent. Runs every 0.1 s; public for tests with a clock of their own."""
+        """Send what is due and notice who fell silent. Runs every 0.1 s; public for tests with a clock of
+        their own.
+        """
         now = self._clock()
         gap, self._last_tick = now - self._last_tick, now
         if gap > _STALL_S:

@@ -16,7 +16,9 @@ def pack(value: object) -> bytes:
 
 
 def unpack(data: bytes, max_bytes: int) -> Any:
-    """Open a message of at most `max_bytes` bytes; extension types are refused. Raises ValueError, nothing else."""
+    """Open a message of at most `max_bytes` bytes; extension types are refused. Raises ValueError, nothing
+    else.
+    """
     if len(data) > max_bytes:
         raise ValueError(f"a message of {len(data)} bytes")
     try:

@@ -1,7 +1,7 @@
 """Node: the real Transport. It names the methods, knows where peers live and keeps the handlers.
 
-A restart of p2pd keeps the identity, the port and the handlers; calls in flight fail with NetworkError, later ones wait for
-the new p2pd within their own time-out. What does not live here: p2pd's life (`supervisor`), its
+A restart of p2pd keeps the identity, the port and the handlers; calls in flight fail with NetworkError, later
+ones wait for the new p2pd within their own time-out. What does not live here: p2pd's life (`supervisor`), its
 protocol (`control`), the DHT (`dht`), who is alive (`membership`).
 """
 
@@ -69,23 +69,15 @@ class Node:
     ) -> Self:
         """Start p2pd and return once it answers.
 
-        identity: with its key file. run_id: 64 hex digits. runtime_dir: private folder of the sockets, at most 90
-        bytes. relays: addresses of peers that relay for us behind a NAT, those of the invite. progress: called with
-        phrases while p2pd starts. on_restart: called with the cause after each restart of p2pd.
-        Raises SettingsError (address or folder cannot be used) and NetworkError (port in use, p2pd does not start).
+        identity: with its key file. run_id: 64 hex digits. runtime_dir: private folder of the sockets, at
+        most 90 bytes. relays: addresses of peers that relay for us behind a NAT, those of the invite.
+        progress: called with phrases while p2pd starts. on_restart: called with the cause after each restart
+        of p2pd. Raises SettingsError (address or folder cannot be used) and NetworkError (port in use, p2pd
+        does not start).
         """
         if identity.path is None:
             raise NetworkError("A node needs an identity that is in a file, because p2pd reads it.")
-        options = P2pdOptions(
-            identity=identity.path,
-            runtime_dir=runtime_dir,
-            listen_host=settings.listen_host,
-            listen_port=settings.listen_port,
-            announce=settings.announce,
-            nat=settings.nat,
-            relays=tuple(relays),
-            startup_timeout_s=settings.startup_timeout_s,
-        )
+        options = P2pdOptions.of(settings, identity.path, runtime_dir, tuple(relays))
         self = cls(identity, run_id, options, on_restart)
         await self._supervisor.start(progress)
         return self
@@ -115,7 +107,7 @@ class Node:
         return self.identity.peer_id
 
     def addresses(self) -> list[str]:
-        """Where others can reach us, each ending in /p2p/ and our id; at most 8, loopback last. Refreshed every 2 s."""
+        """Where others can reach us, each ending in /p2p/ID; at most 8, loopback last. Refreshed every 2 s."""
         return self._supervisor.addresses[:MAX_ADDRESSES]
 
     def learn(self, peer: str, addresses: Iterable[str]) -> None:
@@ -126,7 +118,7 @@ class Node:
     async def connect(self, address: str, timeout: float = 20.0) -> str:
         """Connect to the peer at an address that ends in /p2p/ and its id; returns the id.
 
-        Raises UnreachableError: malformed, nobody there, somebody else there, or no answer within `timeout` seconds.
+        Raises UnreachableError: malformed, nobody there, somebody else there, or no answer in `timeout` seconds.
         """
         try:
             peer, place = split(address)
@@ -182,29 +174,27 @@ class Node:
             self._book.lose(peer)
             raise
         if len(reply) > MAX_CALL_BYTES:
-            raise NetworkError(
-                f"Peer {short(peer)} answered {method} with {len(reply)} bytes, which is too much."
-            )
+            raise NetworkError(f"Peer {short(peer)} answered {method} with {len(reply)} bytes, which is too much.")
         self._meet(peer)
         return reply
 
     async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
         """See Transport.
 
-        An end of the stream is also what a lost connection looks like, so the data must say where they end. There is
-        no half-closed state: `write_eof` ends both directions.
+        An end of the stream is also what a lost connection looks like, so the data must say where they end.
+        There is no half-closed state: `write_eof` ends both directions.
         """
         try:
             async with asyncio.timeout(OPEN_STREAM_S):
                 control = await self._introduced(peer)
-                return await control.open_stream(_peer(peer), self._prefix + method)
+                stream = await control.open_stream(_peer(peer), self._prefix + method)
         except TimeoutError:
-            raise NetworkError(
-                f"Peer {short(peer)} did not take a stream within {OPEN_STREAM_S:g} s."
-            ) from None
+            raise NetworkError(f"Peer {short(peer)} did not take a stream within {OPEN_STREAM_S:g} s.") from None
         except UnreachableError:
             self._book.lose(peer)
             raise
+        self._meet(peer)
+        return stream
 
     async def serve_call(self, method: str, handler: CallHandler) -> None:
         """See Transport. Stays registered over restarts of p2pd."""
@@ -244,7 +234,7 @@ class Node:
         await control.serve_stream(self._prefix + method, accept)
 
     async def _introduced(self, peer: str) -> Control:
-        """As `_up`, and p2pd knows the addresses that we know of the peer."""
+        """The connection to p2pd, which now knows the addresses that we know of the peer."""
         control = await self._supervisor.up()
         if not self._book.has_met(peer):
             places = self._book.places(peer)
@@ -279,7 +269,7 @@ class Node:
             self._on_restart(reason)
 
     async def _reconnect(self, peer: str) -> None:
-        """Dial from our side at once: the others' p2pd refuse to dial for some seconds after a failed attempt."""
+        """Dial from our side at once: after a failed attempt the others' p2pd refuse to, for seconds."""
         with contextlib.suppress(TimeoutError, NetworkError):
             async with asyncio.timeout(_RECONNECT_S):
                 await self._introduced(peer)

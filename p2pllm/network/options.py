@@ -45,3 +45,17 @@ class P2pdOptions:
     nat: bool = True
     relays: tuple[str, ...] = ()
     startup_timeout_s: float = 120.0
+
+    @classmethod
+    def of(cls, settings: ListenSettings, identity: Path, runtime_dir: Path, relays: tuple[str, ...]) -> P2pdOptions:
+        """What the settings say, for one key file and one folder."""
+        return cls(
+            identity=identity,
+            runtime_dir=runtime_dir,
+            listen_host=settings.listen_host,
+            listen_port=settings.listen_port,
+            announce=settings.announce,
+            nat=settings.nat,
+            relays=relays,
+            startup_timeout_s=settings.startup_timeout_s,
+        )

@@ -1,8 +1,8 @@
 """The p2pd process: its arguments, its start, its death.
 
-p2pd is hivemind's build of the go-libp2p daemon. We start it ourselves, because hivemind leaves it alive when its
-parent is killed, leaves its sockets in /tmp, and reports a failed start as a bare time-out. What does not live
-here: talking to p2pd (`control`) and restarting it (`node`).
+p2pd is hivemind's build of the go-libp2p daemon. We start it ourselves, because hivemind leaves it alive when
+its parent is killed, leaves its sockets in /tmp, and reports a failed start as a bare time-out. What does not
+live here: talking to p2pd (`control`) and restarting it (`node`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ STREAM_SOCKET = "c.sock"
 """We listen on it; p2pd hands over incoming streams."""
 
 _IDLE_TIMEOUT_S = 30
-"""p2pd exits when it has had no persistent connection for so long after its start, or as soon as it loses the last
-one. On Linux the kernel kills it when we die; elsewhere this is what ends it."""
+"""p2pd exits when it has had no persistent connection for so long after its start, or as soon as it loses the
+last one. On Linux the kernel kills it when we die; elsewhere this is what ends it."""
 
 _STOP_TIMEOUT_S = 1.0
 
@@ -59,8 +59,8 @@ class P2pd:
         """Start p2pd and wait until it takes requests.
 
         progress: called with a phrase at the start and every 5 seconds. Raises SettingsError: an address that
-        this machine does not have, or a runtime folder that is no private one. Raises NetworkError: the port is in
-        use, p2pd cannot be run, exits, or is not ready within `startup_timeout_s` seconds.
+        this machine does not have, or a runtime folder that is no private one. Raises NetworkError: the port
+        is in use, p2pd cannot be run, exits, or is not ready within `startup_timeout_s` seconds.
         """
         self = cls(options)
         prepare_runtime_dir(options.runtime_dir)
@@ -160,9 +160,7 @@ class P2pd:
                         f"p2pd was not ready after {timeout:g} s; raise startup_timeout_s if this machine is slow."
                     )
                 progress(f"starting p2pd ({waited:.0f} of at most {timeout:g} s)")
-                await asyncio.wait(
-                    {ready, ended}, timeout=min(5, timeout - waited), return_when="FIRST_COMPLETED"
-                )
+                await asyncio.wait({ready, ended}, timeout=min(5, timeout - waited), return_when="FIRST_COMPLETED")
                 if ready.done():
                     return
                 if ended.done():
@@ -219,9 +217,7 @@ def _arguments(options: P2pdOptions, control_socket: Path) -> list[str]:
 
 def _die_with(parent: int) -> Callable[[], None]:
     """A function for the child that ties its life to the thread that starts it. Linux only."""
-    prctl = ctypes.CDLL(
-        None, use_errno=True
-    ).prctl  # looked up here: the child shall do as little as possible
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: the child shall do as little as possible
 
     def tie() -> None:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

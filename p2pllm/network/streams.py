@@ -1,7 +1,7 @@
 """Counted streams over Unix sockets: asyncio's readers and writers with a larger buffer and a byte count.
 
-What lives here: the two stream classes, opening and accepting them, and the counters. What does not: the messages
-that p2pd expects at the start of a stream (`control`).
+What lives here: the two stream classes, opening and accepting them, and the counters. What does not: the
+messages that p2pd expects at the start of a stream (`control`).
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ class CountedReader(StreamReader):
     """A StreamReader that counts what arrives; one addition per chunk read from the socket."""
 
     traffic: Traffic | None = None
+    uncounted = 0
 
     def feed_data(self, data: bytes) -> None:  # type: ignore[override]  # asyncio gives bytes
         """Called by asyncio with every chunk."""
         if self.traffic is not None:
             self.traffic.streams_received += len(data)
+        else:
+            self.uncounted += len(data)
         super().feed_data(data)
 
 
@@ -64,9 +67,10 @@ class CountedWriter(StreamWriter):
             self.write(piece)
 
 
-def count(reader: StreamReader, writer: StreamWriter, traffic: Traffic) -> None:
-    """Start counting; what an opening handshake already moved is not counted."""
+def count(reader: StreamReader, writer: StreamWriter, traffic: Traffic, handshake: int) -> None:
+    """Start counting. handshake: bytes read so far that are not payload; payload may have come along with them."""
     if isinstance(reader, CountedReader) and isinstance(writer, CountedWriter):
+        traffic.streams_received += reader.uncounted - handshake
         reader.traffic = writer.traffic = traffic
 
 
@@ -108,9 +112,7 @@ class UnixServer:
     async def start(self) -> None:
         """Listen. Raises OSError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(
-            lambda: _Protocol(self._accepted), str(self._path), backlog=256
-        )
+        self._server = await loop.create_unix_server(lambda: _Protocol(self._accepted), str(self._path), backlog=256)
 
     def _accepted(self, reader: CountedReader, writer: CountedWriter) -> None:
         task = asyncio.create_task(self._run(reader, writer))

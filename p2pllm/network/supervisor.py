@@ -1,7 +1,7 @@
 """Supervisor: keeps one p2pd running, with the same identity and the same port, for the life of a node.
 
-What lives here: start, health, restart, stop, and what p2pd says of its addresses. What does not: what is sent
-through it (`node`).
+What lives here: start, health, restart, stop, and what p2pd says of its addresses. What does not: what is
+sent through it (`node`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _PROBE_EVERY_S = 2.0
 _PROBE_TIMEOUT_S = 5.0
 _SECOND_PROBE_S = 1.0
+_SHORT_LIFE_S = 1.0
+_SHORT_LIFE_PAUSE_S = 1.0
 _RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -118,9 +120,12 @@ class Supervisor:
 
     async def _run(self) -> None:
         while True:
+            started = asyncio.get_running_loop().time()
             reason = await self._until_broken()
             log.warning("%s; restarting it", reason)
             await self._teardown(orderly=False)
+            if asyncio.get_running_loop().time() - started < _SHORT_LIFE_S:
+                await asyncio.sleep(_SHORT_LIFE_PAUSE_S)  # what dies at once each time must not use a whole core
             error = await self._revive()
             if error is not None:
                 self.failed.set_result(NetworkError(f"p2pd cannot be restarted: {error}"))
@@ -139,9 +144,7 @@ class Supervisor:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if lost.done():
-                await asyncio.wait(
-                    {exited}, timeout=_SECOND_PROBE_S
-                )  # the better reason comes a moment later
+                await asyncio.wait({exited}, timeout=_SECOND_PROBE_S)  # the better reason comes a moment later
             if exited.done():
                 return exited.result()
             return hung.result() if hung.done() else "p2pd closed its connection"
@@ -154,9 +157,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(_PROBE_EVERY_S)
             # the second one is for ourselves: if it was we who did not run for so long, it passes at once
-            if not await self._probe(control, _PROBE_TIMEOUT_S) and not await self._probe(
-                control, _SECOND_PROBE_S
-            ):
+            if not await self._probe(control, _PROBE_TIMEOUT_S) and not await self._probe(control, _SECOND_PROBE_S):
                 return f"p2pd did not answer for {_PROBE_TIMEOUT_S:g} s"
 
     async def _probe(self, control: Control, timeout: float) -> bool:
@@ -173,9 +174,7 @@ class Supervisor:
         for number, delay in enumerate(_RESTART_DELAYS_S):
             await asyncio.sleep(delay)
             if self._any_port and number == len(_RESTART_DELAYS_S) - 1:
-                self._options = replace(
-                    self._options, listen_port=0
-                )  # somebody took our port: better moved than gone
+                self._options = replace(self._options, listen_port=0)  # somebody took our port: better moved than gone
             try:
                 await self._boot()
                 return None
@@ -197,10 +196,6 @@ class Supervisor:
                 log.debug("p2pd listens on an address of an unknown kind: %s", error)
         if self._options.listen_port == 0:
             # others know us by this port, so the next p2pd shall have it too
-            port = next(
-                (port for place in places if "p2p-circuit" not in place and (port := port_of(place))), 0
-            )
+            port = next((port for place in places if "p2p-circuit" not in place and (port := port_of(place))), 0)
             self._options = replace(self._options, listen_port=port)
-        self.addresses = [
-            f"{place}/p2p/{self._peer_id}" for place in ordered(self._options.announce or places)
-        ]
+        self.addresses = [f"{place}/p2p/{self._peer_id}" for place in ordered(self._options.announce or places)]

@@ -1,4 +1,5 @@
-"""MemberTable: who is known and who is alive, decided from what was heard and when. Pure: no clock, no network.
+"""MemberTable: who is known and who is alive, decided from what was heard and when. Pure: no clock, no
+network.
 
 Times are seconds on any clock that only goes forward. What does not live here: sending beats (`membership`).
 """
@@ -113,7 +114,8 @@ class MemberTable:
         return True
 
     def heard(self, peer: str, now: float, addresses: Iterable[str] = ()) -> bool:
-        """The peer called or answered; whether it is in the table now (not if that is full of living members)."""
+        """The peer called or answered; whether it is in the table now (not if that is full of living
+        members)."""
         if peer == self._own_id:
             return False
         known = tuple(addresses)
@@ -138,7 +140,8 @@ class MemberTable:
         member.next_beat = now + BEAT_EVERY_S
 
     def failed(self, peer: str, now: float, *, refused: bool) -> None:
-        """A beat failed. refused: nobody is there or the connection broke, which is certain; else only no answer.
+        """A beat failed. refused: nobody is there or the connection broke, which is certain; else only no
+        answer.
 
         One refusal makes a member suspected, and it is tried again at once; a second one makes it dead.
         """
@@ -185,7 +188,9 @@ class MemberTable:
                 del self._members[member.peer]
 
     def _make_room(self, now: float, *, direct: bool) -> bool:
-        """Whether one more fits, after dropping hearsay (or else the longest dead) for one that is there for sure."""
+        """Whether one more fits, after dropping hearsay (or else the longest dead) for one that is there for
+        sure.
+        """
         if len(self._members) < MAX_MEMBERS:
             return True
         if not direct:

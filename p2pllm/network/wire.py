@@ -21,17 +21,24 @@ _LOST = ("stream reset", "EOF", "connection reset", "broken pipe", "closed", "Ap
 
 
 def failure(peer: PeerID, message: str) -> NetworkError:
-    """What p2pd reports as one sentence: UnreachableError where nobody is there (any more), else NetworkError."""
+    """What p2pd reports as one sentence: UnreachableError where nobody is there (any more), else
+    NetworkError.
+    """
     name = short(peer.to_base58())
     if any(mark in message for mark in _UNREACHABLE):
         return UnreachableError(f"Peer {name} cannot be reached: {_dial_reason(message)}.")
     if "protocols not supported" in message:
-        return NetworkError(
-            f"Peer {name} does not offer this; it is starting, stopping or runs another version."
-        )
+        return NetworkError(f"Peer {name} does not offer this; it is starting, stopping or runs another version.")
     if any(mark in message for mark in _LOST):
-        return UnreachableError(f"The connection to peer {name} was lost ({message[:80]}).")
-    return NetworkError(f"Peer {name}: {message[:200]}.")
+        return UnreachableError(f"The connection to peer {name} was lost ({one_line(message)[:80]}).")
+    return NetworkError(f"Peer {name}: {one_line(message)}.")
+
+
+def one_line(text: str) -> str:
+    """What another machine said, fit for a sentence on a terminal: printable, in one line, at most 200
+    characters.
+    """
+    return "".join(c if c.isprintable() else " " for c in text)[:200]
 
 
 def short(peer: str) -> str:
@@ -51,7 +58,7 @@ def _dial_reason(message: str) -> str:
     ):
         if mark in message:
             return reason
-    return message.rsplit("] ", 1)[-1][:120]
+    return one_line(message.rsplit("] ", 1)[-1])[:120]
 
 
 def unix_address(path: Path) -> bytes:

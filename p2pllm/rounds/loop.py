@@ -119,8 +119,10 @@ class TrainingLoop:
     async def _collect(self) -> None:
         """Gather samples until the swarm has enough of them, or the deadline passes and we have some."""
         head, section = self._keeper.head, self._manifest.round
+        self._view.say(head=head, phase="collecting", samples=0)
+        while not self._stopping and not self._must_follow() and self._present(head) < section.min_peers:
+            await self._view.wait_change(1.0)
         await self._compute.begin(head[0])
-        self._view.say(head=head, samples=0)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + section.deadline_s
         while not self._stopping and not self._must_follow():
@@ -131,6 +133,10 @@ class TrainingLoop:
             if samples > 0 and (enough or loop.time() > deadline or self._desk.others_are_over()):
                 return
             await self._view.wait_change(max(0.05, min(1.0, deadline - loop.time())))
+
+    def _present(self, head: plan.Head) -> int:
+        """Peers that take part in the round after `head`, ourselves included."""
+        return 1 + len(plan.taking_part(head, self._view.statuses()))
 
     def _must_follow(self) -> bool:
         return plan.head_to_follow(self._keeper.head, self._view.statuses()) is not None

@@ -47,7 +47,11 @@ class ComputeProcess:
     """Starts and supervises one worker; implements `p2pllm.rounds.loop.Compute`."""
 
     def __init__(
-        self, settings: PeerSettings, runtime_dir: Path, on_change: Callable[[], None], on_progress: Callable[[str], None]
+        self,
+        settings: PeerSettings,
+        runtime_dir: Path,
+        on_change: Callable[[], None],
+        on_progress: Callable[[str], None],
     ) -> None:
         self.restarts = 0
         self.device = self.data_digest = ""
@@ -92,12 +96,14 @@ class ComputeProcess:
         """Hand over the job and wait until model and data are ready.
 
         remembered: file that keeps the micro-batch for the next start. Afterwards `params` holds the initial
-        parameters. Raises what the worker raised, or WorkerError if it dies or is not ready in `timeout` seconds
-        without progress.
+        parameters. Raises what the worker raised, or WorkerError if it dies or is not ready in `timeout`
+        seconds.
         """
         self._remembered = remembered
         self._job = {
-            "draft": json.loads(RunDraft.model_validate(draft.model_dump(include=set(RunDraft.model_fields))).canonical_bytes()),
+            "draft": json.loads(
+                RunDraft.model_validate(draft.model_dump(include=set(RunDraft.model_fields))).canonical_bytes()
+            ),
             "tokenizer": base64.b64encode(tokenizer).decode() if tokenizer is not None else "",
             "settings": json.loads(self._settings.model_dump_json()),
             "shared_fd": self._memory,
@@ -106,12 +112,12 @@ class ComputeProcess:
             "micro_batch": self._settings.micro_batch or _recall(remembered),
         }
         await self._send(self._job)
-        waiting = asyncio.create_task(self._ready.wait())
-        done, _ = await asyncio.wait({waiting, self.failed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        waiting = asyncio.ensure_future(self._ready.wait())
+        await asyncio.wait([waiting, self.failed], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        if self.failed in done:
+        if self.failed.done():
             self.failed.result()
-        if not done:
+        if not self.ready:
             raise WorkerError(f"The compute process was not ready after {timeout:.0f} s; raise startup_timeout_s.")
         size = os.fstat(self._memory).st_size // 8
         both = np.frombuffer(mmap.mmap(self._memory, 8 * size), dtype="<f4")
@@ -213,7 +219,8 @@ class ComputeProcess:
         try:
             await self._send(command)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                return await answer
+                result: dict[str, Any] | None = await answer
+                return result
         except WorkerError:
             return None
         except TimeoutError:
@@ -271,9 +278,11 @@ class ComputeProcess:
             self._answer.set_result(None)
         self._on_change()
         self._crashes += 1
-        if not was_ready and not self._job or self._crashes > MAX_CRASHES:
+        if (not was_ready and not self._job) or self._crashes > MAX_CRASHES:
             self.failed.set_exception(
-                WorkerError(f"The compute process died {self._crashes} times in a row, last with code {code}; see the log.")
+                WorkerError(
+                    f"The compute process died {self._crashes} times in a row, last with code {code}; see the log."
+                )
             )
             return
         self.restarts += 1

@@ -2,7 +2,7 @@
 
 It owns the network, the shared state and the round protocol, supervises the worker, and answers the commands of
 this machine. This file is its life from the order to the exit; what it takes part with is `Membership`,
-`TrainingLoop` and their kin in the library, put together in `node_of_run`.
+`TrainingLoop` and their kin in the library, put together in `participant`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from p2pllm.network.addresses import port_of
 from p2pllm.network.node import Node
 from p2pllm.settings import new_runtime_dir
 from p2pllm_peers.compute import ComputeProcess
-from p2pllm_peers.control import ControlServer
+from p2pllm_peers.control import ControlServer, Handler
 from p2pllm_peers.entry import fetch_manifest, seal
 from p2pllm_peers.folders import (
     FOUNDER,
@@ -118,7 +118,12 @@ class Daemon:
         settings = self._settings.model_copy(update={"listen_port": wanted})
         try:
             node = await Node.start(
-                identity, folder.run.run_id, self._runtime_dir, settings, relays=relays, progress=tell_progress
+                identity,
+                folder.run.run_id,
+                self._runtime_dir,
+                settings,
+                relays=relays,
+                progress=tell_progress,
             )
         except NetworkError:
             if self._settings.listen_port or not wanted:
@@ -132,7 +137,7 @@ class Daemon:
     async def _open_for_commands(self, folder: PeerFolder, participant: Participant) -> None:
         """Open the control socket and tell who started us."""
         socket = self._runtime_dir / "control.sock"
-        handlers = {"status": self._on_status, "leave": self._on_leave, "save": self._on_save}
+        handlers: dict[str, Handler] = {"status": self._on_status, "leave": self._on_leave, "save": self._on_save}
         self._control = ControlServer(socket, handlers)
         await self._control.start()
         facts = {
@@ -141,6 +146,7 @@ class Daemon:
             "runtime_dir": str(self._runtime_dir),
             "run_id": folder.run.run_id,
             "name": folder.name,
+            "peer_id": self._node.peer_id if self._node else "",
             "invite": participant.invite(),
         }
         write_whole(folder.path / "daemon.json", json.dumps(facts).encode())
@@ -247,7 +253,8 @@ class Daemon:
 
 async def _first_failure(compute: asyncio.Future[None], node: asyncio.Future[NetworkError]) -> None:
     """Raise what ends this peer: a worker or a p2pd that cannot be kept alive."""
-    await asyncio.wait({compute, node}, return_when=asyncio.FIRST_COMPLETED)
+    first: list[asyncio.Future[Any]] = [compute, node]
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
     if compute.done():
         compute.result()
     if node.done() and not node.cancelled():
@@ -269,10 +276,11 @@ def tell_progress(text: str) -> None:
 
 def log_into(path: Path) -> None:
     """Log to a file, what libraries write to standard error included."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    os.dup2(handler.stream.fileno(), sys.stderr.fileno())
+    file = path.open("a", encoding="utf-8", buffering=1)
+    os.dup2(file.fileno(), sys.stderr.fileno())
+    logging.basicConfig(
+        stream=file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
 
 
 def silence() -> None:
@@ -302,7 +310,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Exception as error:
         log.exception("the daemon failed")
-        tell("error", kind=RunError.__name__, message=f"The daemon failed: {error!r}; this is a defect of p2pllm.")
+        tell(
+            "error",
+            kind=RunError.__name__,
+            message=f"The daemon failed: {error!r}; this is a defect of p2pllm.",
+        )
         sys.exit(1)
 
 

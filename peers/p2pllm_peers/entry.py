@@ -111,5 +111,7 @@ def _read_tokenizer(path: Path) -> bytes:
     except OSError as error:
         raise ManifestError(f"The tokenizer {path} cannot be read: {error.strerror}.") from None
     if len(data) > MAX_TOKENIZER_BYTES:
-        raise ManifestError(f"The tokenizer {path} has {len(data)} bytes; at most {MAX_TOKENIZER_BYTES} travel with a run.")
+        raise ManifestError(
+            f"The tokenizer {path} has {len(data)} bytes; at most {MAX_TOKENIZER_BYTES} travel with a run."
+        )
     return data

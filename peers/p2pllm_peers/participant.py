@@ -195,7 +195,9 @@ class Participant:
     def invite(self) -> str:
         """The string with which others join, with the addresses that we know of ourselves now."""
         return Invite(
-            run_id=self._manifest.run_id, founder=self._manifest.founder, addresses=tuple(self._node.addresses())
+            run_id=self._manifest.run_id,
+            founder=self._manifest.founder,
+            addresses=tuple(self._node.addresses()),
         ).encode()
 
     def status(self) -> dict[str, Any]:

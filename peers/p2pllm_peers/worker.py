@@ -94,7 +94,8 @@ class Worker:
         """Build everything the job names. Raises what the training package raises for input that is not usable."""
         # Here and not at the top: the daemon hears progress before these seconds, and tests import this module.
         import torch
-        from p2pllm.training import data, device, inner, model, sources, tokenizer
+
+        from p2pllm.training import data, device, model, sources, tokenizer
 
         self._pipe = pipe
         settings, draft = PeerSettings(**job["settings"]), RunDraft.model_validate(job["draft"])
@@ -219,6 +220,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break the protocol
     pipe = Pipe(sys.stdin, events)
     import torch  # noqa: F401 - load the libraries while the daemon finds out what to compute
+
     from p2pllm.training import inner, model  # noqa: F401
 
     job = pipe.start()

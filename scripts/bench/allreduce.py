@@ -181,9 +181,7 @@ def profile_of(label: str, codec: str, each: Measured) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[10, 50], help="millions of float32 values")
     parser.add_argument("--peers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--codecs", nargs="+", default=["fp32", "fp16"], choices=["fp32", "fp16"])

@@ -95,9 +95,7 @@ def test_verify_never_raises(peer, signature):
     assert not verify(ALICE.peer_id, "d", b"data", signature)
 
 
-@pytest.mark.parametrize(
-    "value", [None, 7, b"12D3KooW", "", "12D3KooW", "1" * 52, "12D3Koo" + "z" * 45, "12D3Koo0OIl"]
-)
+@pytest.mark.parametrize("value", [None, 7, b"12D3KooW", "", "12D3KooW", "1" * 52, "12D3Koo" + "z" * 45, "12D3Koo0OIl"])
 def test_what_is_no_peer_id(value):
     assert not is_peer_id(value)
     assert not verify(value, "d", b"", bytes(64))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from p2pllm.errors import DaemonError, RunError, UsageError
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.control import ask
+from p2pllm_peers.folders import RunFolder
 from p2pllm_peers.launcher import DaemonProcess, Order
 
 LEAVE_TIMEOUT_S = 12.0
@@ -37,7 +37,7 @@ class SwarmPeer:
     @property
     def folder(self) -> Path:
         """Folder of this peer in its home."""
-        return self.home / "runs" / self.ready["run_id"][:16] / self.ready["name"]
+        return RunFolder(self.home, self.ready["run_id"]).peer(self.ready["name"]).path
 
     def status(self) -> dict[str, Any] | None:
         """The daemon's status; None when it has ended or is about to."""
@@ -65,8 +65,6 @@ class Swarm:
         self._draft = draft
         self._out = out
         self._settings = settings
-        self._started = time.time()
-        self._stack = ExitStack()
 
     def __enter__(self) -> Swarm:
         return self
@@ -89,7 +87,9 @@ class Swarm:
 
     def restart(self, peer: SwarmPeer, progress: Callable[[str], None]) -> None:
         """Start a peer that has ended again, with its folder as it is and nothing but the invite."""
-        peer.process = DaemonProcess(Order(self._settings_of(peer.home), invite=peer.ready["invite"], name=peer.ready["name"]))
+        peer.process = DaemonProcess(
+            Order(self._settings_of(peer.home), invite=peer.ready["invite"], name=peer.ready["name"])
+        )
         self._await(peer, progress)
 
     def watch(self) -> Iterator[list[dict[str, Any]]]:
@@ -123,7 +123,7 @@ class Swarm:
         report = summarise({peer.name: peer.records() for peer in self.peers if peer.ready})
         report["peers"] = {
             peer.name: {
-                "peer_id": peer.last.get("peer_id"),
+                "peer_id": peer.ready["peer_id"],
                 "bytes_sent": peer.last.get("bytes_sent"),
                 "bytes_received": peer.last.get("bytes_received"),
                 "log": str(peer.folder / "daemon.log"),

@@ -210,9 +210,7 @@ class Cluster:
             await self.engines[member].start()
         return self.engines[member]
 
-    async def run(
-        self, group: Group, vectors: dict[str, Floats], deadline: float = 60.0
-    ) -> dict[str, ExchangeResult]:
+    async def run(self, group: Group, vectors: dict[str, Floats], deadline: float = 60.0) -> dict[str, ExchangeResult]:
         """Run the members that have a vector, all at once."""
         for member in vectors:
             await self.engine(member)
@@ -273,9 +271,7 @@ def reference(group: Group, vectors: dict[str, Floats]) -> Floats:
     """The documented arithmetic, in the open."""
     mean = np.zeros(group.size, np.float32)
     for index, member in enumerate(group.members):
-        term = through(group.codec, vectors[member]) * np.float32(
-            group.weights[index] / math.fsum(group.weights)
-        )
+        term = through(group.codec, vectors[member]) * np.float32(group.weights[index] / math.fsum(group.weights))
         mean = term if index == 0 else mean + term
     return through(group.codec, mean)
 

@@ -10,9 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from p2pllm.averaging import codec
 
-finite = hnp.arrays(
-    np.float32, st.integers(0, 70), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
-)
+finite = hnp.arrays(np.float32, st.integers(0, 70), elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
 
 
 @settings(deadline=None)  # the first example imports torch

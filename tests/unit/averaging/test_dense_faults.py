@@ -36,8 +36,8 @@ def check_blamed(results: Iterable[ExchangeResult], *members: str) -> None:
 class Rogue:
     """A member that speaks the protocol by hand."""
 
-    def __init__(self, peer: Peer, group: Group, vector: Floats, reads: bool = True) -> None:
-        self.peer, self.group, self.vector, self.reads = peer, group, vector, reads
+    def __init__(self, peer: Peer, group: Group, vector: Floats, *, reads: bool = True, means: bytes = b"") -> None:
+        self.peer, self.group, self.vector, self.reads, self.means = peer, group, vector, reads, means
         self.forever = asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -51,8 +51,8 @@ class Rogue:
         self.tasks = [asyncio.create_task(self.contribute(member)) for member in others]
 
     async def reduce(self, caller: str, reader: StreamReader, writer: StreamWriter) -> None:
-        """Accept the stream and never answer with a mean."""
-        writer.write(b"A")
+        """Accept the stream, answer with the means that we were given, and with no more."""
+        writer.write(b"A" + self.means)
         while self.reads and await reader.read(1 << 16):
             pass
         if not self.reads:
@@ -130,9 +130,7 @@ async def test_a_member_that_dies_midway(cluster: Cluster, members: int, written
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("position", [0, 5_000, 9_999])
 @virtual
-async def test_values_that_are_not_finite_come_from_a_liar(
-    cluster: Cluster, bad: float, position: int
-) -> None:
+async def test_values_that_are_not_finite_come_from_a_liar(cluster: Cluster, bad: float, position: int) -> None:
     group = make_group(3, 10_000)
     vectors = make_vectors(group)
     vectors["b"][position] = bad
@@ -171,6 +169,15 @@ async def test_a_reducer_that_gives_nothing_back(cluster: Cluster) -> None:
     group = make_group(3, 10_000)
     vectors = make_vectors(group)
     rogue = Rogue(cluster.network.peer("b"), group, vectors["b"])
+    check_blamed((await run_with_rogue(cluster, group, vectors, rogue)).values(), "b")
+
+
+@virtual
+async def test_means_that_are_not_finite_are_not_taken(cluster: Cluster) -> None:
+    group = make_group(3, 10_000)
+    vectors = make_vectors(group)
+    lies = np.full(len(group.span(1)), np.nan, np.float32).tobytes()
+    rogue = Rogue(cluster.network.peer("b"), group, vectors["b"], means=lies)
     check_blamed((await run_with_rogue(cluster, group, vectors, rogue)).values(), "b")
 
 
@@ -239,11 +246,13 @@ async def test_pending_streams_are_bounded_and_time_out(cluster: Cluster) -> Non
         writer.write(MAGIC + group.group_id + bytes([index]) * 32 + bytes(1 << 20))
     loop = asyncio.get_running_loop()
     before = loop.time()
-    times = []
-    for reader, writer in streams:
+
+    async def refused_after(reader: StreamReader, writer: StreamWriter) -> float:
         assert await reader.read(1) == b"R"
-        times.append(loop.time() - before)
         writer.transport.abort()
+        return loop.time() - before
+
+    times = await asyncio.gather(*(refused_after(*stream) for stream in streams))
     assert sorted(time < 5 for time in times) == [False] * MAX_PENDING_PER_PEER + [True] * 2
     assert max(times) < 60
 

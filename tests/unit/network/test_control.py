@@ -74,9 +74,7 @@ async def test_future_done_but_not_yet_collected(fake):
     future = next(iter(fake.control._pending.values()))
     future.cancel()
     fake.control._dispatch(
-        pb.PersistentConnectionResponse(
-            callId=request.callId, callUnaryResponse=pb.CallUnaryResponse(response=b"x")
-        )
+        pb.PersistentConnectionResponse(callId=request.callId, callUnaryResponse=pb.CallUnaryResponse(response=b"x"))
     )
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -119,9 +117,7 @@ async def test_handler_errors_and_cancelled_handlers(fake):
     ids = {data: bytes([number]) * 16 for number, data in enumerate((b"hi", b"bad", b"wait"))}
     for data, call_id in ids.items():
         request = pb.CallUnaryRequest(peer=PEER.to_bytes(), proto="m", data=data)
-        await write_message(
-            fake.writer, pb.PersistentConnectionResponse(callId=call_id, requestHandling=request)
-        )
+        await write_message(fake.writer, pb.PersistentConnectionResponse(callId=call_id, requestHandling=request))
     replies = [await fake.requests.get() for _ in range(2)]
     by_id = {bytes(reply.callId): reply.unaryResponse for reply in replies}
     assert by_id[ids[b"hi"]].response == b"hi" + PEER.to_base58().encode()

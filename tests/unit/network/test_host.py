@@ -62,9 +62,7 @@ def test_file_limit_is_only_raised():
 
 def test_addresses():
     assert split(f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}") == (PEER, b"\x04\x01\x02\x03\x04\x06\x00\x05")
-    assert ordered(["/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1"])[-1].startswith(
-        "/ip4/127"
-    )
+    assert ordered(["/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1"])[-1].startswith("/ip4/127")
     assert port_of("/ip4/1.2.3.4/tcp/5") == 5 and port_of("/ip4/1.2.3.4/udp/5") is None
     for wrong in ("", "/", "/p2p/x", f"x/p2p/{PEER}", f"/ip4/999.1.1.1/tcp/1/p2p/{PEER}", "/" + "a" * 1000):
         with pytest.raises(ValueError):

@@ -1,0 +1,66 @@
+"""Where a round's time goes outside compute: three peers on loopback, the default model of 0.8 M parameters.
+
+    scripts/bench/rounds.py [--peers 3] [--rounds 40]
+
+Every figure is the median over all peers and rounds of one run, with the share of the whole round beside it: the
+machine's own speed drops out of the shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from p2pllm.manifest import RunDraft
+from p2pllm.settings import load_settings
+from p2pllm_peers.lab.report import NETWORK_PARTS, overhead
+from p2pllm_peers.lab.swarm import Swarm
+
+WARM_UP_ROUNDS = 3
+
+
+def main() -> None:
+    """Run a swarm and print its anatomy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=40)
+    arguments = parser.parse_args()
+    changes = {"rounds": arguments.rounds, "min_peers": arguments.peers}
+    draft = RunDraft().model_copy(update={"round": RunDraft().round.model_copy(update=changes)})
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder, Swarm(draft, Path(folder) / "out", load_settings()) as swarm:
+        with console.status("starting") as shown:
+            swarm.start(arguments.peers, shown.update)
+            for statuses in swarm.watch():
+                shown.update(f"round {max(status['round'] for status in statuses)}" if statuses else "starting")
+        records = {
+            peer.name: [
+                row
+                for row in peer.records()
+                if row["round"] > WARM_UP_ROUNDS and len(row["members"]) == arguments.peers
+            ]
+            for peer in swarm.peers
+        }
+        report = swarm.report()
+    rows = [row for peer in records.values() for row in peer]
+    whole = statistics.median(sum(row["seconds"].values()) for row in rows)
+    table = Table(title=f"{arguments.peers} peers, {len(rows)} measured rounds (all peers)")
+    for heading in ("part", "median s", "largest s", "of the round"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part in ("compute", *NETWORK_PARTS, "validation"):
+        seconds = [row["seconds"][part] for row in rows]
+        median = statistics.median(seconds)
+        table.add_row(part, f"{median:.4f}", f"{max(seconds):.4f}", f"{median / whole:.1%}")
+    outside = overhead(records) or 0.0
+    table.add_row("outside compute", f"{outside:.4f}", "", f"{outside / whole:.1%}")
+    console.print(table)
+    console.print(f"rounds whose states differ: {report['diverged_rounds'] or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

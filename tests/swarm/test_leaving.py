@@ -1,0 +1,181 @@
+"""Peers that stop, crash or are killed, in a real swarm of three: the others go on, nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from p2pllm.manifest import RunDraft
+from p2pllm.settings import PeerSettings
+from p2pllm_peers.lab.swarm import Swarm, SwarmPeer
+
+GONE_S = 10.0
+"""Bound on the time until nothing is left of a peer that stopped or was killed."""
+
+HARD_LIMIT_S = 60.0
+"""Longest wait for anything else; it fails the test and is no measurement."""
+
+DRAFT = RunDraft.model_validate(
+    {
+        "name": "leaving",
+        "model": {"config": {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 1,
+                             "num_attention_heads": 2, "num_key_value_heads": 2}},
+        "data": {"context_length": 32, "validation_samples": 4, "validation_every": 1000},
+        "round": {"rounds": 1_000_000, "samples": 96, "roster_wait_s": 3},
+    }
+)  # fmt: skip
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def shared_swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    folder = tmp_path_factory.mktemp("leaving")
+    settings = PeerSettings(cache=folder / "cache", micro_batch=4, threads=1)
+    with Swarm(DRAFT, folder / "out", settings) as swarm:
+        swarm.start(3, quiet)
+        yield swarm
+        report = swarm.report()
+        assert report["diverged_rounds"] == []
+    assert all(peer.process.poll() is not None for peer in swarm.peers)
+
+
+@pytest.fixture
+def swarm(shared_swarm: Swarm) -> Swarm:
+    """Three peers that commit rounds together."""
+    for peer in shared_swarm.peers:
+        if peer.process.poll() is not None:
+            shared_swarm.restart(peer, quiet)
+    until(lambda: together(shared_swarm.peers), "the three peers train together")
+    return shared_swarm
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_leaves_in_order(swarm: Swarm, signal_number: int) -> None:
+    leaver = swarm.peers[2]
+    before = remains_of(leaver)
+    os.kill(leaver.process.pid, signal_number)
+    until(lambda: leaver.process.poll() is not None, "the daemon ends", GONE_S)
+    assert leaver.process.poll() == 0
+    until(lambda: not left_of(before), "nothing is left", GONE_S)
+    the_others_go_on(swarm, without=leaver)
+    saved = list((leaver.folder / "state").glob("*.safetensors"))
+    assert saved, "the state was not saved on leaving"
+
+
+def test_second_signal_ends_at_once(swarm: Swarm) -> None:
+    leaver = swarm.peers[2]
+    before = remains_of(leaver)
+    os.kill(leaver.process.pid, signal.SIGSTOP)  # so that both signals are there before it acts on the first
+    os.kill(leaver.process.pid, signal.SIGINT)
+    os.kill(leaver.process.pid, signal.SIGTERM)
+    os.kill(leaver.process.pid, signal.SIGCONT)
+    until(lambda: leaver.process.poll() is not None, "the daemon ends", GONE_S)
+    until(lambda: not left_of(before), "nothing is left", GONE_S)
+    the_others_go_on(swarm, without=leaver)
+
+
+@pytest.mark.parametrize("index", [2, 0], ids=["ordinary", "founder"])
+def test_killed_daemon_leaves_nothing(swarm: Swarm, index: int) -> None:
+    victim = swarm.peers[index]
+    before = remains_of(victim)
+    assert len(before["processes"]) >= 3, "a daemon has p2pd and a worker"
+    os.kill(victim.process.pid, signal.SIGKILL)
+    until(lambda: not left_of(before), "nothing is left", GONE_S)
+    the_others_go_on(swarm, without=victim)
+    others = [peer for peer in swarm.peers if peer is not victim]
+    until(lambda: all(len(status(peer)["peers"]) == 1 for peer in others), "the victim is known dead", GONE_S)
+
+
+def test_killed_worker_comes_back(swarm: Swarm) -> None:
+    victim = swarm.peers[1]
+    restarts = status(victim)["worker_restarts"]
+    os.kill(child(victim, "p2pllm_peers.worker"), signal.SIGKILL)
+    the_others_go_on(swarm, without=victim)
+    until(lambda: status(victim)["worker_restarts"] == restarts + 1, "the worker is started again")
+    until(lambda: together(swarm.peers), "the victim contributes again")
+
+
+def test_killed_p2pd_comes_back(swarm: Swarm) -> None:
+    victim = swarm.peers[1]
+    before = status(victim)
+    os.kill(child(victim, "p2pd"), signal.SIGKILL)
+    the_others_go_on(swarm, without=victim)
+    until(lambda: status(victim)["network_restarts"] == before["network_restarts"] + 1, "p2pd is started again")
+    assert status(victim)["peer_id"] == before["peer_id"]
+    until(lambda: together(swarm.peers), "the victim contributes again")
+
+
+def quiet(text: str) -> None:
+    """Progress that nobody reads."""
+
+
+def until(condition: Callable[[], bool], what: str, limit: float = HARD_LIMIT_S) -> None:
+    """Poll until the condition holds; fail after `limit` seconds."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"not within {limit:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+def status(peer: SwarmPeer) -> dict[str, Any]:
+    found = peer.status()
+    assert found is not None, f"{peer.name} does not answer"
+    return found
+
+
+def last_record(peer: SwarmPeer) -> dict[str, Any]:
+    records = peer.records()
+    return records[-1] if records else {"round": 0, "members": {}, "unix_time": 0.0}
+
+
+def together(peers: list[SwarmPeer]) -> bool:
+    """Every peer has lately committed a round in which all took part, and none is far behind."""
+    last = [last_record(peer) for peer in peers]
+    rounds = [record["round"] for record in last]
+    return all(len(record["members"]) == len(peers) for record in last) and max(rounds) - min(rounds) <= 3
+
+
+def the_others_go_on(swarm: Swarm, without: SwarmPeer) -> None:
+    """The other peers commit three more rounds, with one state."""
+    others = [peer for peer in swarm.peers if peer is not without]
+    begin = max(last_record(peer)["round"] for peer in others)
+    until(lambda: all(last_record(peer)["round"] >= begin + 3 for peer in others), "the others commit")
+    digests: dict[int, set[str]] = {}
+    for peer in others:
+        for record in peer.records():
+            digests.setdefault(record["round"], set()).add(record["state_digest"])
+    assert [number for number, found in digests.items() if len(found) > 1] == []
+
+
+def remains_of(peer: SwarmPeer) -> dict[str, Any]:
+    """The processes and the sockets of a living peer."""
+    daemon = psutil.Process(peer.process.pid)
+    sockets = Path(peer.ready["runtime_dir"])
+    assert list(sockets.glob("*.sock"))
+    return {"processes": [daemon, *daemon.children(recursive=True)], "sockets": sockets}
+
+
+def left_of(remains: dict[str, Any]) -> list[str]:
+    """What of them is still there; a dead process that its parent has not collected is gone."""
+    alive = [
+        str(process.pid)
+        for process in remains["processes"]
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
+    return alive + [str(entry) for entry in remains["sockets"].glob("*")]
+
+
+def child(peer: SwarmPeer, name: str) -> int:
+    """Process id of the daemon's child whose command line has `name`."""
+    for process in psutil.Process(peer.process.pid).children(recursive=True):
+        if any(name in part for part in process.cmdline()[:3]):
+            return int(process.pid)
+    raise AssertionError(f"{peer.name} has no child {name}")
