@@ -104,6 +104,4 @@ def _take_part(order: Any, *, detach: bool) -> None:
     signal.signal(signal.SIGTERM, on_interrupt)
     signal.signal(signal.SIGHUP, on_interrupt)
     LiveView(ready["socket"], is_leaving=lambda: leaving).show()
-    code = daemon.wait()
-    if code:
-        raise SystemExit(code)
+    daemon.wait_end()

@@ -17,9 +17,12 @@ Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 PeerId = Annotated[str, Field(min_length=8, max_length=128)]
 RoundNumber = Annotated[int, Field(ge=0, le=10**9)]
 Samples = Annotated[int, Field(ge=0, le=10**9)]
+Weight = Annotated[int, Field(ge=1, le=10**9)]  # samples behind an update
 Loss = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
-Phase = Literal["starting", "joining", "collecting", "roster", "exchange", "vote", "commit", "done", "leaving"]
+Phase = Literal[
+    "starting", "joining", "collecting", "roster", "exchange", "vote", "commit", "done", "leaving"
+]
 
 
 class MessageError(ValueError):
@@ -74,7 +77,7 @@ class Enrol(Message):
 
     round: RoundNumber
     digest: Digest
-    samples: Annotated[int, Field(ge=1, le=10**9)]
+    samples: Weight
     loss: Loss  # mean training loss of the update, nats a token
 
 
@@ -95,7 +98,7 @@ class Roster(Message):
     digest: Digest
     nonce: Annotated[bytes, Field(min_length=16, max_length=16)]  # tells attempts of a round apart
     members: Annotated[tuple[PeerId, ...], Field(min_length=1, max_length=MAX_ROSTER)]
-    samples: Annotated[tuple[Annotated[int, Field(ge=1, le=10**9)], ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    samples: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=MAX_ROSTER)]
     losses: Annotated[tuple[Loss, ...], Field(min_length=1, max_length=MAX_ROSTER)]
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """The decisions of the round protocol as pure functions of what a peer knows.
 
-No clock, no network, no state: every function maps values to a value, so that each rule can be read and tested
-alone. The shells that gather the values and act on the answers are `roster`, `vote` and `loop`.
+No clock, no network, no state: every function maps values to a value, so that each rule can be read and
+tested alone. The shells that gather the values and act on the answers are `roster`, `vote`, `round`, `loop`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ TAKING_PART: frozenset[Phase] = frozenset({"collecting", "roster", "exchange", "
 FINISHING: frozenset[Phase] = frozenset({"vote", "commit"})
 """Phases in which a peer is about to reach the next head."""
 
+CLOSING: frozenset[Phase] = frozenset({"roster", "exchange", "vote"})
+"""Phases in which a peer's update for the round is ready. Not "commit": a new head is evaluated in it."""
+
+
+def at_head(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
+    """Peers that work on the round after `head`: one of them leads it."""
+    return frozenset(
+        peer for peer, status in statuses.items() if status.head == head and status.phase in TAKING_PART
+    )
+
 
 def taking_part(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
     """Peers whose updates for the round after `head` are to be waited for.
@@ -31,17 +41,22 @@ def taking_part(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
     A peer that is one head behind and about to commit counts too: it will be at `head` in a moment, and a
     round that closed without it would waste its work.
     """
-    return frozenset(
+    return at_head(head, statuses) | frozenset(
         peer
         for peer, status in statuses.items()
-        if (status.head == head and status.phase in TAKING_PART)
-        or (status.round == head[0] - 1 and status.phase in FINISHING)
+        if status.round == head[0] - 1 and status.phase in FINISHING
     )
 
 
 def gathered(head: Head, statuses: Mapping[str, Status]) -> int:
     """Samples that the swarm has gathered towards the round after `head`."""
-    return sum(status.samples for status in statuses.values() if status.head == head and status.phase in TAKING_PART)
+    return sum(statuses[peer].samples for peer in at_head(head, statuses))
+
+
+def is_over(head: Head, others: Mapping[str, Status]) -> bool:
+    """More than half of the others at our head have their updates ready: to gather more is to be left out."""
+    working = at_head(head, others)
+    return 2 * sum(1 for peer in working if others[peer].phase in CLOSING) > len(working)
 
 
 def ranked(run_id: str, head: Head, peers: Iterable[str]) -> list[str]:
@@ -87,6 +102,34 @@ def decide(members: Iterable[str], votes: Mapping[str, bytes], absent: frozenset
     return Decision(Verdict.RETRY)
 
 
+def culprits(
+    me: str,
+    members: Iterable[str],
+    votes: Mapping[str, bytes],
+    failed: frozenset[str],
+    accused: Mapping[str, frozenset[str]],
+) -> frozenset[str]:
+    """Whom a failed attempt speaks against, ourselves never; it may be an honest one, so one attempt is no proof.
+
+    votes: of the attempt, ours included. failed, accused: of the exchange, see ExchangeResult.
+
+    Own sight goes first: who did not vote although it mattered, who holds anything else than we do, or who
+    failed in our exchange. Else the one that most of the others name, else who gave up and named nobody.
+    """
+    roster = tuple(members)
+    others = frozenset(roster) - {me}
+    mattered = decide(roster, votes, frozenset()).verdict is Verdict.WAIT
+    seen = failed | (others - votes.keys() if mattered else frozenset())
+    if own := votes.get(me):
+        seen |= {peer for peer, vote in votes.items() if vote != own}
+    if seen & others:
+        return seen & others
+    named = Counter(peer for group in accused.values() for peer in group & others)
+    if named:
+        return frozenset({max(named, key=lambda peer: (named[peer], peer))})
+    return accused.keys() & others
+
+
 def head_to_follow(own: Head | None, statuses: Mapping[str, Status]) -> Head | None:
     """The head that we should move to, or None where ours is as good as any.
 
@@ -116,4 +159,6 @@ def head_to_follow(own: Head | None, statuses: Mapping[str, Status]) -> Head | N
 
 def donors(head: Head, statuses: Mapping[str, Status]) -> list[str]:
     """Peers that hold `head`, to fetch it from."""
-    return sorted(peer for peer, status in statuses.items() if status.head == head and status.phase != "joining")
+    return sorted(
+        peer for peer, status in statuses.items() if status.head == head and status.phase != "joining"
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -30,6 +31,11 @@ CALL_TIMEOUT_S = 2.0
 LEADER_GRACE_S = 3.0
 """How much longer than the roster wait a member waits for a leader that acknowledged."""
 
+ASK_AGAIN_S = 0.5
+"""A leader that answered that it is not at our head (yet) is asked again after this."""
+
+MAX_ENROLMENTS = 256
+
 Clock = Callable[[], float]
 
 
@@ -40,15 +46,32 @@ class _Gathering:
     head: plan.Head
     enrolments: dict[str, Enrol] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)  # leaders that hold our enrolment
-    closed: Roster | None = None
+    closed: tuple[Roster, str] | None = None  # and who sent it
+
+
+@dataclass
+class _Search:
+    """How far one call of `gather` has come in finding a leader."""
+
+    started: float
+    passed_over: dict[str, float]  # peer -> until when
+    leader: str = ""
+    asked_since: float = 0.0
 
 
 class RosterDesk:
     """Both sides of closing a roster: asking a leader, and being one."""
 
     def __init__(
-        self, transport: Transport, view: SwarmView, section: RoundSection, run_id: str, clock: Clock = time.monotonic
+        self,
+        transport: Transport,
+        view: SwarmView,
+        section: RoundSection,
+        run_id: str,
+        clock: Clock = time.monotonic,
     ) -> None:
+        self.leader = ""
+        """Who closed the roster that `gather` returned last."""
         self._transport = transport
         self._view = view
         self._run_id = run_id
@@ -56,6 +79,7 @@ class RosterDesk:
         self._max_peers = section.max_peers
         self._clock = clock
         self._now = _Gathering(head=(-1, b""))
+        self._telling: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Answer other peers' enrolments and rosters."""
@@ -63,17 +87,21 @@ class RosterDesk:
         await self._transport.serve_call("roster", self._on_roster)
 
     def others_are_over(self) -> bool:
-        """More than half of the other peers at our head have enrolled with us: their round is over."""
-        head = self._view.own.head
-        if self._now.head != head:
-            return False
-        others = plan.taking_part(head, self._view.statuses())
-        return 2 * len(self._now.enrolments.keys() & others) > len(others)
+        """More than half of the other peers at our head have their updates ready."""
+        return plan.is_over(self._view.own.head, self._view.statuses())
 
-    async def gather(self, samples: int, loss: float) -> Roster | None:
+    async def gather(
+        self,
+        samples: int,
+        loss: float,
+        left_out: frozenset[str] = frozenset(),
+        not_leading: frozenset[str] = frozenset(),
+    ) -> Roster | None:
         """Enrol our update of `samples` samples and return the closed roster with us in it.
 
-        None if the swarm is at another head, so that there is no round for us to take part in.
+        left_out: peers that are neither waited for nor taken in. not_leading: peers that are passed over as
+        leaders, ourselves too if anybody else is there. None if the swarm is at another head, so that there is
+        no round for us to take part in.
         """
         head, me = self._view.own.head, self._view.peer_id
         gathering = self._at(head)
@@ -81,31 +109,22 @@ class RosterDesk:
         gathering.asked.clear()
         enrol = Enrol(round=head[0], digest=head[1], samples=samples, loss=loss)
         gathering.enrolments[me] = enrol
-        started = self._clock()
-        passed_over: set[str] = set()
-        asked_since = started
-        leader = ""
+        search = _Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf))
         while True:
             if gathering.closed is not None:
-                return gathering.closed
-            candidates = plan.taking_part(head, self._view.statuses())
-            if plan.head_to_follow(head, self._view.statuses()) is not None:
+                roster, self.leader = gathering.closed
+                return roster
+            statuses = self._view.statuses()
+            if plan.head_to_follow(head, statuses) is not None:
                 return None
-            first = plan.ranked(self._run_id, head, (candidates - passed_over) | {me})[0]
-            if first == me:
-                if candidates <= gathering.enrolments.keys() or self._clock() - started > self._wait_s:
-                    return await self._close(gathering)
-            elif first != leader:
-                leader, asked_since = first, self._clock()
-                if not await self._ask(gathering, first, enrol):
-                    passed_over.add(first)
-                    leader = ""
-                    continue
-            elif self._clock() - asked_since > self._wait_s + LEADER_GRACE_S:
-                log.info("round %d: leader %s did not close the roster", head[0], first[-8:])
-                passed_over.add(first)
-                continue
-            await self._view.wait_change(0.2)
+            first = self._first(head, plan.at_head(head, statuses), search)
+            if first != me:
+                await self._be_member(gathering, first, search)
+            elif self._is_whole(plan.taking_part(head, statuses), left_out, gathering, search.started):
+                self.leader = me
+                return self._close(gathering, left_out)
+            if gathering.closed is None:
+                await self._view.wait_change(0.2)
 
     def _at(self, head: plan.Head) -> _Gathering:
         """The gathering of the round after `head`; a newer head starts an empty one."""
@@ -113,25 +132,59 @@ class RosterDesk:
             self._now = _Gathering(head=head)
         return self._now
 
-    async def _ask(self, gathering: _Gathering, leader: str, enrol: Enrol) -> bool:
-        """Enrol with `leader`; False if it does not answer or does not take it."""
-        gathering.asked.add(leader)
-        try:
-            reply = EnrolReply.unpack(await self._transport.call(leader, "enrol", enrol.pack(), CALL_TIMEOUT_S))
-        except (NetworkError, MessageError) as error:
-            log.info("round %d: leader %s does not answer: %s", enrol.round, leader[-8:], error)
-            return False
-        return reply.accepted
+    def _first(self, head: plan.Head, candidates: frozenset[str], search: _Search) -> str:
+        """The leader: the first in the order that was not passed over; ourselves if nobody else is left."""
+        me, now = self._view.peer_id, self._clock()
+        passed_over = {peer for peer, until in search.passed_over.items() if until > now}
+        ranked = plan.ranked(self._run_id, head, (candidates | {me}) - passed_over)
+        return ranked[0] if ranked else me
 
-    async def _close(self, gathering: _Gathering) -> Roster:
+    def _is_whole(
+        self, others: frozenset[str], left_out: frozenset[str], gathering: _Gathering, started: float
+    ) -> bool:
+        """Everybody is in who is to be waited for, or the wait has passed.
+
+        If all others are left out the wait is served too: nobody goes on alone beside living peers in haste.
+        """
+        if self._clock() - started > self._wait_s:
+            return True
+        return others - left_out <= gathering.enrolments.keys() and not (others and others <= left_out)
+
+    async def _be_member(self, gathering: _Gathering, first: str, search: _Search) -> None:
+        """Enrol with a leader that is new to us; pass over one that fails us."""
+        now = self._clock()
+        if first != search.leader:
+            search.leader, search.asked_since = first, now
+            accepted = await self._ask(gathering, first)
+            if not accepted:
+                search.leader = ""
+                again = self._clock() + ASK_AGAIN_S
+                search.passed_over[first] = math.inf if accepted is None else again
+        elif now - search.asked_since > self._wait_s + LEADER_GRACE_S:
+            log.info("round %d: leader %s did not close the roster", gathering.head[0], first[-8:])
+            search.passed_over[first] = math.inf
+
+    async def _ask(self, gathering: _Gathering, leader: str) -> bool | None:
+        """Enrol with `leader`; False if it does not take it now, None if it does not answer."""
+        gathering.asked.add(leader)
+        payload = gathering.enrolments[self._view.peer_id].pack()
+        try:
+            reply = await self._transport.call(leader, "enrol", payload, CALL_TIMEOUT_S)
+            return EnrolReply.unpack(reply).accepted
+        except (NetworkError, MessageError) as error:
+            log.info("round %d: leader %s does not answer: %s", gathering.head[0], leader[-8:], error)
+            return None
+
+    def _close(self, gathering: _Gathering, left_out: frozenset[str]) -> Roster:
         """Close with who is in, ourselves included, and tell the others."""
         me = self._view.peer_id
-        alive = self._view.statuses().keys()
-        present = [peer for peer in gathering.enrolments if peer == me or peer in alive]
-        members = plan.ranked(self._run_id, gathering.head, present)
-        if len(members) > self._max_peers:
-            members = [me, *[peer for peer in members if peer != me][: self._max_peers - 1]]
-        enrolled = [gathering.enrolments[peer] for peer in members]
+        present = self._view.statuses().keys() & gathering.enrolments.keys() - left_out
+        # The order differs from round to round, so a roster that is full leaves out others each time.
+        others = plan.ranked(self._run_id, gathering.head, present - {me})[: self._max_peers - 1]
+        members = plan.ranked(self._run_id, gathering.head, [me, *others])
+        # An enrolment counts for one attempt: for the next one a member enrols again, or it is not there. Who was
+        # not taken in still waits for us.
+        enrolled = [gathering.enrolments.pop(peer) for peer in members]
         roster = Roster(
             round=gathering.head[0],
             digest=gathering.head[1],
@@ -140,10 +193,12 @@ class RosterDesk:
             samples=tuple(enrol.samples for enrol in enrolled),
             losses=tuple(enrol.loss for enrol in enrolled),
         )
-        # An enrolment counts for one attempt: for the next one a member enrols again, or it is not there.
-        gathering.enrolments.clear()
         payload = roster.pack()
-        await asyncio.gather(*(self._tell(peer, payload) for peer in members if peer != me))
+        for peer in others:
+            # In the background: a frozen member must not keep us from the exchange with the others.
+            task = asyncio.create_task(self._tell(peer, payload))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
         return roster
 
     async def _tell(self, peer: str, payload: bytes) -> None:
@@ -156,9 +211,12 @@ class RosterDesk:
     async def _on_enrol(self, peer: str, payload: bytes) -> bytes:
         enrol = Enrol.unpack(payload)
         own = self._view.own
-        accepted = (enrol.round, enrol.digest) == own.head and own.phase not in ("done", "leaving", "joining")
+        accepted = (enrol.round, enrol.digest) == own.head and own.phase in plan.TAKING_PART
         if accepted:
-            self._at(own.head).enrolments[peer] = enrol
+            enrolments = self._at(own.head).enrolments
+            if peer not in enrolments and len(enrolments) >= MAX_ENROLMENTS:
+                raise MessageError("too many have enrolled")
+            enrolments[peer] = enrol
             self._view.hear_head(peer, own.head)
         return EnrolReply(accepted=accepted, round=own.round, digest=own.digest).pack()
 
@@ -174,7 +232,7 @@ class RosterDesk:
             or roster.samples[roster.members.index(me)] != mine.samples
         ):
             raise MessageError("this roster is not for an update of ours")
-        gathering.closed = roster
+        gathering.closed = (roster, peer)
         for member in roster.members:
             self._view.hear_head(member, roster.head)
         return b""

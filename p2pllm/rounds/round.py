@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 VOTE_WAIT_S = 8.0
 """Longest wait for the others' votes: a member that saw a stall votes up to the stall time-out later."""
 
-MAX_ATTEMPTS = 5
-"""After this many failed attempts the round is given up here and begun again from the swarm's head."""
+MAX_STRIKES = 2
+"""Failed attempts that speak against a peer before it is left out of the round; and those that a leader may close."""
 
 
 class AllReduce(Protocol):
@@ -87,30 +88,33 @@ class RoundRunner:
         self._run_id = run_id
 
     async def run(self, update: Update) -> RoundResult:
-        """Average `update` with the others' until one aggregate is agreed on, or the swarm has moved on."""
+        """Average `update` with the others' until one aggregate is agreed on, or the swarm has moved on.
+
+        There is no last attempt: who fails twice is left out, so that in the end those agree who can.
+        """
         result = RoundResult(committed=False)
-        while result.attempts < MAX_ATTEMPTS:
+        strikes: Counter[str] = Counter()
+        leaders: Counter[str] = Counter()
+        while True:
             result.attempts += 1
-            roster = await self._timed(result, "roster", self._desk.gather(update.samples, update.loss))
+            gathering = self._desk.gather(update.samples, update.loss, _out(strikes), _out(leaders))
+            roster = await self._timed(result, "roster", gathering)
             if roster is None:
                 result.reason = "the swarm committed this round without us"
                 return result
             result.roster = roster
-            if await self._attempt(result, roster, update):
+            culprits = await self._attempt(result, roster, update)
+            if result.committed:
                 return result
-        return result
+            if len(roster.members) == 1:
+                return result  # nobody else to blame
+            leaders[self._desk.leader] += 1
+            strikes.update(culprits)
 
-    async def _attempt(self, result: RoundResult, roster: Roster, update: Update) -> bool:
-        """Exchange and vote with one roster; True when the round is settled."""
-        group = Group(
-            group_id=plan.group_id(self._run_id, roster),
-            members=roster.members,
-            weights=tuple(float(samples) for samples in roster.samples),
-            size=self._keeper.layout.size,
-            codec=self._section.codec,
-        )
-        deadline = self._section.exchange_deadline_s
-        exchange = await self._timed(result, "exchange", self._allreduce.run(group, update.vector, deadline))
+    async def _attempt(self, result: RoundResult, roster: Roster, update: Update) -> frozenset[str]:
+        """Exchange and vote with one roster, and fill in `result`; returns whom a failure speaks against."""
+        group_id = plan.group_id(self._run_id, roster)
+        exchange = await self._timed(result, "exchange", self._exchange(group_id, roster, update))
         result.bytes_sent += exchange.bytes_sent
         result.bytes_received += exchange.bytes_received
         own = b""
@@ -121,19 +125,35 @@ class RoundRunner:
             own = await asyncio.to_thread(aggregate_digest, exchange.aggregate)
             self._keeper.propose(own, exchange.aggregate)
         decision, votes = await self._timed(
-            result, "vote", self._votes.settle(group.group_id, roster.members, own, VOTE_WAIT_S)
+            result, "vote", self._votes.settle(group_id, roster.members, own, VOTE_WAIT_S)
         )
         if decision.verdict is not plan.Verdict.COMMIT:
-            return False
+            result.reason = result.reason or "no aggregate found a majority"
+            me = self._view.peer_id
+            return plan.culprits(me, roster.members, votes, exchange.failed, exchange.accused)
         result.aggregate = exchange.aggregate
         if own != decision.aggregate:
             holders = [peer for peer, digest in votes.items() if digest == decision.aggregate]
             result.aggregate = await self._keeper.fetch_aggregate(holders, decision.aggregate)
         if result.aggregate is None:
             result.reason = "the committed aggregate could not be fetched"
-            return True
+            return frozenset()
         result.committed, result.reason, result.aggregate_digest = True, "", decision.aggregate
-        return True
+        return frozenset()
+
+    async def _exchange(self, group_id: bytes, roster: Roster, update: Update) -> ExchangeResult:
+        """The all-reduce; a roster that cannot be used, as one that was used before, is a failed one."""
+        try:
+            group = Group(
+                group_id=group_id,
+                members=roster.members,
+                weights=tuple(float(samples) for samples in roster.samples),
+                size=self._keeper.layout.size,
+                codec=self._section.codec,
+            )
+            return await self._allreduce.run(group, update.vector, self._section.exchange_deadline_s)
+        except ValueError as error:
+            return ExchangeResult(None, frozenset(), str(error), 0, 0)
 
     async def _timed(self, result: RoundResult, phase: Phase, work: Coroutine[object, object, T]) -> T:
         """Announce a phase, await its work, and add its seconds to the result."""
@@ -144,3 +164,7 @@ class RoundRunner:
             return await work
         finally:
             result.seconds[phase] += clock() - begin
+
+
+def _out(strikes: Counter[str]) -> frozenset[str]:
+    return frozenset(peer for peer, count in strikes.items() if count >= MAX_STRIKES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from p2pllm.rounds.messages import MessageError, Phase, Status
@@ -16,6 +16,12 @@ from p2pllm.rounds.messages import MessageError, Phase, Status
 log = logging.getLogger(__name__)
 
 _NO_STATE = bytes(32)
+
+MAX_HEARD = 512
+"""Statuses that are kept; beyond it those of the dead are dropped. Membership knows 256 members at most."""
+
+DOUBT_S = 60.0
+"""How long nothing counts that a peer claims to hold, after it could not show what it claimed."""
 
 
 class Liveness(Protocol):
@@ -34,12 +40,13 @@ class SwarmView:
     """Own status and the others' last ones, with one event for every change."""
 
     def __init__(self, peer_id: str, *, initial_state: bytes, last_round: int) -> None:
-        """initial_state: digest that the manifest gives for round 0; last_round: no claim beyond it is heard."""
+        """initial_state: digest of round 0 as the manifest gives it. last_round: no claim beyond it is heard."""
         self.peer_id = peer_id
         self._initial_state = initial_state
         self._last_round = last_round
         self.own = Status(round=0, digest=_NO_STATE, phase="starting", samples=0, tokens_per_s=0.0)
         self._heard: dict[str, Status] = {}
+        self._doubted: dict[str, float] = {}
         self._liveness: Liveness | None = None
         self._changed = asyncio.Event()
 
@@ -48,9 +55,21 @@ class SwarmView:
         self._liveness = liveness
 
     def statuses(self) -> dict[str, Status]:
-        """Last status of every living peer, without ourselves."""
+        """Last status of every living peer, without ourselves; of a doubted one, that it is joining."""
         alive = self._liveness.alive() if self._liveness else frozenset()
-        return {peer: status for peer, status in self._heard.items() if peer in alive}
+        heard = {peer: status for peer, status in self._heard.items() if peer in alive}
+        if self._doubted:
+            now = asyncio.get_running_loop().time()
+            self._doubted = {peer: until for peer, until in self._doubted.items() if until > now}
+            for peer in self._doubted.keys() & heard.keys():
+                heard[peer] = heard[peer].model_copy(update={"phase": "joining"})
+        return heard
+
+    def doubt(self, peers: Iterable[str]) -> None:
+        """These could not show the state that they claim: for DOUBT_S seconds it moves nobody here."""
+        until = asyncio.get_running_loop().time() + DOUBT_S
+        self._doubted.update(dict.fromkeys(peers, until))
+        self.notify()
 
     def with_own(self) -> dict[str, Status]:
         """Last status of every living peer and ours."""
@@ -92,13 +111,23 @@ class SwarmView:
             status = status.model_copy(update={"phase": "joining"})  # nothing that it claims to hold counts
         if self._heard.get(peer) != status:
             self._heard[peer] = status
+            self._bound(peer)
             self.notify()
 
+    def _bound(self, peer: str) -> None:
+        """Drop the dead, and if that does not help the longest known, but never `peer`."""
+        if len(self._heard) <= MAX_HEARD:
+            return
+        alive = self._liveness.alive() if self._liveness else frozenset()
+        kept = [other for other in self._heard if other in alive and other != peer][1 - MAX_HEARD :]
+        self._heard = {other: self._heard[other] for other in (*kept, peer)}
+
     def hear_head(self, peer: str, head: tuple[int, bytes]) -> None:
-        """Learn from a round's messages that a peer is at `head`, ahead of its next heartbeat."""
+        """Learn from a round's messages that a peer's update after `head` is ready, ahead of its heartbeat."""
         old = self._heard.get(peer)
-        if old is not None and old.head != head:
-            self._heard[peer] = old.model_copy(update={"round": head[0], "digest": head[1], "phase": "roster"})
+        if old is not None and (old.head != head or old.phase == "collecting"):
+            update = {"round": head[0], "digest": head[1], "phase": "roster"}
+            self._heard[peer] = old.model_copy(update=update)
         self.notify()
 
     def forget(self, peer: str) -> None:

@@ -1,6 +1,6 @@
-"""ComputeProcess: the worker as the daemon sees it: started, fed, watched, and started again when it dies.
+"""ComputeProcess: the daemon's worker, kept alive: fed with a job, asked for updates, started again when it dies.
 
-The worker itself is `worker`. Its protocol is described there.
+One life of it is `worker_process`; what it computes is `worker`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import json
 import logging
 import mmap
 import os
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from p2pllm.errors import DataError, ManifestError, P2PLLMError, SettingsError, StateError, WorkerError
+from p2pllm import errors
+from p2pllm.errors import P2PLLMError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.rounds.round import Update
 from p2pllm.settings import PeerSettings
 from p2pllm.state.layout import Layout
+from p2pllm_peers.worker_process import Event, WorkerProcess, shared_file
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ MAX_CRASHES = 5
 ANSWER_TIMEOUT_S = 120.0
 """A worker that does not answer a command in this time is killed and started again."""
 
+CLOSE_TIMEOUT_S = 2.0
+"""A worker that does not end by itself in this time is killed."""
+
 SPEED_WINDOW_S = 30.0
 """Tokens a second are measured over this long."""
-
-_LINE_LIMIT = 1 << 22
-_ERRORS = {kind.__name__: kind for kind in (ManifestError, DataError, SettingsError, StateError, WorkerError)}
 
 
 class ComputeProcess:
@@ -53,72 +53,65 @@ class ComputeProcess:
         on_change: Callable[[], None],
         on_progress: Callable[[str], None],
     ) -> None:
+        """on_change: called when samples or readiness change. on_progress: called with phrases while it builds."""
         self.restarts = 0
         self.device = self.data_digest = ""
         self.micro_batch = 0
         self.own_steps: list[int] = []
+        self.run_id = self.peer_id = ""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settings = settings
         self._runtime_dir = runtime_dir
         self._on_change = on_change
         self._on_progress = on_progress
-        self._process: asyncio.subprocess.Process | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._memory = shared_file()
+        self._worker: WorkerProcess | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._job: dict[str, Any] = {}
-        self._memory = _shared_file()
+        self._remembered: Path | None = None
         self._ready = asyncio.Event()
-        self._answer: asyncio.Future[dict[str, Any] | None] | None = None
-        self._begun: dict[str, Any] | None = None
+        self._heard = time.monotonic()
+        self._answer: asyncio.Future[Event | None] | None = None
+        self._begun: Event | None = None
         self._samples = 0
         self._crashes = 0
-        self._closing = False
         self._computed: deque[tuple[float, int]] = deque()
-        self._remembered: Path | None = None
-        self.run_id = self.peer_id = ""
-
-    # -- life ---------------------------------------------------------------------------------------------------
 
     async def launch(self) -> None:
         """Start the process; it loads its libraries while the daemon finds out what to compute."""
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "p2pllm_peers.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            pass_fds=(self._memory,),
-            limit=_LINE_LIMIT,
-        )
-        self._tasks = [
-            asyncio.create_task(task(self._process)) for task in (self._listen, self._log_errors, self._watch)
-        ]
+        self._worker = await WorkerProcess.launch(self._memory, self._on_event)
+        self._watching = asyncio.create_task(self._watch())
 
     async def build(self, draft: RunDraft, tokenizer: bytes | None, remembered: Path | None, timeout: float) -> Layout:
-        """Hand over the job and wait until model and data are ready.
+        """Hand over the job and wait until model and data are ready; `params` then holds the initial parameters.
 
-        remembered: file that keeps the micro-batch for the next start. Afterwards `params` holds the initial
-        parameters. Raises what the worker raised, or WorkerError if it dies or is not ready in `timeout`
-        seconds.
+        remembered: file that keeps the micro-batch for the next start. Raises what the worker raised, or WorkerError
+        if it dies, or shows no progress for `timeout` seconds.
         """
         self._remembered = remembered
         self._job = {
-            "draft": json.loads(
-                RunDraft.model_validate(draft.model_dump(include=set(RunDraft.model_fields))).canonical_bytes()
-            ),
+            "draft": draft.model_dump(mode="json", include=set(RunDraft.model_fields)),
             "tokenizer": base64.b64encode(tokenizer).decode() if tokenizer is not None else "",
-            "settings": json.loads(self._settings.model_dump_json()),
+            "settings": self._settings.model_dump(mode="json"),
             "shared_fd": self._memory,
             "runtime_dir": str(self._runtime_dir),
             "fresh": True,
             "micro_batch": self._settings.micro_batch or _recall(remembered),
         }
         await self._send(self._job)
-        waiting = asyncio.ensure_future(self._ready.wait())
-        await asyncio.wait([waiting, self.failed], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
-        if self.failed.done():
-            self.failed.result()
-        if not self.ready:
-            raise WorkerError(f"The compute process was not ready after {timeout:.0f} s; raise startup_timeout_s.")
+        self._heard = time.monotonic()
+        while not self.ready:
+            left = self._heard + timeout - time.monotonic()
+            if left <= 0:
+                raise WorkerError(
+                    f"The compute process shows no progress for {timeout:.0f} s; raise startup_timeout_s."
+                )
+            waiting: asyncio.Future[Any] = asyncio.ensure_future(self._ready.wait())
+            either: list[asyncio.Future[Any]] = [waiting, self.failed]
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            if self.failed.done():
+                self.failed.result()
         size = os.fstat(self._memory).st_size // 8
         both = np.frombuffer(mmap.mmap(self._memory, 8 * size), dtype="<f4")
         self.params, self._update = both[:size], both[size:]
@@ -126,30 +119,21 @@ class ComputeProcess:
         return self.layout
 
     async def close(self) -> None:
-        """End the process and give its memory back; within 3 seconds, whatever it is doing."""
-        self._closing = True
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(WorkerError):
-                await self._send({"do": "exit"})
-            try:
-                async with asyncio.timeout(2):
-                    await self._process.wait()
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
-        for task in self._tasks:
-            task.cancel()
+        """End the process and give its memory back, whatever it is doing; takes at most CLOSE_TIMEOUT_S."""
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._worker is not None:
+            with contextlib.suppress(WorkerError, TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._worker.send({"do": "exit"})
+                    await self._worker.wait()
+            self._worker.kill()
+            await self._worker.wait()
         os.close(self._memory)
         if self.failed.done() and not self.failed.cancelled():
             self.failed.exception()  # seen; the owner may be leaving for another reason
 
-    @property
-    def pid(self) -> int | None:
-        """Process id of the living worker."""
-        alive = self._process is not None and self._process.returncode is None
-        return self._process.pid if self._process and alive else None
-
-    # -- what the loop uses -------------------------------------------------------------------------------------
+    # -- what the loop uses --------------------------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
@@ -169,22 +153,20 @@ class ComputeProcess:
             self._computed.popleft()
         if len(self._computed) < 2:
             return 0.0
-        span = now - self._computed[0][0]
-        return sum(tokens for _, tokens in list(self._computed)[1:]) / span if span > 0 else 0.0
+        return sum(tokens for _, tokens in list(self._computed)[1:]) / max(1e-3, now - self._computed[0][0])
 
     async def begin(self, round_number: int) -> None:
         """Gather gradients of the parameters as they are now."""
         self._samples = 0
         self._begun = {"do": "begin", "round": round_number, "run_id": self.run_id, "peer": self.peer_id}
-        if self.ready:
-            with contextlib.suppress(WorkerError):  # it died; `_watch` begins again when it is back
-                await self._send(self._begun)
+        with contextlib.suppress(WorkerError):  # it died; it begins again when it is back
+            await self._send(self._begun)
 
     async def finish(self) -> Update | None:
         """The update of this round; None if nothing was gathered or the worker died."""
         answer = await self._ask({"do": "finish"})
         self._begun = None
-        if answer is None or answer["samples"] < 1 or not np.isfinite(answer["loss"]):
+        if answer is None or answer["samples"] < 1:
             return None
         self._crashes = 0
         self.own_steps = answer["steps"]
@@ -200,128 +182,105 @@ class ComputeProcess:
         answer = await self._ask({"do": "evaluate"})
         return None if answer is None else float(answer["loss"])
 
-    # -- the pipe -----------------------------------------------------------------------------------------------
+    # -- the worker ----------------------------------------------------------------------------------------------------
 
-    async def _send(self, command: dict[str, Any]) -> None:
-        if self._process is None or self._process.stdin is None:
+    async def _send(self, command: Event) -> None:
+        if self._worker is None:
             raise WorkerError("The compute process was not started.")
-        try:
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            await self._process.stdin.drain()
-        except OSError:
-            raise WorkerError("The compute process is gone.") from None
+        await self._worker.send(command)
 
-    async def _ask(self, command: dict[str, Any]) -> dict[str, Any] | None:
-        """Send a command and wait for its answer; None if the worker dies over it or is not up."""
-        if not self.ready:
+    async def _ask(self, command: Event) -> Event | None:
+        """Send a command and wait for its answer; None if the worker is not up, dies over it, or does not answer."""
+        if not self.ready or self._worker is None:
             return None
         answer = self._answer = asyncio.get_running_loop().create_future()
         try:
             await self._send(command)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                result: dict[str, Any] | None = await answer
-                return result
+                event: Event | None = await answer
+                return event
         except WorkerError:
             return None
         except TimeoutError:
             log.error("the worker does not answer; killing it")
-            if self._process is not None and self._process.returncode is None:
-                self._process.kill()
+            self._worker.kill()
             return None
         finally:
             self._answer = None
 
-    async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        """Take the worker's events."""
-        assert process.stdout is not None  # noqa: S101 - it was asked for
-        async for line in process.stdout:
-            event = json.loads(line)
-            match event["event"]:
-                case "progress":
-                    self._on_progress(event["text"])
-                case "ready":
-                    self.layout = Layout.from_json(event["layout"])
-                    self.device, self.micro_batch = event["device"], event["micro_batch"]
-                    self.data_digest = event["data_digest"]
-                    _remember(self._remembered, self.micro_batch)
-                    self._ready.set()
-                    self._on_change()
-                case "step":
-                    self._samples = event["samples"]
-                    self._computed.append((time.monotonic(), event["tokens"]))
-                    self._on_change()
-                case "micro_batch":
-                    self.micro_batch = event["micro_batch"]
-                    _remember(self._remembered, self.micro_batch)
-                case "error":
-                    if not self.failed.done():
-                        self.failed.set_exception(_ERRORS.get(event["kind"], WorkerError)(event["message"]))
-                case _:
-                    if self._answer is not None and not self._answer.done():
-                        self._answer.set_result(event)
+    def _on_event(self, event: Event) -> None:
+        self._heard = time.monotonic()
+        match event["event"]:
+            case "progress":
+                self._on_progress(event["text"])
+            case "ready":
+                self.layout = Layout.from_json(event["layout"])
+                self.device, self.data_digest = event["device"], event["data_digest"]
+                self._found_micro_batch(event["micro_batch"])
+                self._ready.set()
+                self._on_change()
+            case "micro_batch":
+                self._found_micro_batch(event["micro_batch"])
+            case "step" if self._begun is None or event["round"] != self._begun["round"]:
+                pass  # of a round that was dropped while the worker was starting
+            case "step":
+                self._samples = event["samples"]
+                self._computed.append((self._heard, event["tokens"]))
+                self._on_change()
+            case "error":
+                kind = getattr(errors, event["kind"], WorkerError)
+                if not self.failed.done():
+                    self.failed.set_exception(kind(event["message"]))
+            case _:
+                if self._answer is not None and not self._answer.done():
+                    self._answer.set_result(event)
 
-    async def _log_errors(self, process: asyncio.subprocess.Process) -> None:
-        """Keep what the worker and its libraries say on standard error."""
-        assert process.stderr is not None  # noqa: S101 - it was asked for
-        async for line in process.stderr:
-            log.info("worker: %s", line.decode(errors="replace").rstrip())
+    def _found_micro_batch(self, micro_batch: int) -> None:
+        self.micro_batch = micro_batch
+        if self._remembered is not None and not self._settings.micro_batch:
+            with contextlib.suppress(OSError):  # only a hint for the next start
+                self._remembered.write_text(json.dumps({"micro_batch": micro_batch}))
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """When the worker dies, start it again, with a smaller micro-batch if memory ran out."""
-        code = await process.wait()
-        if self._closing or self.failed.done():
-            return
-        was_ready = self.ready
+    async def _watch(self) -> None:
+        """Whenever the worker dies, start it again, with a smaller micro-batch if memory ran out."""
+        while True:
+            assert self._worker is not None  # noqa: S101 - launched before
+            code = await self._worker.wait()
+            if self.failed.done():
+                return
+            self._went_down(code)
+            if not self._job or self._crashes > MAX_CRASHES:
+                self.failed.set_exception(
+                    WorkerError(f"The compute process died {self._crashes} times in a row (code {code}); see the log.")
+                )
+                return
+            self.restarts += 1
+            await asyncio.sleep(min(30.0, 2.0 ** (self._crashes - 1) - 1))
+            worker = await WorkerProcess.launch(self._memory, self._on_event)
+            with contextlib.suppress(WorkerError):  # it died again; the next turn sees that
+                await worker.send(self._job)
+                self._worker = worker  # not before the job: it must be the first thing that the worker hears
+                if self._begun is not None:
+                    await worker.send(self._begun)
+            self._worker = worker
+
+    def _went_down(self, code: int) -> None:
+        """Forget what the dead worker had gathered, and wake who waits for it."""
+        log.warning("the worker died with code %d; starting it again", code)
         self._ready.clear()
         self._samples = 0
+        self._crashes += 1
+        if code == -9 and not self._settings.micro_batch and self._job:
+            # Nobody but the kernel's out-of-memory killer sends this uninvited.
+            self._job["micro_batch"] = max(1, self.micro_batch // 2)
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(None)
         self._on_change()
-        self._crashes += 1
-        if (not was_ready and not self._job) or self._crashes > MAX_CRASHES:
-            self.failed.set_exception(
-                WorkerError(
-                    f"The compute process died {self._crashes} times in a row, last with code {code}; see the log."
-                )
-            )
-            return
-        self.restarts += 1
-        if code == -9 and not self._settings.micro_batch:
-            # Nobody but the kernel's out-of-memory killer sends this uninvited.
-            self._job["micro_batch"] = max(1, self.micro_batch // 2)
-        log.warning("the worker died with code %d; starting it again", code)
-        await asyncio.sleep(min(30.0, 2.0 ** (self._crashes - 1) - 1))
-        self._tasks = []
-        await self.launch()
-        with contextlib.suppress(WorkerError):
-            await self._send(self._job)
-        self._tasks.append(asyncio.create_task(self._resume()))
-
-    async def _resume(self) -> None:
-        """Once the new worker is ready, begin the round that the old one was in."""
-        await self._ready.wait()
-        if self._begun is not None:
-            with contextlib.suppress(WorkerError):
-                await self._send(self._begun)
-
-
-def _shared_file() -> int:
-    """A file that has no name, so that nothing is left of it however the processes end."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("p2pllm")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def _recall(path: Path | None) -> int:
     """The micro-batch found earlier; 0 if none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, P2PLLMError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, P2PLLMError):
         if path is not None:
             return int(json.loads(path.read_text())["micro_batch"])
     return 0
-
-
-def _remember(path: Path | None, micro_batch: int) -> None:
-    if path is not None:
-        with contextlib.suppress(OSError):  # only a hint for the next start
-            path.write_text(json.dumps({"micro_batch": micro_batch}))

@@ -40,12 +40,13 @@ from p2pllm_peers.folders import (
 )
 from p2pllm_peers.launcher import Order
 from p2pllm_peers.participant import Participant
+from p2pllm_peers.reporting import log_into, silence, tell, tell_progress
 
 T = TypeVar("T")
 
 log = logging.getLogger("p2pllm.daemon")
 
-LEAVE_ROUND_S = 5.0
+LEAVE_ROUND_S = 4.0
 """How long a peer that was asked to leave goes on with a round that is being closed."""
 
 
@@ -184,10 +185,10 @@ class Daemon:
             if self._participant is not None:
                 await self._participant.stop()
         finally:
-            if self._node is not None:
-                await self._node.stop()
-            if self._compute is not None:
-                await self._compute.close()
+            ending = [
+                part for part in (self._node and self._node.stop(), self._compute and self._compute.close()) if part
+            ]
+            await asyncio.gather(*ending)
             if self._control is not None:
                 await self._control.close()
             if self._participant is not None:
@@ -224,10 +225,11 @@ class Daemon:
             self._participant.view.notify()
 
     def _watch_launcher(self) -> None:
-        """In the foreground, leave when the program that started us hangs up; then write only to the log."""
+        """In the foreground, leave when the program that started us hangs up; else let go of its pipes."""
         if self._order.foreground:
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._hung_up)
-        silence()
+        else:
+            silence()
 
     def _hung_up(self) -> None:
         if not os.read(sys.stdin.fileno(), 4096):
@@ -259,34 +261,6 @@ async def _first_failure(compute: asyncio.Future[None], node: asyncio.Future[Net
         compute.result()
     if node.done() and not node.cancelled():
         raise node.result()
-
-
-def tell(event: str, **fields: Any) -> None:
-    """Report to the program that started us; it may be gone."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
-        sys.stdout.flush()
-
-
-def tell_progress(text: str) -> None:
-    """Report and log a step of the start."""
-    log.info("%s", text)
-    tell("progress", text=text)
-
-
-def log_into(path: Path) -> None:
-    """Log to a file, what libraries write to standard error included."""
-    file = path.open("a", encoding="utf-8", buffering=1)
-    os.dup2(file.fileno(), sys.stderr.fileno())
-    logging.basicConfig(
-        stream=file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-
-
-def silence() -> None:
-    """Let go of the launcher's pipe: whoever reads it may end before us."""
-    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device, not a path
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def kill_children() -> None:

@@ -15,6 +15,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,10 @@ from p2pllm.manifest import RunManifest
 FOUNDER, VOLUNTEER = "founder", "volunteer"
 SIGNING_DOMAIN = "manifest"
 """Domain of the founder's signature over a manifest's canonical bytes."""
+
+_LOCK_TRIES, _LOCK_PAUSE_S = 5, 0.02
+_ERROR_MARK = " ERROR p2pllm.daemon: "
+_LOG_TAIL_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class RunFolder:
     def load(self) -> tuple[RunManifest, bytes, bytes | None] | None:
         """(manifest, signature, tokenizer.json or None) as saved; None if this run was never saved here.
 
-        Raises ManifestError if the files are damaged.
+        Raises ManifestError if the files are damaged, StateError if they cannot be read.
         """
         if not (self.path / "manifest.json").exists():
             return None
@@ -116,15 +124,34 @@ class PeerFolder:
         with _file_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise DaemonError(
-                f"This machine already takes part in run {self.run.run_id[:16]} as '{self.name}'; look with "
-                f"`p2pllm status`, or add a second peer with --name."
-            ) from None
-        return handle
+        for _ in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return handle
+            except BlockingIOError:
+                time.sleep(_LOCK_PAUSE_S)  # `running`, in another program, holds it for a moment
+        os.close(handle)
+        raise DaemonError(
+            f"This machine already takes part in run {self.run.run_id[:16]} as '{self.name}'; look with "
+            f"`p2pllm status`, or add a second peer with --name."
+        )
+
+    def last_error(self) -> str:
+        """The last error that this peer's daemon logged, in one line; "" if there is none."""
+        with suppress(OSError), (self.path / "daemon.log").open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+            found = [line.partition(_ERROR_MARK)[2] for line in lines if _ERROR_MARK in line]
+            return found[-1] if found else ""
+        return ""
+
+    def discard_unsaved(self) -> None:
+        """Remove this peer if its run never got a manifest, as after a join that found nobody."""
+        if (self.run.path / "manifest.json").exists() or (self.path / "state").exists():
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # another peer joins the same run right now
+            self.run.path.rmdir()
 
 
 def key_file(home: Path, name: str) -> Path:
@@ -133,13 +160,17 @@ def key_file(home: Path, name: str) -> Path:
 
 
 def all_runs(home: Path) -> list[RunFolder]:
-    """Every run that this machine knows, the one used last first."""
+    """Every run that this machine knows, the one used last first.
+
+    One whose manifest is damaged, or was written by another version, has only the beginning of its id: its daemon
+    can still be seen and stopped, and `load` says what is wrong.
+    """
     found = []
     for manifest in (home / "runs").glob("*/manifest.json"):
         try:
             run_id = RunManifest.from_bytes(manifest.read_bytes()).run_id
         except (P2PLLMError, OSError):
-            continue  # a damaged run is reported when it is named
+            run_id = manifest.parent.name
         last_used = max(entry.stat().st_mtime for entry in [manifest.parent, *manifest.parent.glob("*/rounds.jsonl")])
         found.append((last_used, RunFolder(home, run_id)))
     return [run for _, run in sorted(found, key=lambda item: item[0], reverse=True)]
@@ -176,28 +207,24 @@ def check_signature(manifest: RunManifest, signature: bytes) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either there whole or not at all."""
+    """Write a small file so that it is either there whole or not at all. Raises StateError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _file_errors(path):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into one sentence that names the place."""
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class _file_errors:  # noqa: N801 - reads as a statement
-    """Turn the operating system's errors into one sentence that names the folder."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-            where = error.filename or self._path
-            raise StateError(
-                f"Cannot use {where}: {error.strerror}; free the disk, mend the permissions, or choose another "
-                f"folder with --home."
-            ) from None
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise StateError(
+            f"Cannot use {where}: {error.strerror or error}; free the disk, mend the permissions, or choose "
+            f"another folder with --home."
+        ) from None

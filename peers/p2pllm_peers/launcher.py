@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -73,25 +73,37 @@ class DaemonProcess:
 
         Raises the error that the daemon reports, or DaemonError if it dies without a word.
         """
-        assert self._process.stdout is not None  # noqa: S101 - it was asked for
-        for line in self._process.stdout:
-            event = json.loads(line)
+        for event in self._events():
             if event["event"] == "progress":
                 on_progress(event["text"])
             elif event["event"] == "ready":
                 if not self._order.foreground:
                     self._stdin.close()
-                return dict(event)
-            elif event["event"] == "error":
-                self._process.wait(10)
-                kind = getattr(errors, event["kind"], DaemonError)
-                error: P2PLLMError = kind(event["message"])
-                raise error
+                return event
         code = self._process.wait()
         stderr = self._process.stderr.read().strip().splitlines() if self._process.stderr else []
         raise DaemonError(
             f"The daemon ended with code {code} before it was ready: {stderr[-1] if stderr else 'no message'}."
         )
+
+    def wait_end(self) -> None:
+        """Wait until the daemon has ended. Raises the error that it reports."""
+        for _ in self._events():
+            pass
+        if code := self._process.wait():
+            raise DaemonError(f"The daemon ended with code {code}; look at `p2pllm logs`.")
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        """What the daemon reports, until it closes the pipe; an error is raised."""
+        assert self._process.stdout is not None  # noqa: S101 - it was asked for
+        for line in self._process.stdout:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == "error":
+                self._process.wait(15)
+                kind = getattr(errors, event["kind"], DaemonError)
+                error: P2PLLMError = kind(event["message"])
+                raise error
+            yield event
 
     def leave(self) -> None:
         """Ask the daemon to leave the run in order; it does so by itself when this program dies."""

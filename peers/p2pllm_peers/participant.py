@@ -167,7 +167,10 @@ class Participant:
 
     def _on_round(self, record: RoundRecord) -> None:
         """Keep what a round measured, and save the state when the settings ask for it."""
-        self._records.write(record)
+        try:
+            self._records.write(record)
+        except OSError as error:
+            log.error("round %d is not recorded in %s: %s", record.round, self.folder.path, error.strerror)
         self._last = record
         self._losses.append(record.loss)
         if record.validation_loss is not None:

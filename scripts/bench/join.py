@@ -1,6 +1,6 @@
 """How long a newcomer takes: from `p2pllm join` to its first committed contribution, and what `--help` costs.
 
-    scripts/bench/join.py [--repeats 5]
+    .venv/bin/python scripts/bench/join.py [--repeats 5]
 
 A founder trains the default model alone on one core; each repetition is a volunteer with an empty folder, pinned to
 the other core. Beside it runs the floor of any such program in this venv: a bare interpreter that imports what the
@@ -45,7 +45,7 @@ def main() -> None:
             for number in range(repeats):
                 shown.update(f"join {number + 1} of {repeats}")
                 floors.append(timed([sys.executable, "-c", "import torch, transformers.models.llama.modeling_llama"]))
-                helps.append(timed(["p2pllm", "--help"]))
+                helps.append(timed([sys.executable, "-m", "p2pllm_cli.main", "--help"]))
                 joins.append(first_contribution(swarm))
     table = Table(title=f"{repeats} joins, one core a peer")
     for heading in ("what", "median s", "smallest", "largest"):

@@ -1,6 +1,6 @@
 """Where a round's time goes outside compute: three peers on loopback, the default model of 0.8 M parameters.
 
-    scripts/bench/rounds.py [--peers 3] [--rounds 40]
+    .venv/bin/python scripts/bench/rounds.py [--peers 3] [--rounds 40]
 
 Every figure is the median over all peers and rounds of one run, with the share of the whole round beside it: the
 machine's own speed drops out of the shares.

@@ -65,6 +65,7 @@ class Swarm:
         self._draft = draft
         self._out = out
         self._settings = settings
+        self._launched = 0
 
     def __enter__(self) -> Swarm:
         return self
@@ -75,13 +76,13 @@ class Swarm:
     def start(self, count: int, progress: Callable[[str], None]) -> None:
         """Start a founder, then the others with its invite, and wait until all take part."""
         founder = self.add(progress)
-        others = [self._launch(index, founder.ready["invite"]) for index in range(1, count)]
+        others = [self._launch(founder.ready["invite"]) for _ in range(1, count)]
         for peer in others:
             self._await(peer, progress)
 
-    def add(self, progress: Callable[[str], None], name: str = "") -> SwarmPeer:
+    def add(self, progress: Callable[[str], None]) -> SwarmPeer:
         """Start one more peer (the first founds the run) and wait until it takes part."""
-        peer = self._launch(len(self.peers), self.peers[0].ready["invite"] if self.peers else "")
+        peer = self._launch(self.peers[0].ready["invite"] if self.peers else "")
         self._await(peer, progress)
         return peer
 
@@ -139,8 +140,9 @@ class Swarm:
             update={"home": home, "listen_host": "127.0.0.1", "nat": False, "listen_port": 0, "threads": 1}
         )
 
-    def _launch(self, index: int, invite: str) -> SwarmPeer:
-        home = self._out / f"peer-{index}"
+    def _launch(self, invite: str) -> SwarmPeer:
+        home = self._out / f"peer-{self._launched}"
+        self._launched += 1
         settings = self._settings_of(home)
         order = Order(settings, invite=invite) if invite else Order(settings, draft=self._draft.model_dump(mode="json"))
         peer = SwarmPeer(home.name, home, DaemonProcess(order))

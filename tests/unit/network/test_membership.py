@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_network import MemoryNetwork, peer_number
+from member_network import MemoryNetwork, peer_number
 
 from p2pllm.network.beat import MAX_HINTS, MAX_STATUS_BYTES, Beat
 from p2pllm.network.membership import Membership

@@ -1,6 +1,6 @@
 """Who is alive, decided on a clock that only the test moves."""
 
-from memory_network import peer_number
+from member_network import peer_number
 
 from p2pllm.network.table import (
     ALIVE_S,
