@@ -10,6 +10,7 @@ What does not live here: what one peer may choose (`settings`), signing (`identi
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from p2pllm.errors import ManifestError
 
@@ -33,9 +35,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The architecture: any causal language model that transformers' AutoConfig knows."""
 
-    type: str = Field(
-        "llama", max_length=64, description="transformers' model_type, for example llama, qwen3, gpt2"
-    )
+    type: str = Field("llama", max_length=64, description="transformers' model_type, for example llama, qwen3, gpt2")
     config: dict[str, Any] = Field(
         default={
             "hidden_size": 128,
@@ -55,7 +55,7 @@ class TokenizerSection(_Section):
     source: str = Field(
         "bytes",
         max_length=4096,
-        description='"bytes" (256 values and an end mark), or "file:PATH" of a tokenizer.json that travels with the run',
+        description='"bytes" (256 values and an end mark), or "file:PATH" of a tokenizer.json, which the run carries',
     )
 
     @model_validator(mode="after")
@@ -79,9 +79,7 @@ class DataSection(_Section):
         description='BLAKE3 over the text of a "text:" source; `start` fills it in; "" accepts any text',
     )
     context_length: int = Field(128, ge=8, le=1 << 20, description="tokens a sample")
-    validation_fraction: float = Field(
-        0.02, gt=0, lt=0.5, description="share of the documents that is held out"
-    )
+    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of the documents that is held out")
     validation_samples: int = Field(32, ge=1, le=65536, description="held-out samples of one evaluation")
     validation_every: int = Field(10, ge=1, description="rounds between evaluations")
 
@@ -99,12 +97,8 @@ class OptimizerSection(_Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, a round")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment, a round")
     epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
-    weight_decay: float = Field(
-        0.1, ge=0, le=10, description="decoupled decay, times the learning rate, a round"
-    )
-    clip_norm: float = Field(
-        1.0, ge=0, description="largest L2 norm of the averaged gradient; 0 does not clip"
-    )
+    weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay, times the learning rate, a round")
+    clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of the averaged gradient; 0 does not clip")
     warmup_rounds: int = Field(10, ge=0, description="rounds in which the learning rate rises linearly")
     final_fraction: float = Field(
         0.1,
@@ -117,14 +111,10 @@ class OptimizerSection(_Section):
 class RoundSection(_Section):
     """When a round ends and how its updates are averaged."""
 
-    strategy: Literal["sync"] = Field(
-        "sync", description="sync: peers average gradients, then all apply the same step"
-    )
+    strategy: Literal["sync"] = Field("sync", description="sync: peers average gradients, then all apply the same step")
     rounds: int = Field(200, ge=1, le=10**9, description="rounds of the whole run")
     samples: int = Field(96, ge=1, le=10**9, description="samples that the swarm gathers in one round")
-    deadline_s: float = Field(
-        60.0, ge=1, le=86400, description="seconds after which a round ends with what it has"
-    )
+    deadline_s: float = Field(60.0, ge=1, le=86400, description="seconds after which a round ends with what it has")
     roster_wait_s: float = Field(
         5.0,
         ge=0.5,
@@ -195,17 +185,13 @@ class RunManifest(RunDraft):
         Raises ManifestError if the bytes are too many, malformed, not canonical, or of another run.
         """
         if len(data) > MAX_MANIFEST_BYTES:
-            raise ManifestError(
-                f"The manifest has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} allowed."
-            )
+            raise ManifestError(f"The manifest has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} allowed.")
         try:
             manifest = cls.model_validate_json(data)
         except ValidationError as error:
-            raise ManifestError(f"The manifest is not valid: {explain(error)}.") from None
+            raise ManifestError(f"The manifest is not valid: {explain(error, cls)}.") from None
         if manifest.canonical_bytes() != data:
-            raise ManifestError(
-                "The manifest is not in its canonical form; another version of p2pllm wrote it."
-            )
+            raise ManifestError("The manifest is not in its canonical form; another version of p2pllm wrote it.")
         if run_id is not None and manifest.run_id != run_id:
             raise ManifestError(f"The manifest belongs to run {manifest.run_id[:16]}, not to {run_id[:16]}.")
         return manifest
@@ -216,19 +202,34 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a pydantic error as a phrase: where, what, and what was given."""
     problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "the file"
+    place = [str(part) for part in problem["loc"]]
+    where = ".".join(place) or "the file"
     if problem["type"] == "extra_forbidden":
-        return f"{where} is not a known field"
+        close = difflib.get_close_matches(place[-1], _fields_at(model, place[:-1]), n=1)
+        return f"{where} is not a known field{f' (did you mean {close[0]}?)' if close else ''}"
     if problem["type"] == "missing":
         return f"{where} is missing"
-    text = problem["msg"].removeprefix("Value error, ")
-    text = text[0].lower() + text[1:]
     given = problem.get("input")
-    shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) else ""
-    return f"{where}: {text}{shown}"
+    shown = f" (it is {str(given)[:60]!r})" if isinstance(given, (str, int, float, bool)) else ""
+    field = _fields_at(model, place[:-1]).get(place[-1]) if place else None
+    if problem["type"] == "string_pattern_mismatch" and field is not None:
+        return f"{where} does not fit{shown}: {field.description}"
+    text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    text = text.partition(", unable to ")[0]
+    return f"{where}: {text[0].lower()}{text[1:]}{shown}"
+
+
+def _fields_at(model: type[BaseModel], place: list[str]) -> dict[str, FieldInfo]:
+    """The fields of the section that `place` leads to; none where it leads to no section."""
+    for name in place:
+        section = model.model_fields[name].annotation if name in model.model_fields else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return {}
+        model = section
+    return dict(model.model_fields)
 
 
 def load_draft(path: Path) -> RunDraft:
@@ -240,20 +241,20 @@ def load_draft(path: Path) -> RunDraft:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(f"There is no file {path}; `p2pllm new {path}` writes one to edit.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path} cannot be read: {error}.") from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise ManifestError(f"{path} is not a run file: it holds no UTF-8 text.") from None
     except tomllib.TOMLDecodeError as error:
         raise ManifestError(f"{path} is not valid TOML: {error}.") from None
     try:
         draft = RunDraft.model_validate(raw)
     except ValidationError as error:
-        raise ManifestError(f"{path} is not a valid run: {explain(error)}.") from None
+        raise ManifestError(f"{path} is not a valid run: {explain(error, RunDraft)}.") from None
     return draft.model_copy(
         update={
             "tokenizer": TokenizerSection(source=_anchored(draft.tokenizer.source, "file:", path.parent)),
-            "data": draft.data.model_copy(
-                update={"source": _anchored(draft.data.source, "text:", path.parent)}
-            ),
+            "data": draft.data.model_copy(update={"source": _anchored(draft.data.source, "text:", path.parent)}),
         }
     )
 

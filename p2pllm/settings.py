@@ -7,16 +7,19 @@ what the run computes. What all peers must agree on is in `manifest`.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 import tempfile
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import platformdirs
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -37,24 +40,20 @@ def settings_file() -> Path:
 class PeerSettings(BaseSettings):
     """What one peer may choose; every field has a default that works."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="P2PLLM_", extra="forbid", frozen=True, validate_default=True
-    )
+    model_config = SettingsConfigDict(env_prefix="P2PLLM_", extra="forbid", frozen=True, validate_default=True)
 
     home: Path = Field(
         Path(platformdirs.user_data_dir("p2pllm")),
         description="folder of keys, runs, states and logs of this machine",
     )
     cache: Path = Field(Path(platformdirs.user_cache_dir("p2pllm")), description="folder of tokenised text")
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
-    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0 = as torch chooses")
     micro_batch: int = Field(0, ge=0, le=65536, description="samples computed at once; 0 = found by itself")
     listen_host: str = Field("0.0.0.0", description="IP address to listen on")  # noqa: S104 - peers must reach it
     listen_port: int = Field(0, ge=0, le=65535, description="TCP port to listen on; 0 = any free one")
-    announce: tuple[str, ...] = Field(
-        (), description="multiaddresses that others shall use instead of the found ones"
+    announce: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="multiaddresses that others shall use instead of the found ones; commas between them"
     )
     nat: bool = Field(True, description="open a port on the router and use relays when behind one")
     data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
@@ -64,6 +63,29 @@ class PeerSettings(BaseSettings):
     startup_timeout_s: float = Field(
         120.0, ge=1, le=3600, description="seconds that p2pd and the worker may take to start"
     )
+
+    @field_validator("listen_host")
+    @classmethod
+    def _ip_address(cls, host: str) -> str:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ValueError("must be an IP address of this machine, such as 0.0.0.0 or 127.0.0.1") from None
+        return host
+
+    @field_validator("announce", mode="before")
+    @classmethod
+    def _comma_separated(cls, given: object) -> object:
+        return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+
+    @field_validator("announce")
+    @classmethod
+    def _multiaddresses(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        for address in addresses:
+            # p2pd takes them in one argument with commas between; it checks the rest itself
+            if not address.startswith("/") or "," in address:
+                raise ValueError(f'"{address}" is no multiaddress such as /ip4/192.0.2.1/tcp/4001')
+        return addresses
 
     @classmethod
     def settings_customise_sources(
@@ -92,11 +114,13 @@ def load_settings(**flags: object) -> PeerSettings:
         return PeerSettings(**given)  # type: ignore[arg-type]  # validated by pydantic
     except ValidationError as error:
         raise SettingsError(
-            f"A setting is not valid: {explain(error)}; look at the flags, the P2PLLM_ environment variables "
-            f"and {settings_file()}."
+            f"A setting is not valid: {explain(error, PeerSettings)}; look at the flags, the P2PLLM_ environment "
+            f"variables and {settings_file()}."
         ) from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"The settings file {settings_file()} cannot be read: {error}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file {settings_file()} is not valid TOML: {error}; mend it.") from None
+    except OSError as error:
+        raise SettingsError(f"The settings file {settings_file()} cannot be read: {error.strerror or error}.") from None
 
 
 def new_runtime_dir() -> Path:

@@ -4,68 +4,88 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from p2pllm.errors import DaemonError
-from p2pllm_cli.options import find_peer, find_runs, run_options
+from p2pllm_cli.options import find_peer, find_peers, run_options
+
+if TYPE_CHECKING:
+    from p2pllm_peers.folders import PeerFolder
 
 
-@click.command()
+@click.command(short_help="Show round, loss, peers and speed.")
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a peer and line.")
 def status(home: Path | None, run_prefix: str | None, name: str | None, as_json: bool) -> None:
     """Peers, round, loss, tokens/s and bytes of the runs of this machine."""
     from p2pllm_cli.view import print_status
+
+    for peer in find_peers(home, run_prefix, name):
+        report = _report(peer)
+        if as_json:
+            click.echo(json.dumps(report))
+        else:
+            print_status(report)
+
+
+def _report(peer: PeerFolder) -> dict[str, Any]:
+    """The daemon's own status, or only its phase where it cannot be asked."""
     from p2pllm_peers.control import ask
 
-    for run in find_runs(home, run_prefix):
-        for peer in run.peers():
-            if name not in (None, peer.name):
-                continue
-            running = peer.running()
-            report: dict[str, Any] = {"run_id": run.run_id, "name": peer.name, "phase": "stopped"}
-            if running:
-                report = ask(running["socket"], {"do": "status"})
-            elif running is not None:
-                report["phase"] = "starting"
-            if as_json:
-                click.echo(json.dumps(report))
-            else:
-                print_status(report)
+    running = peer.running()
+    phase = "stopped" if running is None else "starting"
+    if running:
+        try:
+            return ask(running["socket"], {"do": "status"})
+        except DaemonError:
+            phase = "not answering" if peer.running() else "stopped"  # it may have ended just now
+    return {"run_id": peer.run.run_id, "name": peer.name, "phase": phase}
 
 
-@click.command()
+@click.command(short_help="Leave a run in order and stop its daemon.")
 @run_options
 def leave(home: Path | None, run_prefix: str | None, name: str | None) -> None:
     """Leave the run: finish or hand off the round, save the state, stop the daemon."""
     from p2pllm_peers.control import ask
 
     peer = find_peer(home, run_prefix, name)
-    running = peer.running()
+    run_id, running = peer.run.run_id[:16], peer.running()
+    if running is None:
+        raise DaemonError(f"'{peer.name}' is not running in run {run_id}; there is nothing to leave.")
     if not running:
-        raise DaemonError(f"'{peer.name}' is not running in run {peer.run.run_id[:16]}; there is nothing to leave.")
-    ask(running["socket"], {"do": "leave"})
+        raise DaemonError(
+            f"'{peer.name}' is still starting in run {run_id}; press Ctrl+C in its terminal, or leave when "
+            f"`p2pllm status` shows its round."
+        )
+    try:
+        ask(running["socket"], {"do": "leave"})
+    except DaemonError:
+        if peer.running() is not None:  # else it has just ended by itself
+            raise
     end = time.monotonic() + 15
     while peer.running() is not None:
         if time.monotonic() > end:
-            raise DaemonError(f"The daemon (process {running['pid']}) has not ended after 15 s; see `p2pllm logs`.")
+            raise DaemonError(
+                f"The daemon has not ended after 15 s; see `p2pllm logs`, or end it with `kill {running['pid']}`."
+            )
         time.sleep(0.1)  # another process ends; there is no event to wait for
-    click.echo(f"'{peer.name}' has left run {peer.run.run_id[:16]}.")
+    click.echo(f"'{peer.name}' has left run {run_id}.")
 
 
 @click.command()
 @run_options
 @click.option("-f", "--follow", is_flag=True, help="Go on printing what is added.")
-@click.option("-n", "--lines", default=50, show_default=True, help="Lines to begin with.")
+@click.option("-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="Lines to begin with.")
 def logs(home: Path | None, run_prefix: str | None, name: str | None, follow: bool, lines: int) -> None:
     """What the daemon wrote to its log."""
     peer = find_peer(home, run_prefix, name)
     try:
         with (peer.path / "daemon.log").open(encoding="utf-8", errors="replace") as file:
-            for line in file.readlines()[-lines:]:
+            for line in deque(file, maxlen=lines):
                 click.echo(line, nl=False)
             while follow:
                 line = file.readline()

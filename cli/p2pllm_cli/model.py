@@ -15,12 +15,27 @@ if TYPE_CHECKING:
     from p2pllm_peers.folders import PeerFolder
 
 
-@click.command()
+@click.command(short_help="Write text with the newest state.")
 @run_options
 @click.option("--prompt", default="", help="Text to go on from.")
-@click.option("--tokens", "max_tokens", default=200, show_default=True, help="Tokens to write at most.")
-@click.option("--temperature", default=0.8, show_default=True, help="0 always takes the likeliest token.")
-@click.option("--top-k", default=50, show_default=True, help="Choose among so many tokens; 0 = all.")
+@click.option(
+    "--tokens",
+    "max_tokens",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Tokens to write at most.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="0 always takes the likeliest token.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=50, show_default=True, help="Choose among so many tokens; 0 = all."
+)
 @click.option("--seed", type=int, help="For the same text again.")
 def generate(
     home: Path | None,
@@ -44,7 +59,7 @@ def generate(
     click.echo()
 
 
-@click.command()
+@click.command(short_help="Write the newest state for transformers.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @run_options
 def export(folder: Path, home: Path | None, run_prefix: str | None, name: str | None) -> None:

@@ -67,6 +67,8 @@ def find_runs(home: Path | None, run_prefix: str | None) -> list[RunFolder]:
     from p2pllm_peers.folders import all_runs
 
     settings = settings_of({"home": home})
+    if settings.home.exists() and not settings.home.is_dir():
+        raise UsageError(f"{settings.home} is a file, not a folder; choose another one with --home.")
     found = all_runs(settings.home)
     if run_prefix:
         found = [run for run in found if run.run_id.startswith(run_prefix)]
@@ -74,16 +76,24 @@ def find_runs(home: Path | None, run_prefix: str | None) -> list[RunFolder]:
             raise UsageError(f"No run on this machine begins with {run_prefix}; `p2pllm status` lists them.")
     if not found:
         raise UsageError(
-            f"This machine takes part in no run yet (nothing in {settings.home}); `p2pllm join` an invite or "
-            f"`p2pllm start` a run."
+            f"This machine takes part in no run yet (there is none in {settings.home}); `p2pllm join` an invite, "
+            f"`p2pllm start` a run file, or name another folder with --home."
         )
     return found
 
 
-def find_peer(home: Path | None, run_prefix: str | None, name: str | None) -> PeerFolder:
-    """The one peer that is meant: a running one if there is any. Raises UsageError if there is none."""
+def find_peers(home: Path | None, run_prefix: str | None, name: str | None) -> list[PeerFolder]:
+    """All peers of this machine that are meant, those of the run used last first. Raises UsageError if none is."""
     runs = find_runs(home, run_prefix)
     peers = [peer for run in runs for peer in run.peers() if name in (None, peer.name)]
     if not peers:
-        raise UsageError(f"This machine has no peer named '{name}' in run {runs[0].run_id[:16]}; see `p2pllm status`.")
+        which = f"run {runs[0].run_id[:16]}" if len(runs) == 1 else "any of its runs"
+        who = "no peer" if name is None else f"no peer named '{name}'"
+        raise UsageError(f"This machine has {who} in {which}; `p2pllm status` lists those it has.")
+    return peers
+
+
+def find_peer(home: Path | None, run_prefix: str | None, name: str | None) -> PeerFolder:
+    """The one peer that is meant: a running one if there is any. Raises UsageError if there is none."""
+    peers = find_peers(home, run_prefix, name)
     return next((peer for peer in peers if peer.running() is not None), peers[0])

@@ -28,7 +28,7 @@ def new(path: Path) -> None:
     click.echo(f"Wrote {path}. Edit it if you like, then: p2pllm start {path}")
 
 
-@click.command()
+@click.command(short_help="Found the run of a run file, or go on with it.")
 @click.argument("path", type=click.Path(path_type=Path))
 @peer_options
 def start(path: Path, detach: bool, name: str | None, **flags: Any) -> None:
@@ -77,31 +77,36 @@ def _take_part(order: Any, *, detach: bool) -> None:
     from p2pllm_cli.view import LiveView, StartView
     from p2pllm_peers.launcher import DaemonProcess
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # a closed terminal is a Ctrl+C
     with StartView() as starting:
         daemon = DaemonProcess(order)
         try:
             ready = daemon.wait_ready(starting.progress)
         except KeyboardInterrupt:
-            daemon.kill()
+            starting.progress("stopping")
+            daemon.end()
             raise
     if order.draft is not None:
         click.echo(f"Invite: {ready['invite']}")
+    taking_part = f"Taking part in run {ready['run_id'][:16]} as '{ready['name']}'"
     if detach:
-        click.echo(
-            f"Taking part in run {ready['run_id'][:16]} as '{ready['name']}' in the background; see p2pllm status."
-        )
+        click.echo(f"{taking_part} in the background; see p2pllm status.")
         return
+    click.echo(f"{taking_part}; Ctrl+C leaves.")
     leaving = False
 
     def on_interrupt(*_: object) -> None:
         nonlocal leaving
         if leaving:
             daemon.kill()
+            raise SystemExit(130)
         leaving = True
         daemon.leave()
 
-    signal.signal(signal.SIGINT, on_interrupt)
-    signal.signal(signal.SIGTERM, on_interrupt)
-    signal.signal(signal.SIGHUP, on_interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_interrupt)
     LiveView(ready["socket"], is_leaving=lambda: leaving).show()
     daemon.wait_end()
+    click.echo(f"Left run {ready['run_id'][:16]}; its state is saved, and `p2pllm join` goes on with it.")
+    click.echo(f"'{ready['name']}' has left run {ready['run_id'][:16]}; its state is saved.")

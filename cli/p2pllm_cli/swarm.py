@@ -10,7 +10,7 @@ import click
 from p2pllm.errors import UsageError
 
 
-@click.command()
+@click.command(short_help="Train with several peers on this machine.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--peers", default=3, show_default=True, help="Daemons to start.")
 @click.option("--rounds", type=int, help="Rounds to train, instead of the run file's.")

@@ -156,7 +156,7 @@ def peer_table(rows: list[dict[str, Any]]) -> Table:
 
 def print_status(report: dict[str, Any]) -> None:
     """`p2pllm status`: the panel, or plain lines."""
-    if report["phase"] in ("stopped", "starting") and "round" not in report:
+    if "round" not in report:
         console.print(f"run {report['run_id'][:16]} as '{report['name']}': {report['phase']}", highlight=False)
     elif console.is_terminal:
         console.print(panel(report))

@@ -8,8 +8,10 @@ known from elsewhere); this module only moves bytes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from asyncio import StreamReader, StreamWriter
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,8 @@ import msgpack
 from p2pllm.errors import NetworkError
 from p2pllm.network.transport import Transport
 
+log = logging.getLogger(__name__)
+
 MAX_HEADER_BYTES = 256 * 1024
 PIECE_BYTES = 1 << 20
 REQUEST_TIMEOUT_S = 10.0
@@ -27,6 +31,11 @@ STALL_TIMEOUT_S = 20.0
 
 MAX_CONCURRENT = 4
 """Fetches that we serve at once; more wait."""
+
+MAX_OPEN = 64
+"""Fetches that are served or wait; more are refused, and so are more than MAX_OPEN_PER_PEER of one peer."""
+
+MAX_OPEN_PER_PEER = 2
 
 _LENGTH = struct.Struct("!I")
 _SIZE = struct.Struct("!Q")
@@ -56,30 +65,49 @@ class BulkServer:
         self._transport = transport
         self._source = source
         self._slots = asyncio.Semaphore(MAX_CONCURRENT)
+        self._open: Counter[str] = Counter()
 
     async def start(self) -> None:
         """Begin to answer."""
         await self._transport.serve_stream("fetch", self._on_stream)
 
     async def _on_stream(self, peer: str, reader: StreamReader, writer: StreamWriter) -> None:
-        async with asyncio.timeout(REQUEST_TIMEOUT_S):
-            request = _unpack(await _read_framed(reader))
-        async with self._slots:
-            blob = await self._source(request)
+        if self._open.total() >= MAX_OPEN or self._open[peer] >= MAX_OPEN_PER_PEER:
+            return  # the stream is closed, which the other side sees as a failed transfer
+        self._open[peer] += 1
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                request = _unpack(await _read_framed(reader))
+            async with self._slots:
+                await _send(writer, await self._source(request))
+        except (TimeoutError, OSError, EOFError, ValueError) as error:
+            log.debug("a fetch of %s ended: %s", peer[-8:], error or "it stalled")
+        finally:
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
+
+
+async def _send(writer: StreamWriter, blob: Blob | None) -> None:
+    """Header, size, buffers. Raises TimeoutError when a piece is not taken in time."""
+    async with asyncio.timeout(STALL_TIMEOUT_S):
+        _write_framed(writer, {"found": False} if blob is None else {"found": True, **blob.header})
+        writer.write(_SIZE.pack(0 if blob is None else blob.size))
+        await writer.drain()
+    for buffer in blob.buffers if blob else ():
+        view = memoryview(buffer).cast("B")
+        for start in range(0, len(view), PIECE_BYTES):
             async with asyncio.timeout(STALL_TIMEOUT_S):
-                _write_framed(writer, {"found": False} if blob is None else {"found": True, **blob.header})
-                writer.write(_SIZE.pack(0 if blob is None else blob.size))
+                writer.write(view[start : start + PIECE_BYTES])
                 await writer.drain()
-            for buffer in blob.buffers if blob else ():
-                view = memoryview(buffer).cast("B")
-                for start in range(0, len(view), PIECE_BYTES):
-                    async with asyncio.timeout(STALL_TIMEOUT_S):
-                        writer.write(view[start : start + PIECE_BYTES])
-                        await writer.drain()
 
 
 async def fetch(
-    transport: Transport, peer: str, request: dict[str, Any], max_bytes: int, progress: Callable[[int, int], None] | None = None
+    transport: Transport,
+    peer: str,
+    request: dict[str, Any],
+    max_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], bytearray] | None:
     """Ask `peer` for a blob of at most `max_bytes` bytes; None if it does not have it.
 

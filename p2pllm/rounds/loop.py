@@ -17,6 +17,7 @@ from p2pllm.manifest import RunManifest
 from p2pllm.metrics import RoundRecord
 from p2pllm.rounds import plan
 from p2pllm.rounds.keeper import StateKeeper
+from p2pllm.rounds.messages import Phase
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.round import RoundResult, RoundRunner, Update
 from p2pllm.rounds.swarm import SwarmView
@@ -26,6 +27,12 @@ log = logging.getLogger(__name__)
 
 FAREWELL_S = 20.0
 """How long a peer that is done stays to serve those who are behind."""
+
+RETRY_S = 1.0
+"""Pause after an update or a state could not be had."""
+
+FOLLOW_TRIES = 3
+"""Failed attempts to catch up after which a peer that trained no longer believes who claims that head."""
 
 
 class Compute(Protocol):
@@ -84,6 +91,8 @@ class TrainingLoop:
         self._compute = compute
         self._on_round = on_round
         self._stopping = False
+        self._empty_handed = False
+        self._failed_follows = 0
 
     def stop(self) -> None:
         """Make `run` return after the round that is being closed, or at once if none is."""
@@ -92,57 +101,78 @@ class TrainingLoop:
 
     async def run(self) -> None:
         """Train until the run's last round is committed, or until `stop`."""
-        last_round = self._manifest.round.rounds
-        while not self._stopping and self._keeper.head[0] < last_round:
-            head = plan.head_to_follow(self._keeper.head, self._view.statuses())
+        while not self._stopping:
+            head = self._head_to_follow()
             if head is not None:
                 await self._follow(head)
                 continue
+            if self._keeper.head[0] >= self._manifest.round.rounds:
+                if await self._see_off():
+                    return
+                continue
             begin = time.monotonic()
             await self._collect()
-            if self._stopping or self._must_follow():
+            if self._stopping or self._head_to_follow() is not None:
                 await self._compute.abandon()
                 continue
             update = await self._compute.finish()
             collected = time.monotonic()
+            self._empty_handed = update is None
             if update is None:
-                await self._view.wait_change(1.0)
+                await self._rest()
                 continue
             result = await self._runner.run(update)
             if result.committed and result.aggregate is not None:
                 self._view.say(phase="commit")
                 seconds = await self._keeper.apply(result.aggregate)
                 await self._report(result, {"compute": collected - begin, **result.seconds, **seconds})
-        if self._keeper.head[0] >= last_round:
-            await self._see_off()
+
+    def _head_to_follow(self) -> plan.Head | None:
+        return plan.head_to_follow(self._keeper.head, self._view.statuses())
+
+    async def _rest(self) -> None:
+        """There is no update and the worker may need a moment; nobody is to wait for us meanwhile."""
+        self._view.say(phase="starting", samples=0)
+        await self._view.wait_until(lambda: self._stopping, RETRY_S)
 
     async def _collect(self) -> None:
         """Gather samples until the swarm has enough of them, or the deadline passes and we have some."""
         head, section = self._keeper.head, self._manifest.round
-        self._view.say(head=head, phase="collecting", samples=0)
-        while not self._stopping and not self._must_follow() and self._present(head) < section.min_peers:
+        self._view.say(head=head, phase=self._phase(0), samples=0)
+        while not self._over() and self._present(head) < section.min_peers:
             await self._view.wait_change(1.0)
         await self._compute.begin(head[0])
         loop = asyncio.get_running_loop()
         deadline = loop.time() + section.deadline_s
-        while not self._stopping and not self._must_follow():
-            samples, phase = self._compute.samples, "collecting" if self._compute.ready else "starting"
+        while not self._over():
+            samples = self._compute.samples
+            phase = self._phase(samples)
             if (samples, phase) != (self._view.own.samples, self._view.own.phase):
                 self._view.say(phase=phase, samples=samples)
             enough = plan.gathered(head, self._view.with_own()) >= section.samples
-            if samples > 0 and (enough or loop.time() > deadline or self._desk.others_are_over()):
+            left = deadline - loop.time()
+            if samples > 0 and (enough or left <= 0 or self._desk.others_are_over()):
                 return
-            await self._view.wait_change(max(0.05, min(1.0, deadline - loop.time())))
+            await self._view.wait_change(min(1.0, left) if left > 0 else 1.0)
+
+    def _phase(self, samples: int) -> Phase:
+        """Whether others shall wait for us: not while the worker is down, or brought nothing last time."""
+        able = self._compute.ready and (samples > 0 or not self._empty_handed)
+        return "collecting" if able else "starting"
+
+    def _over(self) -> bool:
+        return self._stopping or self._head_to_follow() is not None
 
     def _present(self, head: plan.Head) -> int:
         """Peers that take part in the round after `head`, ourselves included."""
         return 1 + len(plan.taking_part(head, self._view.statuses()))
 
-    def _must_follow(self) -> bool:
-        return plan.head_to_follow(self._keeper.head, self._view.statuses()) is not None
-
     async def _follow(self, head: plan.Head) -> None:
-        """Catch up with the swarm; if nobody can help now, wait for news."""
+        """Catch up with the swarm; who claims a head and cannot show it is doubted.
+
+        A peer that trained doubts who failed it FOLLOW_TRIES times. One at round 0 has nothing to go on with and
+        would start the run anew, so it goes on trying unless what it was given is refuted.
+        """
         own = self._keeper.head
         if head[0] == own[0]:
             log.warning("our state of round %d differs from the swarm's; fetching theirs", own[0])
@@ -150,10 +180,19 @@ class TrainingLoop:
             log.info("catching up from round %d to %d", own[0], head[0])
         await self._compute.abandon()
         self._view.say(phase="joining", samples=0)
-        if await self._keeper.follow(head, plan.donors(head, self._view.statuses())):
+        donors = plan.donors(head, self._view.statuses())
+        if await self._keeper.follow(head, donors):
+            self._failed_follows = 0
             self._view.say(head=self._keeper.head)
-        else:
-            await self._view.wait_change(1.0)
+            return
+        self._failed_follows += 1
+        if own[0] > 0 and self._failed_follows >= FOLLOW_TRIES:
+            self._failed_follows = 0
+            self._view.doubt(donors)
+        elif self._keeper.refuted:
+            self._view.doubt(self._keeper.refuted)
+        # Not until the next change: others' statuses change many times a second.
+        await self._view.wait_until(lambda: self._stopping, RETRY_S)
 
     async def _report(self, result: RoundResult, seconds: dict[str, float]) -> None:
         """Announce the new head, evaluate if it is time, and hand over the record."""
@@ -185,11 +224,15 @@ class TrainingLoop:
             )
         )
 
-    async def _see_off(self) -> None:
-        """The run is complete: stay until every living peer has the last round, for a bounded time."""
-        self._view.say(head=self._keeper.head, phase="done", samples=0)
+    async def _see_off(self) -> bool:
+        """The run is complete: stay until every living peer has the last round, for a bounded time.
+
+        False if it turns out that ours is not the swarm's last round.
+        """
         own = self._keeper.head
+        self._view.say(head=own, phase="done", samples=0)
         await self._view.wait_until(
-            lambda: self._stopping or all(status.head == own for status in self._view.statuses().values()),
+            lambda: self._over() or all(status.head == own for status in self._view.statuses().values()),
             FAREWELL_S,
         )
+        return self._stopping or self._head_to_follow() is None

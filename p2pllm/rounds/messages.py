@@ -20,9 +20,7 @@ Samples = Annotated[int, Field(ge=0, le=10**9)]
 Weight = Annotated[int, Field(ge=1, le=10**9)]  # samples behind an update
 Loss = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
-Phase = Literal[
-    "starting", "joining", "collecting", "roster", "exchange", "vote", "commit", "done", "leaving"
-]
+Phase = Literal["starting", "joining", "collecting", "roster", "exchange", "vote", "commit", "done", "leaving"]
 
 
 class MessageError(ValueError):

@@ -30,9 +30,7 @@ CLOSING: frozenset[Phase] = frozenset({"roster", "exchange", "vote"})
 
 def at_head(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
     """Peers that work on the round after `head`: one of them leads it."""
-    return frozenset(
-        peer for peer, status in statuses.items() if status.head == head and status.phase in TAKING_PART
-    )
+    return frozenset(peer for peer, status in statuses.items() if status.head == head and status.phase in TAKING_PART)
 
 
 def taking_part(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
@@ -42,9 +40,7 @@ def taking_part(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
     round that closed without it would waste its work.
     """
     return at_head(head, statuses) | frozenset(
-        peer
-        for peer, status in statuses.items()
-        if status.round == head[0] - 1 and status.phase in FINISHING
+        peer for peer, status in statuses.items() if status.round == head[0] - 1 and status.phase in FINISHING
     )
 
 
@@ -127,7 +123,7 @@ def culprits(
     named = Counter(peer for group in accused.values() for peer in group & others)
     if named:
         return frozenset({max(named, key=lambda peer: (named[peer], peer))})
-    return accused.keys() & others
+    return others & accused.keys()
 
 
 def head_to_follow(own: Head | None, statuses: Mapping[str, Status]) -> Head | None:
@@ -159,6 +155,4 @@ def head_to_follow(own: Head | None, statuses: Mapping[str, Status]) -> Head | N
 
 def donors(head: Head, statuses: Mapping[str, Status]) -> list[str]:
     """Peers that hold `head`, to fetch it from."""
-    return sorted(
-        peer for peer, status in statuses.items() if status.head == head and status.phase != "joining"
-    )
+    return sorted(peer for peer, status in statuses.items() if status.head == head and status.phase != "joining")

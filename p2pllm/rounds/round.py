@@ -119,7 +119,6 @@ class RoundRunner:
         result.bytes_received += exchange.bytes_received
         own = b""
         if exchange.aggregate is None:
-            result.reason = exchange.reason
             log.info("round %d, attempt %d: %s", roster.round, result.attempts, exchange.reason)
         else:
             own = await asyncio.to_thread(aggregate_digest, exchange.aggregate)
@@ -128,7 +127,7 @@ class RoundRunner:
             result, "vote", self._votes.settle(group_id, roster.members, own, VOTE_WAIT_S)
         )
         if decision.verdict is not plan.Verdict.COMMIT:
-            result.reason = result.reason or "no aggregate found a majority"
+            result.reason = exchange.reason or "no aggregate found a majority"
             me = self._view.peer_id
             return plan.culprits(me, roster.members, votes, exchange.failed, exchange.accused)
         result.aggregate = exchange.aggregate

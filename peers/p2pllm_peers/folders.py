@@ -32,8 +32,6 @@ SIGNING_DOMAIN = "manifest"
 """Domain of the founder's signature over a manifest's canonical bytes."""
 
 _LOCK_TRIES, _LOCK_PAUSE_S = 5, 0.02
-_ERROR_MARK = " ERROR p2pllm.daemon: "
-_LOG_TAIL_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -136,15 +134,6 @@ class PeerFolder:
             f"`p2pllm status`, or add a second peer with --name."
         )
 
-    def last_error(self) -> str:
-        """The last error that this peer's daemon logged, in one line; "" if there is none."""
-        with suppress(OSError), (self.path / "daemon.log").open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
-            found = [line.partition(_ERROR_MARK)[2] for line in lines if _ERROR_MARK in line]
-            return found[-1] if found else ""
-        return ""
-
     def discard_unsaved(self) -> None:
         """Remove this peer if its run never got a manifest, as after a join that found nobody."""
         if (self.run.path / "manifest.json").exists() or (self.path / "state").exists():
@@ -202,7 +191,8 @@ def check_signature(manifest: RunManifest, signature: bytes) -> None:
     """Raise ManifestError unless the founder that the manifest names has signed it."""
     if not verify(manifest.founder, SIGNING_DOMAIN, manifest.canonical_bytes(), signature):
         raise ManifestError(
-            f"The manifest of run {manifest.run_id[:16]} is not signed by its founder; ask the organiser for a new invite."
+            f"The manifest of run {manifest.run_id[:16]} is not signed by its founder; ask the organiser for a new "
+            f"invite."
         )
 
 

@@ -7,6 +7,7 @@ end closes, the daemon leaves the run in order.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -55,8 +56,9 @@ class DaemonProcess:
             start_new_session=True,  # Ctrl+C in the terminal is for the view, which asks the daemon to leave
             text=True,
         )
-        self._stdin.write(order.to_json() + "\n")
-        self._stdin.flush()
+        with contextlib.suppress(OSError):  # a daemon that died at once; `wait_ready` says so
+            self._stdin.write(order.to_json() + "\n")
+            self._stdin.flush()
 
     @property
     def pid(self) -> int:
@@ -97,9 +99,12 @@ class DaemonProcess:
         """What the daemon reports, until it closes the pipe; an error is raised."""
         assert self._process.stdout is not None  # noqa: S101 - it was asked for
         for line in self._process.stdout:
-            event: dict[str, Any] = json.loads(line)
+            try:
+                event: dict[str, Any] = json.loads(line)
+            except ValueError:
+                continue  # a library that prints
             if event["event"] == "error":
-                self._process.wait(15)
+                self._reap(15)
                 kind = getattr(errors, event["kind"], DaemonError)
                 error: P2PLLMError = kind(event["message"])
                 raise error
@@ -109,6 +114,21 @@ class DaemonProcess:
         """Ask the daemon to leave the run in order; it does so by itself when this program dies."""
         if not self._stdin.closed:
             self._stdin.close()
+
+    def end(self) -> None:
+        """Stop a daemon that is still starting: in order within 10 seconds, else at once."""
+        try:
+            self._process.terminate()
+            self._reap(10)
+        except KeyboardInterrupt:
+            self._process.terminate()  # at the second signal the daemon cleans up and exits at once
+            self._reap(3)
+
+    def _reap(self, timeout: float) -> None:
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
     def poll(self) -> int | None:
         """Exit code, or None while it runs."""

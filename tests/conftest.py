@@ -1,0 +1,139 @@
+"""Shared by all tests: a machine of its own for a peer, from which nothing escapes."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+TINY_RUN = """
+name = "tiny"
+
+[model]
+type = "llama"
+
+[model.config]
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+num_key_value_heads = 2
+
+[data]
+source = "text:TEXT"
+context_length = 32
+validation_samples = 4
+
+[round]
+rounds = 1000000
+samples = 8
+"""
+"""A run whose model is built and whose text is read in no time. It never ends by itself."""
+
+
+@dataclass
+class PeerEnv:
+    """What one peer has for itself: home, cache, settings and runtime folder, and the variables that name them."""
+
+    folder: Path
+    runtime: Path
+    variables: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.home = self.folder / "home"
+        self.variables = {name: value for name, value in os.environ.items() if not name.startswith("P2PLLM_")} | {
+            "P2PLLM_HOME": str(self.home),
+            "P2PLLM_CACHE": str(self.folder / "cache"),
+            "P2PLLM_CONFIG": str(self.folder / "config"),
+            "P2PLLM_LISTEN_HOST": "127.0.0.1",
+            "P2PLLM_NAT": "false",
+            "P2PLLM_THREADS": "1",
+            "XDG_RUNTIME_DIR": str(self.runtime),
+        }
+
+    def p2pllm(self, *arguments: object, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "p2pllm_cli.main", *map(str, arguments)],
+            env=self.variables | variables,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def write_run(self, *changes: tuple[str, str]) -> Path:
+        """A run file of the tiny run, with its text; each change replaces one piece of it."""
+        lines = (f"{number} little words about machines that train together" for number in range(2000))
+        (self.folder / "text.txt").write_text("\n".join(lines))
+        content = TINY_RUN
+        for old, new in changes:
+            assert content.count(old) == 1, f"{old!r} is not once in the tiny run"
+            content = content.replace(old, new)
+        path = self.folder / "run.toml"
+        path.write_text(content.replace("TEXT", str(self.folder / "text.txt")))
+        return path
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of this peer, whoever its parent is by now."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("XDG_RUNTIME_DIR") == str(self.runtime):
+                    found.append(process)
+        return found
+
+    def left_behind(self, within: float = 5) -> list[str]:
+        """Processes and socket folders that are still there after `within` seconds; usually none at once."""
+        end = time.monotonic() + within
+        while True:
+            left = [" ".join(process.cmdline()) for process in self.processes() if process.is_running()]
+            left += [str(path) for path in self.runtime.iterdir()]
+            if not left or time.monotonic() > end:
+                return left
+            time.sleep(0.05)
+
+    def clean(self) -> None:
+        """End what is left and remove the sockets."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+                process.wait(5)
+        shutil.rmtree(self.runtime, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def make_peer_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], PeerEnv]:
+    """Makes machines for peers; whatever they left is ended with the session."""
+    made = []
+
+    def make() -> PeerEnv:
+        # short, because of the sockets in it; pytest's own folders are too deep on some systems
+        made.append(PeerEnv(tmp_path_factory.mktemp("peer"), Path(tempfile.mkdtemp(prefix="p2pllm-test-"))))
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.clean()
+
+
+@pytest.fixture
+def peer_env(make_peer_env: Callable[[], PeerEnv], monkeypatch: pytest.MonkeyPatch) -> PeerEnv:
+    """A machine of its own for one test, whose variables hold in this process too; ended with the test."""
+    env = make_peer_env()
+    for name in os.environ:
+        if name.startswith("P2PLLM_"):
+            monkeypatch.delenv(name)
+    for name, value in env.variables.items():
+        monkeypatch.setenv(name, value)
+    yield env
+    env.clean()
