@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from p2pllm.averaging.vigil import Wait
@@ -44,7 +44,9 @@ class Channel:
             return
         if not isinstance(transport, asyncio.Transport):
             return
-        direct = _DirectProtocol(transport, self.receiving)
+        # A reader that counts for its node does not see what goes past it.
+        report = getattr(self._reader, "count_direct", lambda count: None)
+        direct = _DirectProtocol(transport, self.receiving, report)
         transport.set_protocol(direct)
         # What the reader holds already comes first; with the end fed, read() returns just that, and at once.
         self._reader.feed_eof()
@@ -124,8 +126,9 @@ def _widen(writer: StreamWriter) -> None:
 class _DirectProtocol(asyncio.BufferedProtocol):
     """Lets the transport write what comes into the array that `fill` names, and reads nothing otherwise."""
 
-    def __init__(self, transport: asyncio.Transport, receiving: Wait) -> None:
+    def __init__(self, transport: asyncio.Transport, receiving: Wait, report: Callable[[int], None]) -> None:
         self._transport = transport
+        self._report = report
         self._receiving = receiving
         # The StreamWriter's drain() and wait_closed() live in the stream's own protocol: it must hear, too.
         self._below = transport.get_protocol()
@@ -155,6 +158,7 @@ class _DirectProtocol(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._target = self._target[nbytes:]
+        self._report(nbytes)
         self._receiving.touch()
         if not self._target:
             # At once, not when the waiter wakes: the loop may look at the socket again before that.

@@ -49,6 +49,11 @@ class CountedReader(StreamReader):
             self.uncounted += len(data)
         super().feed_data(data)
 
+    def count_direct(self, count: int) -> None:
+        """Count what somebody reads from the socket past this reader."""
+        if self.traffic is not None:
+            self.traffic.streams_received += count
+
 
 class CountedWriter(StreamWriter):
     """A StreamWriter that counts what is written."""

@@ -39,7 +39,10 @@ class Transport(Protocol):
         ...
 
     async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
-        """Open a stream of bytes, both ways. Raises NetworkError. The caller closes the writer."""
+        """Open a stream of bytes, both ways. Raises NetworkError. The caller closes the writer.
+
+        Who reads from the stream's socket past the reader calls the reader's `count_direct(bytes)`, if it has one.
+        """
         ...
 
     async def serve_call(self, method: str, handler: CallHandler) -> None:

@@ -54,9 +54,19 @@ class _Search:
     """How far one call of `gather` has come in finding a leader."""
 
     started: float
-    passed_over: dict[str, float]  # peer -> until when
+    passed_over: dict[str, float]  # peer -> until when it does not lead
+    left_out: frozenset[str]
+    waived: set[str] = field(default_factory=set)  # had their time as leaders, so they are not waited for
     leader: str = ""
     asked_since: float = 0.0
+    leading_since: float | None = None
+
+    def patience(self, wait: float) -> float:
+        """Seconds that we as the leader wait for who is not in, where the manifest states `wait`.
+
+        If another one led before us, others may still wait for it, each at most the grace longer.
+        """
+        return wait + LEADER_GRACE_S if self.passed_over or self.leader else wait
 
 
 class RosterDesk:
@@ -109,7 +119,7 @@ class RosterDesk:
         gathering.asked.clear()
         enrol = Enrol(round=head[0], digest=head[1], samples=samples, loss=loss)
         gathering.enrolments[me] = enrol
-        search = _Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf))
+        search = _Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf), left_out)
         while True:
             if gathering.closed is not None:
                 roster, self.leader = gathering.closed
@@ -120,7 +130,7 @@ class RosterDesk:
             first = self._first(head, plan.at_head(head, statuses), search)
             if first != me:
                 await self._be_member(gathering, first, search)
-            elif self._is_whole(plan.taking_part(head, statuses), left_out, gathering, search.started):
+            elif self._is_whole(plan.taking_part(head, statuses), gathering, search):
                 self.leader = me
                 return self._close(gathering, left_out)
             if gathering.closed is None:
@@ -139,20 +149,25 @@ class RosterDesk:
         ranked = plan.ranked(self._run_id, head, (candidates | {me}) - passed_over)
         return ranked[0] if ranked else me
 
-    def _is_whole(
-        self, others: frozenset[str], left_out: frozenset[str], gathering: _Gathering, started: float
-    ) -> bool:
+    def _is_whole(self, others: frozenset[str], gathering: _Gathering, search: _Search) -> bool:
         """Everybody is in who is to be waited for, or the wait has passed.
 
-        If all others are left out the wait is served too: nobody goes on alone beside living peers in haste.
+        If none of the others is waited for, the wait has still passed since we began: nobody goes on alone beside
+        living peers in haste.
         """
-        if self._clock() - started > self._wait_s:
+        now = self._clock()
+        if search.leading_since is None:
+            search.leading_since = now
+        waived = search.left_out | (search.waived - gathering.enrolments.keys())
+        alone = bool(others) and others <= waived
+        if now - (search.started if alone else search.leading_since) > search.patience(self._wait_s):
             return True
-        return others - left_out <= gathering.enrolments.keys() and not (others and others <= left_out)
+        return not alone and others - waived <= gathering.enrolments.keys()
 
     async def _be_member(self, gathering: _Gathering, first: str, search: _Search) -> None:
         """Enrol with a leader that is new to us; pass over one that fails us."""
         now = self._clock()
+        search.leading_since = None
         if first != search.leader:
             search.leader, search.asked_since = first, now
             accepted = await self._ask(gathering, first)
@@ -160,9 +175,11 @@ class RosterDesk:
                 search.leader = ""
                 again = self._clock() + ASK_AGAIN_S
                 search.passed_over[first] = math.inf if accepted is None else again
+                search.waived |= {first} if accepted is None else set()
         elif now - search.asked_since > self._wait_s + LEADER_GRACE_S:
             log.info("round %d: leader %s did not close the roster", gathering.head[0], first[-8:])
             search.passed_over[first] = math.inf
+            search.waived.add(first)
 
     async def _ask(self, gathering: _Gathering, leader: str) -> bool | None:
         """Enrol with `leader`; False if it does not take it now, None if it does not answer."""

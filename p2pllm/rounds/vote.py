@@ -62,7 +62,7 @@ class VoteBox:
 
         self._open[group] = (members, votes)
         try:
-            for peer in others:
+            for peer in (member for member in members if member != me):
                 self._send(peer, Vote(group=group, aggregate=aggregate), unreachable.add)
             await self._view.wait_until(lambda: decision().verdict is not plan.Verdict.WAIT, timeout)
         finally:

@@ -233,6 +233,8 @@ def peer_main(system: str, index: int, peers: int, shared: str, pipe: Connection
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, Linux only
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Whatever libraries put into the temporary folder goes when the parent removes the shared one.
+    os.environ["TMPDIR"] = tempfile.tempdir = shared
     import torch
 
     torch.set_num_threads(1)

@@ -105,7 +105,7 @@ def fleets(systems: list[str], peers: int) -> Iterator[dict[str, Fleet]]:
     """Start all systems one after another, and leave nothing of them behind."""
     running: dict[str, Fleet] = {}
     orderly = False
-    with tempfile.TemporaryDirectory(prefix="bench-allreduce-") as shared:
+    with tempfile.TemporaryDirectory(prefix="bench-allreduce-", ignore_cleanup_errors=True) as shared:
         try:
             for system in systems:
                 running[system] = Fleet(system, peers, Path(shared))
