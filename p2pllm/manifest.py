@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from p2pllm.errors import ManifestError
@@ -47,6 +47,15 @@ class ModelSection(_Section):
         },
         description="the model's own configuration; vocabulary and context length are filled in",
     )
+
+    @field_validator("config")
+    @classmethod
+    def _plain_values(cls, config: dict[str, Any]) -> dict[str, Any]:
+        try:
+            canonical_json(config)
+        except (ValueError, TypeError):
+            raise ValueError("holds a date, inf or nan, which no model's configuration takes") from None
+        return config
 
 
 class TokenizerSection(_Section):

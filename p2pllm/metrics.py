@@ -6,6 +6,7 @@ What lives here: the record of a round and its file. What does not: showing them
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,7 +40,10 @@ class JsonlSink:
     """Appends records to a file; a reader may follow it."""
 
     def __init__(self, path: Path) -> None:
+        torn = _is_torn(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        if torn:  # a killed process left half a line, which must not swallow the next one
+            self._file.write("\n")
 
     def write(self, record: RoundRecord) -> None:
         """Append one record as one line."""
@@ -48,3 +52,12 @@ class JsonlSink:
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the file's last line has no end."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"

@@ -96,8 +96,7 @@ class PeerEnv:
         """Processes and socket folders that are still there after `within` seconds; usually none at once."""
         end = time.monotonic() + within
         while True:
-            left = [" ".join(process.cmdline()) for process in self.processes() if process.is_running()]
-            left += [str(path) for path in self.runtime.iterdir()]
+            left = [str(process) for process in self.processes()] + [str(path) for path in self.runtime.iterdir()]
             if not left or time.monotonic() > end:
                 return left
             time.sleep(0.05)

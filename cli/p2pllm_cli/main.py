@@ -46,7 +46,7 @@ cli.add_command(swarm.swarm)
 def main() -> None:
     """Run a command: 0 done, 1 the run failed, 2 usage; every foreseen error is one sentence on stderr."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="p2pllm", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = error.exit_code

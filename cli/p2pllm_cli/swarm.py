@@ -14,7 +14,7 @@ from p2pllm.errors import UsageError
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--peers", default=3, show_default=True, help="Daemons to start.")
 @click.option("--rounds", type=int, help="Rounds to train, instead of the run file's.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True,
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True,
               help="Folder of the peers' folders, their logs and report.json.")  # fmt: skip
 def swarm(path: Path, peers: int, rounds: int | None, out: Path) -> None:
     """Train the run of a run file with several real peers on this machine, on loopback."""

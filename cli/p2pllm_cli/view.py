@@ -14,7 +14,7 @@ from rich.text import Text
 
 from p2pllm_peers.control import watch
 
-console = Console()
+console = Console(markup=False)  # what is shown comes from files and from peers
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -56,8 +56,8 @@ class LiveView:
         if not console.is_terminal:
             shown = -1
             for status in watch(self._socket):
-                if status["round"] != shown:
-                    shown = status["round"]
+                if status["recorded_round"] != shown:
+                    shown = status["recorded_round"]
                     console.print(status_line(status), highlight=False, soft_wrap=True)
             return
         with Live(console=console, refresh_per_second=4) as live:
@@ -86,30 +86,30 @@ class SwarmView:
         """Show the newest status of every peer."""
         if not statuses:
             return
-        ahead = max(statuses, key=lambda status: status["round"])
+        ahead = max(statuses, key=lambda status: status["recorded_round"])
         if self._live is not None:
             rows = [{**status, "peer": status["peer_id"]} for status in statuses]
             parts: list[Any] = [Text(status_line(ahead)), peer_table(rows)]
             if len(ahead["losses"]) > 1:
                 parts.insert(1, Text(f"loss {curve(ahead['losses'])}", no_wrap=True, overflow="crop"))
-            self._live.update(Panel(Group(*parts), title=f"{ahead['run_name']}  {ahead['run_id'][:16]}"))
-        elif ahead["round"] != self._shown:
-            self._shown = ahead["round"]
+            self._live.update(Panel(Group(*parts), title=_title(ahead)))
+        elif ahead["recorded_round"] != self._shown:
+            self._shown = ahead["recorded_round"]
             console.print(status_line(ahead), highlight=False, soft_wrap=True)
 
 
 def status_line(status: dict[str, Any]) -> str:
     """One line for logs and pipes."""
-    validation = status.get("validation_loss")
     return (
-        f"round {status['round']}/{status['rounds']} loss {_loss(status['loss'])} validation {_loss(validation)} "
-        f"peers {1 + len(status['peers'])} tokens/s {status['swarm_tokens_per_s']:.0f} "
+        f"round {status['recorded_round']}/{status['rounds']} loss {_loss(status['loss'])} "
+        f"validation {_loss(status.get('validation_loss'))} peers {1 + len(status['peers'])} "
+        f"tokens/s {status['swarm_tokens_per_s']:.0f} "
         f"up {size(status['bytes_sent'])} down {size(status['bytes_received'])}"
     )
 
 
 def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
-    """The whole status, at most 76 columns wide."""
+    """The whole status, at most 78 columns wide."""
     facts = Table.grid(padding=(0, 2))
     facts.add_row("round", f"{status['round']} of {status['rounds']}", "phase", status["phase"])
     facts.add_row("loss", _loss(status["loss"]), "validation", _loss(status.get("validation_loss")))
@@ -129,7 +129,7 @@ def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
     bottom = "leaving: finishing the round ..." if leaving else "Ctrl+C leaves"
     return Panel(
         Group(*parts),
-        title=f"{status['run_name']}  {status['run_id'][:16]}",
+        title=_title(status),
         subtitle=bottom,
         width=min(78, console.width),
     )
@@ -185,10 +185,17 @@ def curve(values: list[float], width: int = 60) -> str:
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        shown = f"{count:.0f}" if unit == "B" else f"{count:.1f}"
+        if float(shown) < 1000:
+            return f"{shown} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _title(status: dict[str, Any]) -> Text:
+    """The run, short enough not to widen a panel."""
+    name = status["run_name"]
+    return Text(f"{name if len(name) <= 40 else name[:39] + '…'}  {status['run_id'][:16]}")
 
 
 def _loss(value: float | None) -> str:

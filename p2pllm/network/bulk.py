@@ -81,7 +81,7 @@ class BulkServer:
             async with self._slots:
                 await _send(writer, await self._source(request))
         except (TimeoutError, OSError, EOFError, ValueError) as error:
-            log.debug("a fetch of %s ended: %s", peer[-8:], error or "it stalled")
+            log.debug("a fetch of %s ended: %s", peer[-8:], str(error) or "it stalled")
         finally:
             self._open[peer] -= 1
             if not self._open[peer]:
@@ -137,7 +137,7 @@ async def fetch(
                 progress(start + len(piece), size)
         return header, body
     except (TimeoutError, OSError, EOFError, ValueError) as error:
-        raise NetworkError(f"Peer {peer[-8:]} broke off a transfer: {error or 'it stalled'}.") from None
+        raise NetworkError(f"Peer {peer[-8:]} broke off a transfer: {str(error) or 'it stalled'}.") from None
     finally:
         writer.close()
 

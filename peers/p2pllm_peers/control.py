@@ -92,4 +92,5 @@ def _replies(path: Path | str, request: dict[str, Any], timeout: float) -> Itera
                 for line in lines:
                     yield json.loads(line)
     except (OSError, ValueError) as error:
-        raise DaemonError(f"The daemon does not answer: {error}; look at `p2pllm status`.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DaemonError(f"The daemon does not answer ({reason}); look at `p2pllm status`.") from None

@@ -5,6 +5,7 @@ Both end with the same three things: the sealed manifest, the founder's signatur
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from p2pllm.network.node import Node
 from p2pllm.network.transport import Transport
 from p2pllm.settings import PeerSettings
 from p2pllm.state.shared import SharedState
+from p2pllm.training.sources import documents
 from p2pllm.training.tokenizer import MAX_TOKENIZER_BYTES
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.folders import SIGNING_DOMAIN, check_signature
@@ -39,6 +41,9 @@ async def seal(draft: RunDraft, identity: Identity, compute: ComputeProcess, set
     tokenizer = None
     if draft.tokenizer.source != "bytes":
         tokenizer = _read_tokenizer(Path(draft.tokenizer.source.removeprefix("file:")))
+    if draft.data.source != "stdlib":
+        # a mistyped path is worth a sentence before the seconds that a model takes
+        await asyncio.to_thread(documents, draft.data.source, settings.data_path)
     layout = await compute.build(draft, tokenizer, None, settings.startup_timeout_s)
     manifest = draft.seal(
         founder=identity.peer_id,

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,26 @@ class RunFolder:
         return [self.peer(entry.name) for entry in sorted(self.path.iterdir()) if (entry / "daemon.lock").exists()]
 
     def save(self, manifest: RunManifest, signature: bytes, tokenizer: bytes | None, draft_digest: str = "") -> None:
-        """Keep a sealed manifest; each file appears whole."""
-        with _file_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        """Keep a sealed manifest; each file appears whole, the manifest last. Raises StateError."""
+        try:
+            with _file_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             if tokenizer is not None:
                 write_whole(self.path / "tokenizer.json", tokenizer)
             write_whole(self.path / "manifest.sig", signature)
             if draft_digest:
                 write_whole(self.path / "draft.digest", draft_digest.encode())
             write_whole(self.path / "manifest.json", manifest.canonical_bytes())
+        except StateError:
+            self.discard_unsaved()
+            raise
+
+    def discard_unsaved(self) -> None:
+        """Remove what is here of a run that never got its manifest, as after a join that found nobody."""
+        saved = (self.path / "manifest.json").exists()
+        if saved or any(peer.running() is not None for peer in self.peers()):
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def load(self) -> tuple[RunManifest, bytes, bytes | None] | None:
         """(manifest, signature, tokenizer.json or None) as saved; None if this run was never saved here.
@@ -133,14 +144,6 @@ class PeerFolder:
             f"This machine already takes part in run {self.run.run_id[:16]} as '{self.name}'; look with "
             f"`p2pllm status`, or add a second peer with --name."
         )
-
-    def discard_unsaved(self) -> None:
-        """Remove this peer if its run never got a manifest, as after a join that found nobody."""
-        if (self.run.path / "manifest.json").exists() or (self.path / "state").exists():
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        with suppress(OSError):  # another peer joins the same run right now
-            self.run.path.rmdir()
 
 
 def key_file(home: Path, name: str) -> Path:

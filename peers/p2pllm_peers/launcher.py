@@ -17,7 +17,9 @@ from typing import IO, Any
 
 from p2pllm import errors
 from p2pllm.errors import DaemonError, P2PLLMError
+from p2pllm.invite import Invite
 from p2pllm.settings import PeerSettings
+from p2pllm_peers.folders import RunFolder
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,17 @@ class DaemonProcess:
 
         Raises the error that the daemon reports, or DaemonError if it dies without a word.
         """
-        for event in self._events():
-            if event["event"] == "progress":
-                on_progress(event["text"])
-            elif event["event"] == "ready":
-                if not self._order.foreground:
-                    self._stdin.close()
-                return event
+        try:
+            for event in self._events():
+                if event["event"] == "progress":
+                    on_progress(event["text"])
+                elif event["event"] == "ready":
+                    if not self._order.foreground:
+                        self._stdin.close()
+                    return event
+        except P2PLLMError:
+            self._forget_run()
+            raise
         code = self._process.wait()
         stderr = self._process.stderr.read().strip().splitlines() if self._process.stderr else []
         raise DaemonError(
@@ -123,6 +129,12 @@ class DaemonProcess:
         except KeyboardInterrupt:
             self._process.terminate()  # at the second signal the daemon cleans up and exits at once
             self._reap(3)
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        """Leave no folder of a run that the daemon could not enter."""
+        if self._order.invite:
+            RunFolder(self._order.settings.home, Invite.decode(self._order.invite).run_id).discard_unsaved()
 
     def _reap(self, timeout: float) -> None:
         try:

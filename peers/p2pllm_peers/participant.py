@@ -216,6 +216,7 @@ class Participant:
             "phase": own.phase,
             "round": own.round,
             "rounds": self._manifest.round.rounds,
+            "recorded_round": own.round if self._last is None else self._last.round,  # what loss and curve belong to
             "samples": own.samples,
             "state_digest": own.digest.hex(),
             "loss": None if self._last is None else self._last.loss,

@@ -1,0 +1,297 @@
+"""Whole swarms in memory: whatever happens to one peer, the others go on, and all hold the same bits."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from swarm_kit import Peer, Swarm, make_state, virtual
+
+from p2pllm.network.bulk import BulkServer
+
+PHASES = ["collecting", "roster", "exchange", "vote", "commit"]
+
+
+def delay_of(survivor: Peer, round_: int) -> float:
+    """Seconds between the commits before and after the round that `round_` names, less than 0.5 if undisturbed."""
+    return survivor.committed_at[round_ + 1] - survivor.committed_at[round_]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@virtual
+async def test_peers_train_together_bit_identically(count: int) -> None:
+    swarm = Swarm(rounds=6)
+    await swarm.add(count)
+    await swarm.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    for peer in swarm.peers:
+        # The first round may close before everybody has heard of everybody.
+        full = [record for record in peer.records if len(record.members) == count]
+        assert len(full) >= 5
+        assert [record.attempts for record in peer.records] == [1] * len(peer.records)
+    assert swarm.peers[0].keeper.head[0] == 6
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("phase", PHASES)
+@virtual
+async def test_a_peer_is_killed(phase: str, victim: int) -> None:
+    swarm = Swarm()
+    peers = await swarm.add(3)
+    peers[victim].at(phase, 2, peers[victim].kill, delay=0.0015)
+    await swarm.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    survivors = [peer for peer in peers if peer is not peers[victim]]
+    for peer in survivors:
+        assert len(peer.records[-1].members) == 2
+        assert delay_of(peer, 2) + delay_of(peer, 3) < 3.5
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("phase", PHASES)
+@virtual
+async def test_a_peer_freezes(phase: str, victim: int) -> None:
+    swarm = Swarm()
+    peers = await swarm.add(3)
+    peers[victim].at(phase, 2, peers[victim].freeze, delay=0.0015)
+    await swarm.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    for peer in swarm.alive:
+        assert len(peer.records[-1].members) == 2
+        assert delay_of(peer, 2) + delay_of(peer, 3) < 9.5
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@virtual
+async def test_of_two_peers_one_is_killed(phase: str) -> None:
+    swarm = Swarm()
+    first, second = await swarm.add(2)
+    second.at(phase, 2, second.kill, delay=0.0015)
+    await swarm.start()
+    await swarm.finish()
+    assert len(first.records) == 5
+    assert len(first.records[-1].members) == 1
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@virtual
+async def test_a_peer_is_cut_off_and_comes_back(phase: str) -> None:
+    swarm = Swarm(rounds=10**6)
+    peers = await swarm.add(4)
+    lost, network = peers[1], swarm.network
+    lost.at(phase, 2, lambda: network.hung.add(lost.id), delay=0.0015)
+    await swarm.start()
+    await swarm.until(lambda: peers[0].keeper.head[0] >= 8 and bool(network.hung))
+    network.heal()
+    await swarm.until(lambda: all(len(peer.records[-1].members) == 4 for peer in peers))
+    swarm.check_states()
+    others = [{record.round: record.state_digest for record in peer.records} for peer in peers if peer is not lost]
+    rounds = set.intersection(*(set(records) for records in others))
+    assert max(rounds) >= 8
+    assert all(others[0][round_] == others[1][round_] == others[2][round_] for round_ in rounds)
+
+
+@virtual
+async def test_a_partition_heals() -> None:
+    swarm = Swarm(rounds=10**6)
+    peers = await swarm.add(5)
+    left, right = peers[:2], peers[2:]
+    await swarm.start()
+    await swarm.until(lambda: peers[0].keeper.head[0] == 3)
+    swarm.network.cut = {frozenset((a.id, b.id)) for a in left for b in right}
+    await swarm.until(lambda: all(peer.keeper.head[0] >= 12 for peer in peers))
+    assert len({record.state_digest for peer in peers for record in peer.records if record.round == 12}) == 2
+    heavier = {record.round: record.state_digest for record in right[0].records}
+    swarm.network.heal()
+    await swarm.until(lambda: all(len(peer.records[-1].members) == 5 for peer in peers))
+    swarm.check_states()
+    after = {record.round: record.state_digest for record in right[0].records}
+    assert heavier.items() <= after.items()  # the larger side lost nothing
+
+
+@virtual
+async def test_one_link_is_cut_and_the_run_goes_on() -> None:
+    swarm = Swarm(rounds=8)
+    peers = await swarm.add(3)
+    await swarm.start()
+    await swarm.until(lambda: peers[0].keeper.head[0] == 2)
+    swarm.network.cut = {frozenset((peers[0].id, peers[1].id))}
+    await swarm.finish(600.0)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@virtual
+async def test_a_joiner_comes_in_any_phase(phase: str) -> None:
+    swarm = Swarm(rounds=8)
+    first, second, _ = await swarm.add(3)
+    (late,) = await swarm.add(1)
+
+    def join() -> None:
+        tasks.append(asyncio.create_task(late.start()))
+
+    tasks: list[asyncio.Task[None]] = []
+    first.at(phase, 3, join)
+    await swarm.start(*swarm.peers[:3])
+    await swarm.until(lambda: late.task is not None)
+    await swarm.finish()
+    swarm.check_rounds()
+    assert len(second.records[-1].members) == 4
+    assert late.records[0].round >= 4
+
+
+@virtual
+async def test_a_diverged_state_is_noticed_and_replaced() -> None:
+    swarm = Swarm(rounds=8)
+    peers = await swarm.add(3)
+    bad = peers[2]
+
+    def corrupt() -> None:
+        bad.keeper.state.params[7] += np.float32(1.0)
+
+    bad.at("collecting", 3, corrupt)
+    await swarm.start()
+    await swarm.finish()
+    good = [{record.round: record.state_digest for record in peer.records} for peer in peers[:2]]
+    assert good[0] == good[1]
+    assert len(good[0]) == 8
+    wrong = [record.round for record in bad.records if record.state_digest != good[0][record.round]]
+    assert wrong == [4]
+
+
+@virtual
+async def test_a_peer_restarts_at_an_old_state() -> None:
+    swarm = Swarm(rounds=12)
+    first, second, third = await swarm.add(3)
+    old = make_state()
+    third.at("collecting", 5, third.kill)
+    await swarm.start()
+    await swarm.until(lambda: first.keeper.head[0] == 6)
+    (back,) = await swarm.add(1, old)
+    await swarm.start(back)
+    await swarm.finish()
+    swarm.check_rounds()
+    assert len(second.records[-1].members) == 3
+
+
+@virtual
+async def test_a_fresh_majority_follows_the_one_that_trained() -> None:
+    swarm = Swarm(rounds=12)
+    (veteran,) = await swarm.add(1)
+    await swarm.start()
+    await swarm.until(lambda: veteran.keeper.head[0] == 3)
+    fresh = await swarm.add(3)
+    await swarm.start(*fresh)
+    await swarm.finish()
+    assert [record.round for record in veteran.records] == list(range(1, 13))
+    assert all(peer.records[0].round > 3 for peer in fresh)
+    swarm.check_rounds()
+
+
+@virtual
+async def test_a_worker_without_updates_holds_up_nobody() -> None:
+    swarm = Swarm(rounds=5, roster_wait_s=10.0)
+    first, second, barren = await swarm.add(3)
+    barren.compute.fruitless = 10**6
+    await swarm.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    assert first.committed_at[5] - first.committed_at[1] < 4 * 3.0
+    assert not barren.records
+    assert barren.keeper.head == first.keeper.head
+    assert len(second.records[-1].members) == 2
+
+
+@virtual
+async def test_a_worker_that_failed_once_takes_part_again() -> None:
+    swarm = Swarm(rounds=10)
+    first, second = await swarm.add(2)
+    second.compute.fruitless = 1
+    await swarm.start()
+    await swarm.finish()
+    assert len(first.records[-1].members) == 2
+
+
+@virtual
+async def test_a_slow_peer_delays_a_round_by_the_roster_wait_at_most() -> None:
+    swarm = Swarm(rounds=5, samples=8)
+    first, second, slow = await swarm.add(3)
+    slow.compute.step_s = 1000.0
+    await swarm.start()
+    await swarm.until(lambda: first.keeper.head[0] == 5)
+    longest = max(delay_of(first, round_) for round_ in range(1, 5))
+    assert longest < 2.0 + 3.0 + 1.0  # the wait, the grace of a leader, the work
+    assert not slow.records
+    assert second.keeper.head == first.keeper.head
+
+
+@virtual
+async def test_no_update_is_computed_twice_for_a_failed_attempt() -> None:
+    swarm = Swarm()
+    peers = await swarm.add(3)
+    peers[2].at("exchange", 2, peers[2].kill, delay=0.0015)
+    await swarm.start()
+    await swarm.finish()
+    for peer in peers[:2]:
+        assert max(record.attempts for record in peer.records) == 2
+        assert peer.compute.finished == len(peer.records) == 5
+
+
+@virtual
+async def test_a_late_joiner_is_replayed_not_copied_when_it_missed_little() -> None:
+    swarm = Swarm(rounds=40)
+    first, second, third = await swarm.add(3)
+    await swarm.start()
+    await swarm.until(lambda: first.keeper.head[0] == 3)
+    swarm.network.hung.add(third.id)
+    served: list[str] = []
+    for peer in (first, second):
+        serve = peer.keeper.serve
+
+        async def watch(request, serve=serve):
+            served.append(request["what"])
+            return await serve(request)
+
+        peer.host.streams.clear()
+        await peer.allreduce.start()
+        await BulkServer(peer.host, watch).start()
+    third.compute.step_s = 1000.0  # it must not go on alone meanwhile
+    await swarm.until(lambda: first.keeper.head[0] >= 8)
+    third.compute.step_s = 0.1
+    swarm.network.heal()
+    await swarm.finish()
+    assert "applied" in served
+    assert "state" not in served
+    swarm.check_rounds()
+
+
+@virtual
+async def test_who_stops_leaves_a_swarm_that_goes_on() -> None:
+    swarm = Swarm(rounds=8)
+    first, second, third = await swarm.add(3)
+    third.at("collecting", 4, third.loop.stop)
+    await swarm.start()
+    await swarm.until(lambda: third.task is not None and third.task.done())
+    third.view.say(phase="leaving", samples=0)
+    await third.membership.stop()
+    swarm.lost.add(third)
+    await swarm.finish()
+    swarm.check_rounds()
+    assert len(first.records) == len(second.records) == 8
+
+
+@virtual
+async def test_nothing_grows_with_the_rounds() -> None:
+    swarm = Swarm(rounds=30)
+    peers = await swarm.add(2)
+    await swarm.start()
+    await swarm.finish()
+    for peer in peers:
+        assert not peer.votes._open
+        assert sum(len(kept) for kept in peer.votes._early.values()) <= 4
+        assert not peer.votes._sending
+        assert not peer.desk._telling
+        assert len(peer.view._heard) <= 2
