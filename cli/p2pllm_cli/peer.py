@@ -93,7 +93,6 @@ def _take_part(order: Any, *, detach: bool) -> None:
     if detach:
         click.echo(f"{taking_part} in the background; see p2pllm status.")
         return
-    click.echo(f"{taking_part}; Ctrl+C leaves.")
     leaving = False
 
     def on_interrupt(*_: object) -> None:
@@ -106,6 +105,7 @@ def _take_part(order: Any, *, detach: bool) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, on_interrupt)
+    click.echo(f"{taking_part}; Ctrl+C leaves.")
     LiveView(ready["socket"], is_leaving=lambda: leaving).show()
     daemon.wait_end()
     click.echo(f"Left run {ready['run_id'][:16]}; its state is saved, and `p2pllm join` goes on with it.")

@@ -1,5 +1,6 @@
 """`p2pllm start` in a terminal: what Ctrl+C does, once and twice, early and late."""
 
+import json
 import os
 import pty
 import select
@@ -83,7 +84,7 @@ def terminal(peer_env):
         one.close()
 
 
-def test_ctrl_c_leaves_in_order_and_a_second_start_goes_on(peer_env, terminal) -> None:
+def test_ctrl_c_leaves_in_order_and_the_next_start_goes_on(peer_env, terminal) -> None:
     path = peer_env.write_run()
     screen = terminal("start", path)
     screen.read_until("Invite: p2pllm:")
@@ -98,11 +99,21 @@ def test_ctrl_c_leaves_in_order_and_a_second_start_goes_on(peer_env, terminal) -
     again = terminal("start", path)
     again.read_until("Ctrl+C leaves")
     again.interrupt()
-    again.interrupt()
-    began = time.monotonic()
-    assert again.wait(20) in (0, 130)
-    assert time.monotonic() - began < 3, "the second Ctrl+C ends it at once"
-    assert "Traceback" not in again.text
+    assert again.wait(20) == 0
+
+
+def test_a_second_ctrl_c_ends_even_a_daemon_that_hangs(peer_env, terminal) -> None:
+    screen = terminal("start", peer_env.write_run())
+    screen.read_until("Ctrl+C leaves")
+    (facts,) = peer_env.home.glob("runs/*/founder/daemon.json")
+    os.kill(json.loads(facts.read_text())["pid"], signal.SIGSTOP)
+    began = screen.interrupt()
+    while screen.process.poll() is None:  # signals that come too fast count once, so one more until it has heard two
+        assert time.monotonic() - began < 5
+        screen.interrupt()
+        time.sleep(0.1)
+    # Python gives signals their default effect again while it exits, so one too many ends it a little earlier
+    assert screen.process.returncode in (130, -signal.SIGINT)
     assert peer_env.left_behind() == []
 
 
