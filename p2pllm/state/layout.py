@@ -85,12 +85,9 @@ class Layout:
         Raises StateError if `flat` has another shape.
         """
         if flat.shape != (self.size,):
-            raise StateError(
-                f"A flat vector has the shape {flat.shape}, but its layout has {self.size} elements."
-            )
+            raise StateError(f"A flat vector has the shape {flat.shape}, but its layout has {self.size} elements.")
         return {
-            entry.name: flat[entry.offset : entry.offset + entry.size].reshape(entry.shape)
-            for entry in self.entries
+            entry.name: flat[entry.offset : entry.offset + entry.size].reshape(entry.shape) for entry in self.entries
         }
 
 

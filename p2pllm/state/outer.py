@@ -29,7 +29,8 @@ _SUM_BLOCK = 1 << 15
 """Leaves of one tree of the norm. Part of the result, unlike _BLOCK: another value gives other bits."""
 
 _MAX_NORM = 1e18
-"""Largest norm of a gradient that is not clipped: its square must fit float32."""
+"""What a gradient is clipped to if the manifest does not clip: its square must fit float32, or one member could
+stop the run with a single huge number."""
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _CLIP_GUARD = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -66,16 +67,14 @@ class AdamW:
     def step(self, state: SharedState, gradient: np.ndarray) -> None:
         """Apply one averaged gradient, float32 of shape (layout.size,), in place; `state.round` grows by 1.
 
-        Raises StateError, and changes nothing, if the gradient has another shape or type, is not finite, or
-        is so large that its square is not; or if this process computes small numbers as 0.
+        Raises StateError, and changes nothing, if the gradient has another shape or type or is not
+        finite, or if this process computes small numbers as 0.
         """
         scalars = self._scalars(state, self._clip_factor(state, gradient))
         beta1, beta2 = self._section.beta1, self._section.beta2
         for start, stop, decayed in self._pieces:
             part = slice(start, stop)
-            self._step_piece(
-                state.params[part], state.m[part], state.v[part], gradient[part], scalars, decayed
-            )
+            self._step_piece(state.params[part], state.m[part], state.v[part], gradient[part], scalars, decayed)
         state.beta1_power *= beta1
         state.beta2_power *= beta2
         state.round += 1
@@ -93,12 +92,7 @@ class AdamW:
         norm = math.sqrt(sum_of_squares(gradient))
         if not math.isfinite(norm):
             raise StateError("The averaged gradient holds a number that is not finite.")
-        clip = self._section.clip_norm
-        if clip == 0:
-            if norm > _MAX_NORM:
-                raise StateError(f"The averaged gradient has the norm {norm:.3g}, too large to be squared.")
-            return 1.0
-        return min(1.0, clip / (norm + _CLIP_GUARD))
+        return min(1.0, (self._section.clip_norm or _MAX_NORM) / (norm + _CLIP_GUARD))
 
     def _scalars(self, state: SharedState, clip_factor: float) -> dict[str, np.float32]:
         """The step's scalars, each rounded once from float64."""

@@ -155,9 +155,7 @@ def _parse_buffers(layout: Layout, buffers: Any) -> list[np.ndarray]:
         except (TypeError, ValueError):
             raise StateError(f"The state's {name} is not a contiguous run of bytes.") from None
         if raw.nbytes != FLOAT.itemsize * layout.size:
-            raise StateError(
-                f"The state's {name} has {raw.nbytes} bytes instead of {FLOAT.itemsize * layout.size}."
-            )
+            raise StateError(f"The state's {name} has {raw.nbytes} bytes instead of {FLOAT.itemsize * layout.size}.")
         array = np.frombuffer(raw, FLOAT) if raw.nbytes else np.empty(0, FLOAT)
         _check_values(name, array, positive=name == "v")
         arrays.append(array)

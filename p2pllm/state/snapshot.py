@@ -186,9 +186,7 @@ def _why_not_written(folder: Path, state: SharedState, error: OSError) -> str:
     what = f"The state of round {state.round} cannot be saved in {folder}"
     if error.errno in _FULL:
         size = 3 * state.params.nbytes / 1e6
-        return (
-            f"{what}: the disk or a quota is full; free {size:.0f} MB (the states saved earlier are intact)."
-        )
+        return f"{what}: the disk or a quota is full; free {size:.0f} MB (the states saved earlier are intact)."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{what}: writing there is not permitted; allow it or choose another folder as `home`."
     return f"{what}: {_reason(error)}."

@@ -175,9 +175,7 @@ def _build(
 class _Writer:
     """Appends the tokens of documents to an open file."""
 
-    def __init__(
-        self, stream: BinaryIO, tokenizer: Tokenizer, total_bytes: int, progress: Progress | None
-    ) -> None:
+    def __init__(self, stream: BinaryIO, tokenizer: Tokenizer, total_bytes: int, progress: Progress | None) -> None:
         self._stream = stream
         self._tokenizer = tokenizer
         self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")

@@ -16,9 +16,7 @@ from p2pllm.training.device import is_out_of_memory, release_memory
 from p2pllm.training.inner import sum_of_losses
 
 
-def validation_loss(
-    model: nn.Module, windows: np.ndarray, device: torch.device, micro_batch: int = 1
-) -> float:
+def validation_loss(model: nn.Module, windows: np.ndarray, device: torch.device, micro_batch: int = 1) -> float:
     """Mean next-token loss over all tokens of the windows, in nats a token; nan if there are no windows.
 
     windows: int64 of shape (samples, context_length + 1). The model must be on `device`; its mode (training

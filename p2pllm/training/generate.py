@@ -85,9 +85,7 @@ def _sample(
             else:
                 new = ids[-1:]
             with torch.no_grad():
-                output = model(
-                    input_ids=torch.tensor([new], device=device), past_key_values=cache, use_cache=True
-                )
+                output = model(input_ids=torch.tensor([new], device=device), past_key_values=cache, use_cache=True)
             cache = getattr(output, "past_key_values", None)
             seen += len(new)
             id_ = chooser.choose(output.logits[0, -1, : tokenizer.vocab_size])

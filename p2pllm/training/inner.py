@@ -137,9 +137,7 @@ class GradientAccumulator:
         self.micro_batch = best
         return best
 
-    def _micro_batches(
-        self, windows: torch.Tensor
-    ) -> Iterator[tuple[int, tuple[torch.Tensor, ...], torch.Tensor]]:
+    def _micro_batches(self, windows: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...], torch.Tensor]]:
         """(samples, gradients, loss) of each micro-batch, halving it when memory runs out."""
         done = 0
         while done < len(windows):

@@ -139,9 +139,7 @@ def _config(draft: RunDraft, tokenizer: Tokenizer) -> Any:
     try:
         config = config_class(**{**filled, **given})
     except Exception as error:  # noqa: BLE001 - configurations raise anything
-        raise ManifestError(
-            f"model.config does not fit the model {draft.model.type}: {_phrase(error)}."
-        ) from None
+        raise ManifestError(f"model.config does not fit the model {draft.model.type}: {_phrase(error)}.") from None
     _check_config(config, draft, tokenizer, positions)
     return config
 
@@ -177,9 +175,7 @@ def _known_keys(config_class: Any) -> set[str]:
 def _check_config(config: Any, draft: RunDraft, tokenizer: Tokenizer, positions: str | None) -> None:
     kind = draft.model.type
     if config.get_text_config() is not config:
-        raise ManifestError(
-            f'The model.type "{kind}" is made of several models; take that of its text model.'
-        )
+        raise ManifestError(f'The model.type "{kind}" is made of several models; take that of its text model.')
     vocabulary = getattr(config, "vocab_size", tokenizer.vocab_size)
     if vocabulary < tokenizer.vocab_size:
         raise ManifestError(

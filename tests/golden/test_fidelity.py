@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ DRAFT = RunDraft.model_validate(
 
 @pytest.mark.swarm
 @pytest.mark.timeout(300)
-def test_three_peers_equal_one_process(tmp_path: Path) -> None:
+def test_three_peers_equal_one_process(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     settings = PeerSettings(cache=tmp_path / "cache", micro_batch=4, threads=1)
     with Swarm(DRAFT, tmp_path / "out", settings) as swarm:
         swarm.start(3, progress=lambda text: None)
@@ -61,7 +62,7 @@ def test_three_peers_equal_one_process(tmp_path: Path) -> None:
     assert manifest is not None
     alone = one_process(manifest[0], records, run_id, tmp_path / "cache")
     distance = np.linalg.norm(trained.params.astype(np.float64) - alone.params) / np.linalg.norm(alone.params)
-    print(f"relative L2 distance after {ROUNDS} rounds: {distance:.2e}")
+    record_property("relative L2 distance", distance)
     assert distance <= LARGEST_DISTANCE
 
 
@@ -82,7 +83,9 @@ def one_process(manifest: RunDraft, records: dict[str, list[dict]], run_id: str,
         total, samples = np.zeros(layout.size, np.float64), 0
         write_params(model, state.params)
         for peer, weight in committed["members"].items():
-            accumulator = GradientAccumulator(model, corpus, torch.device("cpu"), run_id=run_id, peer=peer, micro_batch=4)
+            accumulator = GradientAccumulator(
+                model, corpus, torch.device("cpu"), run_id=run_id, peer=peer, micro_batch=4
+            )
             steps = by_round[peer][number]["own_steps"]
             assert sum(steps) == weight
             for step, count in enumerate(steps):

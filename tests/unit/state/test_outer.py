@@ -22,16 +22,12 @@ ROUNDS = 12
 
 def test_it_is_torchs_adamw() -> None:
     state = fresh()
-    tensors = {
-        name: torch.tensor(view, requires_grad=True) for name, view in LAYOUT.views(state.params).items()
-    }
+    tensors = {name: torch.tensor(view, requires_grad=True) for name, view in LAYOUT.views(state.params).items()}
     groups = [
         {"params": [t for t in tensors.values() if t.dim() >= 2], "weight_decay": SECTION.weight_decay},
         {"params": [t for t in tensors.values() if t.dim() < 2], "weight_decay": 0.0},
     ]
-    theirs = torch.optim.AdamW(
-        groups, betas=(SECTION.beta1, SECTION.beta2), eps=SECTION.epsilon, foreach=False
-    )
+    theirs = torch.optim.AdamW(groups, betas=(SECTION.beta1, SECTION.beta2), eps=SECTION.epsilon, foreach=False)
     ours = AdamW(SECTION, ROUNDS, LAYOUT)
     for round_, gradient in enumerate(gradients()):
         for name, view in LAYOUT.views(gradient.copy()).items():
@@ -104,11 +100,11 @@ def test_a_bad_gradient_changes_nothing(which: int) -> None:
     assert state.digest() == before
 
 
-def test_a_gradient_whose_square_overflows_changes_nothing() -> None:
+def test_a_huge_gradient_does_not_overflow_without_clipping() -> None:
     state = fresh()
-    with pytest.raises(StateError, match="too large"):
-        AdamW(OptimizerSection(clip_norm=0), ROUNDS, LAYOUT).step(state, np.full(LAYOUT.size, 1e30, FLOAT))
-    assert state.digest() == fresh().digest()
+    AdamW(OptimizerSection(clip_norm=0), ROUNDS, LAYOUT).step(state, np.full(LAYOUT.size, 1e30, FLOAT))
+    assert state.round == fresh().round + 1
+    assert all(np.isfinite(vector).all() for vector in (state.params, state.m, state.v))
 
 
 def test_a_processor_that_flushes_small_numbers_is_noticed() -> None:
@@ -170,10 +166,7 @@ def fresh(shift: int = 0) -> SharedState:
 def gradients() -> list[np.ndarray]:
     random = np.random.default_rng(2)
     # some above the norm at which they are clipped, some below
-    return [
-        (random.integers(-4096, 4096, LAYOUT.size) * scale).astype(FLOAT)
-        for scale in [2**-12, 2**-18, 2**-32] * 4
-    ]
+    return [(random.integers(-4096, 4096, LAYOUT.size) * scale).astype(FLOAT) for scale in [2**-12, 2**-18, 2**-32] * 4]
 
 
 def misaligned(values: np.ndarray, shift: int) -> np.ndarray:

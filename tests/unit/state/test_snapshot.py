@@ -74,9 +74,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path, place: fl
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
-def test_a_torn_file_is_skipped_with_a_warning(
-    tmp_path: Path, part: float, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_torn_file_is_skipped_with_a_warning(tmp_path: Path, part: float, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, state_of(1), RUN)
     file = save(tmp_path, state_of(2), RUN)
     os.truncate(file, int(part * file.stat().st_size))
@@ -119,9 +117,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
         "try:\n    save(Path(sys.argv[1]), state, sys.argv[2])\n"
         "except StateError as error:\n    print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, RUN], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, RUN], capture_output=True, text=True, timeout=60)
     assert "full" in done.stdout and str(tmp_path) in done.stdout, done.stderr
     assert sorted(tmp_path.iterdir()) == before
     assert newest(tmp_path, RUN) is not None
@@ -131,9 +127,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     ("code", "words"),
     [(errno.ENOSPC, "full; free"), (errno.EACCES, "not permitted"), (errno.EIO, "Input/output error")],
 )
-def test_a_failed_write_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str
-) -> None:
+def test_a_failed_write_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str) -> None:
     save(tmp_path, state_of(1), RUN)
     before = sorted(tmp_path.iterdir())
 

@@ -114,9 +114,7 @@ def test_few_documents_still_hold_something_out(tmp_path: Path) -> None:
 
 def test_of_a_single_file_the_tail_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_bytes(bytes(range(1, 201)) * 5)
-    corpus = Corpus.open(
-        section(tmp_path / "one.txt", validation_fraction=0.1), TOKENIZER, tmp_path / "cache"
-    )
+    corpus = Corpus.open(section(tmp_path / "one.txt", validation_fraction=0.1), TOKENIZER, tmp_path / "cache")
     assert (len(corpus.train), len(corpus.validation)) == (901, 100)
     assert corpus.validation[-2:].tolist() == [200, 256]
 
@@ -140,14 +138,10 @@ def test_the_cache_is_used_until_the_text_changes(
     text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    first = Corpus.open(
-        section(text_folder), TOKENIZER, tmp_path / "cache", progress=lambda *at: seen.append(at)
-    )
+    first = Corpus.open(section(text_folder), TOKENIZER, tmp_path / "cache", progress=lambda *at: seen.append(at))
     total = sum(document.size for document in documents(f"text:{text_folder}"))
     assert seen[-1] == (total, total) and len(seen) == 30
-    again = Corpus.open(
-        section(text_folder), TOKENIZER, tmp_path / "cache", progress=lambda *at: seen.append(at)
-    )
+    again = Corpus.open(section(text_folder), TOKENIZER, tmp_path / "cache", progress=lambda *at: seen.append(at))
     assert len(seen) == 30
     assert np.array_equal(first.train, again.train)
     (text_folder / "part0" / "0.txt").write_text("changed")
@@ -164,9 +158,7 @@ def test_a_cut_off_cache_is_built_again(text_folder: Path, tmp_path: Path) -> No
 
 def test_several_processes_may_build_at_once(text_folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=build_and_check, args=(text_folder, tmp_path / "cache")) for _ in range(3)
-    ]
+    processes = [context.Process(target=build_and_check, args=(text_folder, tmp_path / "cache")) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -59,9 +59,7 @@ def test_real_models_generate_beyond_their_context(
     draft: RunDraft, tokenizer: ByteTokenizer, prompt: str, kind: str
 ) -> None:
     config = {"hidden_size": 32, "num_hidden_layers": 1}
-    section = ModelSection(
-        type=kind, config=config if kind == "mamba" else {**config, "num_attention_heads": 2}
-    )
+    section = ModelSection(type=kind, config=config if kind == "mamba" else {**config, "num_attention_heads": 2})
     model = build(draft.model_copy(update={"model": section}), tokenizer)
     texts = ["".join(generate(model, tokenizer, prompt, 40, 1.0, 5, seed)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -73,9 +71,7 @@ def test_the_cache_changes_nothing(draft: RunDraft, tokenizer: ByteTokenizer) ->
     model: Any = build(draft, tokenizer)
     ids = torch.from_numpy(tokenizer.encode("hello").astype("int64")).unsqueeze(0)
     mask = torch.ones_like(ids)
-    theirs = model.eval().generate(
-        ids, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=False
-    )
+    theirs = model.eval().generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=False)
     expected = tokenizer.decode(theirs[0, 5:].tolist())
     assert "".join(generate(model, tokenizer, "hello", 10, 0)) == expected
 
@@ -94,9 +90,7 @@ def test_transformers_loads_an_export(draft: RunDraft, tokenizer: ByteTokenizer,
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
 
 
-def test_a_folder_that_is_not_empty_is_refused(
-    draft: RunDraft, tokenizer: ByteTokenizer, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_not_empty_is_refused(draft: RunDraft, tokenizer: ByteTokenizer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     model = build(draft, tokenizer)
     for place in (tmp_path, tmp_path / "file"):

@@ -51,9 +51,7 @@ class Cramped(torch.nn.Module):
         if len(input_ids) > self.room:
             if not self.late:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            self.inner.model.layers[0].mlp.up_proj.weight.register_hook(
-                self.fail
-            )  # half-way through backward
+            self.inner.model.layers[0].mlp.up_proj.weight.register_hook(self.fail)  # half-way through backward
         return output
 
     def fail(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -102,9 +100,7 @@ def test_finish_starts_afresh(model: torch.nn.Module, corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_when_memory_runs_out_nothing_is_counted_twice(
-    model: torch.nn.Module, corpus: Corpus, late: bool
-) -> None:
+def test_when_memory_runs_out_nothing_is_counted_twice(model: torch.nn.Module, corpus: Corpus, late: bool) -> None:
     work = accumulator(model, corpus)
     work.step(0, 0, 9)
     _, expected = mean(work, model)

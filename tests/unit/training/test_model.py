@@ -50,9 +50,7 @@ def test_what_is_not_given_is_filled_in(draft: RunDraft, tokenizer: ByteTokenize
 
 
 def test_what_is_given_is_kept(with_model: WithModel, tokenizer: ByteTokenizer) -> None:
-    model: Any = build(
-        with_model("llama", **SMALL, intermediate_size=48, vocab_size=300, rope_theta=77.0), tokenizer
-    )
+    model: Any = build(with_model("llama", **SMALL, intermediate_size=48, vocab_size=300, rope_theta=77.0), tokenizer)
     assert model.get_output_embeddings().weight.shape == (300, 32)
     assert model.config.rope_parameters["rope_theta"] == 77.0
 
@@ -157,9 +155,7 @@ def test_full_memory_is_told_from_other_errors() -> None:
     full = [
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
-        RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
-        ),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
     ]
     assert all(map(is_out_of_memory, full))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
