@@ -10,7 +10,6 @@ What does not live here: what one peer may choose (`settings`), signing (`identi
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Annotated, Any, Literal, Self
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 from p2pllm.errors import ManifestError
+from p2pllm.explain import explain
 
 MAX_MANIFEST_BYTES = 64 * 1024
 """Bound on the canonical bytes of a manifest that is accepted from the network."""
@@ -102,13 +101,13 @@ class DataSection(_Section):
 class OptimizerSection(_Section):
     """AdamW (arXiv 1711.05101) on the averaged gradient, and the schedule of its learning rate."""
 
-    learning_rate: float = Field(3e-3, gt=0, le=10, description="peak learning rate")
+    learning_rate: float = Field(4e-3, gt=0, le=10, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, a round")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment, a round")
     epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay, times the learning rate, a round")
     clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of the averaged gradient; 0 does not clip")
-    warmup_rounds: int = Field(10, ge=0, description="rounds in which the learning rate rises linearly")
+    warmup_rounds: int = Field(20, ge=0, description="rounds in which the learning rate rises linearly")
     final_fraction: float = Field(
         0.1,
         ge=0,
@@ -121,8 +120,8 @@ class RoundSection(_Section):
     """When a round ends and how its updates are averaged."""
 
     strategy: Literal["sync"] = Field("sync", description="sync: peers average gradients, then all apply the same step")
-    rounds: int = Field(200, ge=1, le=10**9, description="rounds of the whole run")
-    samples: int = Field(96, ge=1, le=10**9, description="samples that the swarm gathers in one round")
+    rounds: int = Field(400, ge=1, le=10**9, description="rounds of the whole run")
+    samples: int = Field(32, ge=1, le=10**9, description="samples that the swarm gathers in one round")
     deadline_s: float = Field(60.0, ge=1, le=86400, description="seconds after which a round ends with what it has")
     roster_wait_s: float = Field(
         5.0,
@@ -209,36 +208,6 @@ class RunManifest(RunDraft):
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys, no spaces, ASCII; Python writes each float as its shortest exact decimal."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a pydantic error as a phrase: where, what, and what was given."""
-    problem = error.errors(include_url=False)[0]
-    place = [str(part) for part in problem["loc"]]
-    where = ".".join(place) or "the file"
-    if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(place[-1], _fields_at(model, place[:-1]), n=1)
-        return f"{where} is not a known field{f' (did you mean {close[0]}?)' if close else ''}"
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    given = problem.get("input")
-    shown = f" (it is {str(given)[:60]!r})" if isinstance(given, (str, int, float, bool)) else ""
-    field = _fields_at(model, place[:-1]).get(place[-1]) if place else None
-    if problem["type"] == "string_pattern_mismatch" and field is not None:
-        return f"{where} does not fit{shown}: {field.description}"
-    text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    text = text.partition(", unable to ")[0]
-    return f"{where}: {text[0].lower()}{text[1:]}{shown}"
-
-
-def _fields_at(model: type[BaseModel], place: list[str]) -> dict[str, FieldInfo]:
-    """The fields of the section that `place` leads to; none where it leads to no section."""
-    for name in place:
-        section = model.model_fields[name].annotation if name in model.model_fields else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return {}
-        model = section
-    return dict(model.model_fields)
 
 
 def load_draft(path: Path) -> RunDraft:

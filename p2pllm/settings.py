@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 
 from p2pllm.errors import SettingsError
-from p2pllm.manifest import explain
+from p2pllm.explain import explain
 
 _RUNTIME_DIR_BUDGET = 60
 """Longest base of the runtime folder, in bytes: a Unix socket's whole path must stay under 104 (macOS)."""

@@ -83,6 +83,24 @@ class PeerEnv:
         path.write_text(content.replace("TEXT", str(self.folder / "text.txt")))
         return path
 
+    def refuses(self, code: int, words: list[str], *arguments: object, **variables: str) -> None:
+        """Run a command that must fail with one clear sentence that holds all the `words`."""
+        result = self.p2pllm(*arguments, **variables)
+        assert result.returncode == code, result.stdout + result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        sentence = result.stderr.strip()
+        assert sentence.startswith("p2pllm: ") and sentence.endswith("."), sentence
+        for word in words:
+            assert word in sentence, f"{word!r} is not in: {sentence}"
+        for noise in ("Traceback", "Errno", "defect", "None", "Error("):
+            assert noise not in sentence, sentence
+
+    def keeps_nothing(self, *, runs: bool = False) -> None:
+        """No process, no socket and, unless `runs`, no folder of a run."""
+        assert self.left_behind() == []
+        kept = [path.name for path in self.home.glob("runs/*")] if self.home.is_dir() else []
+        assert runs or kept == [], kept
+
     def processes(self) -> list[psutil.Process]:
         """Every process of this peer, whoever its parent is by now."""
         found = []

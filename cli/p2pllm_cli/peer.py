@@ -109,4 +109,3 @@ def _take_part(order: Any, *, detach: bool) -> None:
     LiveView(ready["socket"], is_leaving=lambda: leaving).show()
     daemon.wait_end()
     click.echo(f"Left run {ready['run_id'][:16]}; its state is saved, and `p2pllm join` goes on with it.")
-    click.echo(f"'{ready['name']}' has left run {ready['run_id'][:16]}; its state is saved.")

@@ -92,7 +92,7 @@ def test_ctrl_c_leaves_in_order_and_the_next_start_goes_on(peer_env, terminal) -
     began = screen.interrupt()
     assert screen.wait(20) == 0
     assert time.monotonic() - began < 10
-    assert "has left run" in screen.text and "Traceback" not in screen.text
+    assert "Left run" in screen.text and "Traceback" not in screen.text
     assert peer_env.left_behind() == []
     assert list(peer_env.home.glob("runs/*/founder/state/*.safetensors"))
 

@@ -11,8 +11,8 @@ from p2pllm.errors import ManifestError
 from p2pllm.manifest import MAX_MANIFEST_BYTES, RunDraft, RunManifest, draft_template, load_draft
 
 FOUNDER = "12D3KooWNMszKZCCPkRwtMBfzXuSxBMMpmy5S1oHfVAqUGwXfyyE"
-GOLDEN_DRAFT = "bd8769cad1b0fb5584f4b6f9f064bfce23c12439431499afa50cc11623bfc516"
-GOLDEN_RUN = "3f141e080825c962fcd7e63038f42ca5c7a0554d0aaf1560e7050b303eb3a01a"
+GOLDEN_DRAFT = "c189006fc1e0ffe97543d394fb183069f99c292720b0c5dcf0e04ad0df2d10f3"
+GOLDEN_RUN = "6099830ee4c882b39c69d7344f0b867690f3a49d4bad0929e8cd54af79b0873a"
 """They change with every field, default or spelling of a number, and then old runs and new peers do not meet: change
 them on purpose only."""
 

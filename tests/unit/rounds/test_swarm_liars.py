@@ -66,7 +66,7 @@ async def test_a_member_that_votes_for_nonsense_stops_nobody(count: int) -> None
 @pytest.mark.parametrize("lie", ["replay", "different"])
 @virtual
 async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
-    swarm = Swarm(rounds=5)
+    swarm = Swarm(rounds=20)  # enough for the liar to lead one
     peers = await swarm.add(4)
     liar = peers[0]
     sent: list[bytes] = []

@@ -16,7 +16,7 @@ from p2pllm.state import FLOAT, AdamW, Layout, SharedState, learning_rate
 from p2pllm.state.outer import sum_of_squares
 
 LAYOUT = Layout.of([("bias", (7,)), ("weight", (9, 11)), ("deep", (2, 3, 4)), ("gain", (5,))])
-SECTION = OptimizerSection(warmup_rounds=3, weight_decay=0.3, clip_norm=0.7)
+SECTION = OptimizerSection(learning_rate=3e-3, warmup_rounds=3, weight_decay=0.3, clip_norm=0.7)
 ROUNDS = 12
 
 
