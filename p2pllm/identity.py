@@ -62,7 +62,9 @@ class Identity:
                 _create(path, Ed25519PrivateKey.generate())
             return cls(_read(path), path)
         except OSError as error:
-            raise StateError(f"The key file {path} cannot be used: {error.strerror or error}.") from None
+            raise StateError(
+                f"The key file {path} cannot be used: {error.strerror or error}; mend that or choose --home."
+            ) from None
 
     def sign(self, domain: str, data: bytes) -> bytes:
         """Sign `data` for one purpose; a signature made for another `domain` does not verify. Returns 64

@@ -7,6 +7,7 @@ what the run computes. What all peers must agree on is in `manifest`.
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
 import secrets
@@ -110,6 +111,7 @@ def load_settings(**flags: object) -> PeerSettings:
     Raises SettingsError with the field and what is wrong with it.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    _check_environment()
     try:
         return PeerSettings(**given)  # type: ignore[arg-type]  # validated by pydantic
     except ValidationError as error:
@@ -121,6 +123,16 @@ def load_settings(**flags: object) -> PeerSettings:
         raise SettingsError(f"The settings file {settings_file()} is not valid TOML: {error}; mend it.") from None
     except OSError as error:
         raise SettingsError(f"The settings file {settings_file()} cannot be read: {error.strerror or error}.") from None
+
+
+def _check_environment() -> None:
+    """A mistyped variable would be ignored in silence."""
+    known = {"P2PLLM_CONFIG", *(f"P2PLLM_{name.upper()}" for name in PeerSettings.model_fields)}
+    for name in os.environ:
+        if name.startswith("P2PLLM_") and name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"perhaps you mean {close[0]}" if close else "unset it"
+            raise SettingsError(f"There is no setting for the environment variable {name}; {hint}.")
 
 
 def new_runtime_dir() -> Path:

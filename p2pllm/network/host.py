@@ -28,13 +28,21 @@ _OPEN_FILES = 65536
 
 
 def prepare_runtime_dir(path: Path) -> None:
-    """Make the folder of the sockets with mode 0700. Raises SettingsError if it is too long, or not ours
-    alone.
+    """Make the folder of the sockets with mode 0700.
+
+    Raises SettingsError if its path is too long, or if others could put something in its place.
     """
     if len(os.fsencode(path)) > _LONGEST_RUNTIME_DIR:
         raise SettingsError(f"The runtime folder {path} has a longer path than {_LONGEST_RUNTIME_DIR} bytes.")
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        above = path.parent.lstat()
+        open_to_others = above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX
+        if above.st_uid not in (0, os.getuid()) or open_to_others:
+            raise SettingsError(
+                f"The runtime folder {path.parent} belongs to somebody else; set XDG_RUNTIME_DIR to a folder of yours."
+            )
+        path.mkdir(mode=0o700, exist_ok=True)
         status = path.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise SettingsError(f"The runtime folder {path} belongs to somebody else; set XDG_RUNTIME_DIR.")
@@ -71,12 +79,12 @@ def check_listen(host: str, port: int) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise NetworkError(port_in_use(host, port)) from None
             raise SettingsError(
-                f"This machine cannot listen on {host} port {port}: {error.strerror}; choose another listen_host."
+                f"This machine cannot listen on {host} port {port}: {error.strerror}; choose another address with --listen."
             ) from None
 
 
 def port_in_use(host: str, port: int) -> str:
-    return f"Port {port} on {host} is in use by another program; choose another listen_port, or 0 for any free one."
+    return f"Port {port} on {host} is in use by another program; choose another with --port, or 0 for any free one."
 
 
 def raise_file_limit() -> None:

@@ -234,7 +234,7 @@ def _locked(file: Path) -> Iterator[None]:
 def _why_no_cache(cache_dir: Path, error: OSError) -> str:
     what = f"The tokenised text cannot be kept in {cache_dir}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{what}: the disk or a quota is full; free some space or choose another folder as `cache`."
+        return f"{what}: the disk or a quota is full; free some space or choose another folder with P2PLLM_CACHE."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{what}: writing there is not permitted; allow it or choose another folder as `cache`."
+        return f"{what}: writing there is not permitted; allow it or choose another folder with P2PLLM_CACHE."
     return f"{what}: {error.strerror or error}."

@@ -162,4 +162,4 @@ def _advice(where: str) -> str:
     path = Path(where).expanduser()
     if path.exists():
         return "what is there is empty, binary, or may not be read"
-    return "name its place on this machine with `data_path`"
+    return "correct data.source in the run file, or give its place on this machine with --data"

@@ -79,13 +79,13 @@ class Daemon:
 
     async def _enter(self, compute: ComputeProcess) -> None:
         """Find out what to compute, start everything, and report ready."""
-        await compute.launch()  # its libraries load while we find the run
         invite = Invite.decode(self._order.invite) if self._order.invite else None
-        if self._order.draft is not None:
-            folder = await self._found(compute, RunDraft(**self._order.draft))
-        else:
-            run = RunFolder(self._settings.home, invite.run_id if invite else self._order.run_id)
-            folder = self._occupy(run.peer(self._order.name or name_to_join_as(run)))
+        draft = RunDraft(**self._order.draft) if self._order.draft is not None else None
+        folder = self._known_folder(invite, draft)
+        await compute.launch()  # its libraries load while we start the network
+        if folder is None:
+            assert draft is not None  # noqa: S101 - every other order names a run
+            folder = await self._found(compute, draft)
         addresses = invite.addresses if invite else ()
         identity = Identity.load_or_create(folder.key)
         tell_progress("starting the network")
@@ -100,15 +100,22 @@ class Daemon:
         await participant.start(addresses, tell_progress)
         await self._open_for_commands(folder, participant)
 
+    def _known_folder(self, invite: Invite | None, draft: RunDraft | None) -> PeerFolder | None:
+        """Become the peer that the order means; None if it is the founder of a run that has yet to be sealed."""
+        home, name = self._settings.home, self._order.name
+        if draft is None:
+            run = RunFolder(home, invite.run_id if invite else self._order.run_id)
+            return self._occupy(run.peer(name or name_to_join_as(run)))
+        identity = Identity.load_or_create(key_file(home, name or FOUNDER))
+        founded = founded_from(home, draft.digest(), identity.peer_id)
+        return self._occupy(founded.peer(name or FOUNDER)) if founded else None
+
     async def _found(self, compute: ComputeProcess, draft: RunDraft) -> PeerFolder:
-        """Seal a new run, or find the one that was started from the same draft."""
-        name = self._order.name or FOUNDER
-        identity = Identity.load_or_create(key_file(self._settings.home, name))
-        run = founded_from(self._settings.home, draft.digest(), identity.peer_id)
-        if run is None:
-            sealed = await seal(draft, identity, compute, self._settings)
-            run = RunFolder(self._settings.home, sealed[0].run_id)
-            run.save(*sealed, draft_digest=draft.digest())
+        """Seal a new run and become its founder."""
+        home, name = self._settings.home, self._order.name or FOUNDER
+        sealed = await seal(draft, Identity.load_or_create(key_file(home, name)), compute, self._settings)
+        run = RunFolder(home, sealed[0].run_id)
+        run.save(*sealed, draft_digest=draft.digest())
         return self._occupy(run.peer(name))
 
     async def _start_node(self, folder: PeerFolder, identity: Identity, relays: tuple[str, ...]) -> Node:
@@ -192,7 +199,8 @@ class Daemon:
             if self._control is not None:
                 await self._control.close()
             if self._participant is not None:
-                (self._participant.folder.path / "daemon.json").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a disk that can no longer be written to
+                    (self._participant.folder.path / "daemon.json").unlink(missing_ok=True)
             shutil.rmtree(self._runtime_dir, ignore_errors=True)
 
     async def _unless_leaving(self, work: Awaitable[T]) -> T | None:

@@ -187,7 +187,6 @@ def test_key_that_others_may_read(peer_env, founder) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to somebody else")
-@pytest.mark.xfail(strict=True, reason="network.host does not look at the folder that holds the runtime folder")
 def test_runtime_folder_of_somebody_else(peer_env, founder) -> None:
     os.chown(peer_env.runtime, 12345, 12345)
     words = [str(peer_env.runtime), "XDG_RUNTIME_DIR"]

@@ -59,7 +59,7 @@ class Swarm:
 
     def __init__(self, draft: RunDraft, out: Path, settings: PeerSettings) -> None:
         """out: a new or empty folder for the peers' folders and the report."""
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"The folder {out} is not empty; name another one with --out.")
         self.peers: list[SwarmPeer] = []
         self._draft = draft

@@ -88,6 +88,7 @@ def test_run_file_that_is_no_text(peer_env) -> None:
         ("P2PLLM_LISTEN_HOST", "here", ["listen_host", "IP address"]),
         ("P2PLLM_ANNOUNCE", "here", ["announce", "/ip4/"]),
         ("P2PLLM_NAT", "maybe", ["nat", "boolean"]),
+        ("P2PLLM_THREDS", "1", ["P2PLLM_THREDS", "P2PLLM_THREADS"]),
     ],
 )
 def test_wrong_environment_variable(empty, name: str, value: str, words: list[str]) -> None:
