@@ -79,7 +79,7 @@ def check_listen(host: str, port: int) -> None:
             if error.errno == errno.EADDRINUSE:
                 raise NetworkError(port_in_use(host, port)) from None
             raise SettingsError(
-                f"This machine cannot listen on {host} port {port}: {error.strerror}; choose another address with --listen."
+                f"This machine cannot listen on {host} port {port}: {error.strerror}; give another with --listen."
             ) from None
 
 

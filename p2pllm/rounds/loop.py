@@ -122,7 +122,8 @@ class TrainingLoop:
                 await self._rest()
                 continue
             result = await self._runner.run(update)
-            if result.committed and result.aggregate is not None:
+            if result.committed and result.aggregate is not None and result.roster is not None:
+                self._view.presume_commit(result.roster.members, self._keeper.head)
                 self._view.say(phase="commit")
                 seconds = await self._keeper.apply(result.aggregate)
                 await self._report(result, {"compute": collected - begin, **result.seconds, **seconds})
@@ -183,7 +184,11 @@ class TrainingLoop:
         donors = plan.donors(head, self._view.statuses())
         if await self._keeper.follow(head, donors):
             self._failed_follows = 0
-            self._view.say(head=self._keeper.head)
+            reached = self._keeper.head
+            if reached[0] > head[0]:
+                # Whoever served a state further along than it had last said is where we are now, or ahead.
+                self._view.presume_commit(donors, (reached[0] - 1, bytes(32)))
+            self._view.say(head=reached)
             return
         self._failed_follows += 1
         if own[0] > 0 and self._failed_follows >= FOLLOW_TRIES:

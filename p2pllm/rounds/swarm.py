@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import NewType, Protocol
 
+from p2pllm.rounds import plan
 from p2pllm.rounds.messages import MessageError, Phase, Status
 
 log = logging.getLogger(__name__)
+
+OUTDATED_S = 2.0
+"""How long a heartbeat may be on its way, or a peer take to say what we know from a round's messages."""
 
 _NO_STATE = bytes(32)
 
@@ -36,6 +40,14 @@ class Liveness(Protocol):
         ...
 
 
+_Progress = NewType("_Progress", tuple[int, bool])
+
+
+def _progress(status: Status) -> _Progress:
+    """How far a peer is: its round, and whether it is about to commit the next."""
+    return _Progress((status.round, status.phase in plan.FINISHING))
+
+
 class SwarmView:
     """Own status and the others' last ones, with one event for every change."""
 
@@ -47,6 +59,7 @@ class SwarmView:
         self.own = Status(round=0, digest=_NO_STATE, phase="starting", samples=0, tokens_per_s=0.0)
         self._heard: dict[str, Status] = {}
         self._doubted: dict[str, float] = {}
+        self._reached: dict[str, tuple[_Progress, float]] = {}
         self._liveness: Liveness | None = None
         self._changed = asyncio.Event()
 
@@ -109,6 +122,9 @@ class SwarmView:
             return
         if status.round > self._last_round or (status.round == 0 and status.digest != self._initial_state):
             status = status.model_copy(update={"phase": "joining"})  # nothing that it claims to hold counts
+        reached, until = self._reached.get(peer, (_Progress((0, False)), 0.0))
+        if _progress(status) < reached and asyncio.get_running_loop().time() < until:
+            return  # it was sent before what we know already
         if self._heard.get(peer) != status:
             self._heard[peer] = status
             self._bound(peer)
@@ -121,6 +137,7 @@ class SwarmView:
         alive = self._liveness.alive() if self._liveness else frozenset()
         kept = [other for other in self._heard if other in alive and other != peer][1 - MAX_HEARD :]
         self._heard = {other: self._heard[other] for other in (*kept, peer)}
+        self._reached = {other: known for other, known in self._reached.items() if other in self._heard}
 
     def hear_head(self, peer: str, head: tuple[int, bytes]) -> None:
         """Learn from a round's messages that a peer's update after `head` is ready, ahead of its heartbeat."""
@@ -128,11 +145,31 @@ class SwarmView:
         if old is not None and (old.head != head or old.phase == "collecting"):
             update = {"round": head[0], "digest": head[1], "phase": "roster"}
             self._heard[peer] = old.model_copy(update=update)
+            self._outdate(peer)
         self.notify()
+
+    def presume_commit(self, peers: Iterable[str], head: tuple[int, bytes]) -> None:
+        """A round after `head` is committed: its other members are about to step, too, whatever they said last.
+
+        Heartbeats are slower than short rounds. Who went by the last ones would take a member of the round before
+        for somebody who is not there, and go on alone beside it.
+        """
+        for peer in peers:
+            old = self._heard.get(peer)
+            if old is not None and old.round <= head[0]:
+                update = {"round": head[0], "digest": head[1], "phase": "commit", "samples": 0}
+                self._heard[peer] = old.model_copy(update=update)
+                self._outdate(peer)
+
+    def _outdate(self, peer: str) -> None:
+        """For OUTDATED_S seconds, heartbeats of less progress than we know of are late ones."""
+        until = asyncio.get_running_loop().time() + OUTDATED_S
+        self._reached[peer] = (_progress(self._heard[peer]), until)
 
     def forget(self, peer: str) -> None:
         """Drop the last status of a peer that is gone."""
         self._heard.pop(peer, None)
+        self._reached.pop(peer, None)
         self.notify()
 
     def notify(self) -> None:

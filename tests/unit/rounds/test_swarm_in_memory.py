@@ -295,3 +295,19 @@ async def test_nothing_grows_with_the_rounds() -> None:
         assert not peer.votes._sending
         assert not peer.desk._telling
         assert len(peer.view._heard) <= 2
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@virtual
+async def test_rounds_far_shorter_than_heartbeats_split_nobody_off(count: int) -> None:
+    swarm = Swarm(rounds=100)
+    peers = await swarm.add(count)
+    await swarm.start()
+    # They find each other in rounds of an ordinary length.
+    await swarm.until(lambda: all(peer.records and len(peer.records[-1].members) == count for peer in peers))
+    for number, peer in enumerate(peers):
+        peer.compute.step_s, peer.compute.batch = 0.004 + 0.002 * number, 64
+    await swarm.finish()
+    swarm.check_rounds()
+    for peer in peers:
+        assert sum(len(record.members) == count for record in peer.records) >= 90
