@@ -86,8 +86,9 @@ class Daemon:
         if folder is None:
             assert draft is not None  # noqa: S101 - every other order names a run
             folder = await self._found(compute, draft)
-        addresses = invite.addresses if invite else ()
         identity = Identity.load_or_create(folder.key)
+        # A founder that goes on with its own invite finds itself in it.
+        addresses = tuple(a for a in (invite.addresses if invite else ()) if not a.endswith(identity.peer_id))
         tell_progress("starting the network")
         node = self._node = await self._start_node(folder, identity, addresses)
         sealed = folder.run.load()

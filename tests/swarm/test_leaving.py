@@ -64,7 +64,7 @@ def test_signal_leaves_in_order(swarm: Swarm, signal_number: int) -> None:
     os.kill(leaver.process.pid, signal_number)
     until(lambda: leaver.process.poll() is not None, "the daemon ends", GONE_S)
     assert leaver.process.poll() == 0
-    until(lambda: not left_of(before), "nothing is left", GONE_S)
+    nothing_is_left(before)
     the_others_go_on(swarm, without=leaver)
     saved = list((leaver.folder / "state").glob("*.safetensors"))
     assert saved, "the state was not saved on leaving"
@@ -78,7 +78,7 @@ def test_second_signal_ends_at_once(swarm: Swarm) -> None:
     os.kill(leaver.process.pid, signal.SIGTERM)
     os.kill(leaver.process.pid, signal.SIGCONT)
     until(lambda: leaver.process.poll() is not None, "the daemon ends", GONE_S)
-    until(lambda: not left_of(before), "nothing is left", GONE_S)
+    nothing_is_left(before)
     the_others_go_on(swarm, without=leaver)
 
 
@@ -88,7 +88,7 @@ def test_killed_daemon_leaves_nothing(swarm: Swarm, index: int) -> None:
     before = remains_of(victim)
     assert len(before["processes"]) >= 3, "a daemon has p2pd and a worker"
     os.kill(victim.process.pid, signal.SIGKILL)
-    until(lambda: not left_of(before), "nothing is left", GONE_S)
+    nothing_is_left(before)
     the_others_go_on(swarm, without=victim)
     others = [peer for peer in swarm.peers if peer is not victim]
     until(lambda: all(len(status(peer)["peers"]) == 1 for peer in others), "the victim is known dead", GONE_S)
@@ -121,7 +121,8 @@ def until(condition: Callable[[], bool], what: str, limit: float = HARD_LIMIT_S)
     """Poll until the condition holds; fail after `limit` seconds."""
     end = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < end, f"not within {limit:.0f} s: {what}"
+        if time.monotonic() >= end:
+            pytest.fail(f"not within {limit:.0f} s: {what}")
         time.sleep(0.05)
 
 
@@ -166,11 +167,20 @@ def remains_of(peer: SwarmPeer) -> dict[str, Any]:
 def left_of(remains: dict[str, Any]) -> list[str]:
     """What of them is still there; a dead process that its parent has not collected is gone."""
     alive = [
-        str(process.pid)
+        f"{process.pid} {process.name()} {process.status()}"
         for process in remains["processes"]
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     ]
     return alive + [str(entry) for entry in remains["sockets"].glob("*")]
+
+
+def nothing_is_left(remains: dict[str, Any]) -> None:
+    """All of it goes within the bound."""
+    end = time.monotonic() + GONE_S
+    while left := left_of(remains):
+        if time.monotonic() >= end:
+            pytest.fail(f"still there after {GONE_S:.0f} s: {left}")
+        time.sleep(0.05)
 
 
 def child(peer: SwarmPeer, name: str) -> int:
