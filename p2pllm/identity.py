@@ -2,7 +2,7 @@
 
 The key file is libp2p's own format, so p2pd reads the same file. A peer id of an Ed25519 key holds the public
 key itself: whoever knows the id can check a signature without asking anybody. What does not live here: what
-is signed (records, votes, manifests build their own bytes) and anything that imports hivemind.
+is signed (manifests and member records build their own bytes) and anything that imports hivemind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from p2pllm.errors import StateError
 
-SIGNATURE_BYTES = 64
 """Length of every signature."""
 
 PUBLIC_KEY_BYTES = 32

@@ -23,8 +23,8 @@ from p2pllm.identity import PUBLIC_KEY_BYTES, is_peer_id, peer_id_of, public_key
 MAX_ADDRESSES = 8
 """Addresses in one invite."""
 
-MAX_ADDRESS_BYTES = 128
-"""Bound on the text of one address, with /p2p/ and the peer id at its end."""
+MAX_ADDRESS_BYTES = 192
+"""Bound on the text of one address; one through a relay names two peers and has about 150."""
 
 _PREFIX = "p2pllm:"
 _VERSION = 1

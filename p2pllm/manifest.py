@@ -11,6 +11,7 @@ What does not live here: what one peer may choose (`settings`), signing (`identi
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -68,7 +69,8 @@ class TokenizerSection(_Section):
 
     @model_validator(mode="after")
     def _known_source(self) -> Self:
-        if self.source != "bytes" and not self.source.startswith(("file:", "blake3:")):
+        sealed = re.fullmatch(r"blake3:[0-9a-f]{64}", self.source)
+        if self.source != "bytes" and not self.source.startswith("file:") and not sealed:
             raise ValueError(f'source is "{self.source}", but must be "bytes" or "file:PATH"')
         return self
 
@@ -84,7 +86,7 @@ class DataSection(_Section):
     digest: str = Field(
         "",
         pattern=r"^([0-9a-f]{64})?$",
-        description='BLAKE3 over the text of a "text:" source; `start` fills it in; "" accepts any text',
+        description='BLAKE3 over the text of a "text:" source; `start` fills it in',
     )
     context_length: int = Field(128, ge=8, le=1 << 20, description="tokens a sample")
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of the documents that is held out")
@@ -136,6 +138,12 @@ class RoundSection(_Section):
     max_peers: int = Field(64, ge=1, le=64, description="largest roster of one round")
     codec: Literal["fp32", "fp16"] = Field("fp32", description="how values travel in the all-reduce")
 
+    @model_validator(mode="after")
+    def _can_begin(self) -> Self:
+        if self.min_peers > self.max_peers:
+            raise ValueError(f"min_peers is {self.min_peers}, more than max_peers, which is {self.max_peers}")
+        return self
+
 
 class RunDraft(_Section):
     """What an organiser writes. Every section may be left out; its defaults then hold."""
@@ -181,6 +189,13 @@ class RunManifest(RunDraft):
     founder: str = Field(min_length=8, max_length=128, description="peer id whose key signs the manifest")
     initial_state: HexDigest = Field(description="digest of the state at round 0")
 
+    @model_validator(mode="after")
+    def _text_is_known(self) -> Self:
+        # A founder could otherwise have volunteers train on whatever lies at that path on their machines.
+        if self.data.source != "stdlib" and not self.data.digest:
+            raise ValueError("data.digest is missing, so nobody could tell whether a text is the run's")
+        return self
+
     @property
     def run_id(self) -> str:
         """BLAKE3 of the canonical bytes, 64 hex digits."""
@@ -194,14 +209,14 @@ class RunManifest(RunDraft):
         """
         if len(data) > MAX_MANIFEST_BYTES:
             raise ManifestError(f"The manifest has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} allowed.")
+        if run_id is not None and blake3(data).hexdigest() != run_id:
+            raise ManifestError(f"This is not the manifest of run {run_id[:16]}.")
         try:
             manifest = cls.model_validate_json(data)
         except ValidationError as error:
             raise ManifestError(f"The manifest is not valid: {explain(error, cls)}.") from None
         if manifest.canonical_bytes() != data:
             raise ManifestError("The manifest is not in its canonical form; another version of p2pllm wrote it.")
-        if run_id is not None and manifest.run_id != run_id:
-            raise ManifestError(f"The manifest belongs to run {manifest.run_id[:16]}, not to {run_id[:16]}.")
         return manifest
 
 

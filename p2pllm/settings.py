@@ -1,8 +1,8 @@
 """PeerSettings: what one peer may choose, and where this machine keeps things.
 
 Sources, strongest first: command-line flags (given as arguments), environment variables `P2PLLM_<FIELD>`, the
-TOML file `settings.toml` in the configuration folder, defaults. Nothing here is sent to other peers or changes
-what the run computes. What all peers must agree on is in `manifest`.
+TOML file `settings.toml` in the configuration folder, defaults. But for `announce`, nothing here is sent to other
+peers, and nothing changes what the run computes. What all peers must agree on is in `manifest`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PeerSettings(BaseSettings):
         10, ge=1, le=10**9, description="rounds between saved states; one is always saved on leaving"
     )
     startup_timeout_s: float = Field(
-        120.0, ge=1, le=3600, description="seconds that p2pd and the worker may take to start"
+        120.0, ge=1, le=3600, description="seconds that p2pd may take to start, and the worker may be silent"
     )
 
     @field_validator("listen_host")

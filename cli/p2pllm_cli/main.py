@@ -61,6 +61,9 @@ def main() -> None:
         # The reader of our output went away, as `| head` does; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except OSError as error:
+        click.echo(f"p2pllm: {error.filename or 'A file'} cannot be used: {error.strerror}.", err=True)
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 

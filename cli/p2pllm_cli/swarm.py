@@ -26,9 +26,13 @@ def swarm(path: Path, peers: int, rounds: int | None, out: Path) -> None:
     draft = load_draft(path)
     if not 1 <= peers <= draft.round.max_peers:
         raise UsageError(f"--peers is {peers}, but must be from 1 to the run's max_peers, {draft.round.max_peers}.")
+    if peers < draft.round.min_peers:
+        raise UsageError(
+            f"--peers is {peers}, but the run begins only with min_peers, which is {draft.round.min_peers}."
+        )
     if rounds is not None:
-        if rounds < 1:
-            raise UsageError(f"--rounds is {rounds}, but must be at least 1.")
+        if not 1 <= rounds <= 10**9:
+            raise UsageError(f"--rounds is {rounds}, but must be at least 1 and at most {10**9}.")
         draft = draft.model_copy(update={"round": draft.round.model_copy(update={"rounds": rounds})})
     with Swarm(draft, out, settings_of({"cache": None})) as running:
         with StartView() as starting:

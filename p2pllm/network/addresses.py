@@ -10,12 +10,9 @@ from collections.abc import Iterable
 from multiaddr import Multiaddr
 
 from p2pllm.identity import is_peer_id
+from p2pllm.invite import MAX_ADDRESS_BYTES, MAX_ADDRESSES
 
-MAX_ADDRESSES = 8
-"""Addresses that are kept of one peer."""
-
-MAX_ADDRESS_BYTES = 128
-"""Bound on the text of one address."""
+__all__ = ["MAX_ADDRESSES", "MAX_ADDRESS_BYTES", "checked_addresses", "is_loopback", "ordered", "port_of", "split"]
 
 
 def checked_addresses(value: object) -> list[str]:
@@ -72,7 +69,9 @@ def is_loopback(address: str) -> bool:
 
 
 def port_of(address: str) -> int | None:
-    """The TCP port in an address, if it has one."""
+    """The TCP port in an address, if it has one of its own and is not a relay's."""
+    if "/p2p-circuit" in address:
+        return None
     parts = address.split("/")
     if "tcp" in parts[:-1]:
         text = parts[parts.index("tcp") + 1]

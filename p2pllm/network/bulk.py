@@ -8,6 +8,7 @@ known from elsewhere); this module only moves bytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import struct
 from asyncio import StreamReader, StreamWriter
@@ -16,9 +17,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
-
 from p2pllm.errors import NetworkError
+from p2pllm.network.messages import pack, unpack
 from p2pllm.network.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ MAX_OPEN = 64
 """Fetches that are served or wait; more are refused, and so are more than MAX_OPEN_PER_PEER of one peer."""
 
 MAX_OPEN_PER_PEER = 2
+
+SLOWEST_BYTES_PER_S = 20_000
+"""A transfer that is slower than this on the whole is broken off."""
 
 _LENGTH = struct.Struct("!I")
 _SIZE = struct.Struct("!Q")
@@ -78,8 +81,12 @@ class BulkServer:
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 request = _unpack(await _read_framed(reader))
+            with contextlib.suppress(AttributeError, RuntimeError):
+                writer.transport.pause_reading()  # type: ignore[attr-defined]  # nothing more is to come
             async with self._slots:
-                await _send(writer, await self._source(request))
+                blob = await self._source(request)
+                async with asyncio.timeout(_longest(blob.size if blob else 0)):
+                    await _send(writer, blob)
         except (TimeoutError, OSError, EOFError, ValueError) as error:
             log.debug("a fetch of %s ended: %s", peer[-8:], str(error) or "it stalled")
         finally:
@@ -107,12 +114,11 @@ async def fetch(
     peer: str,
     request: dict[str, Any],
     max_bytes: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], bytearray] | None:
     """Ask `peer` for a blob of at most `max_bytes` bytes; None if it does not have it.
 
-    progress: called with (bytes so far, bytes in all). Raises NetworkError if the peer fails, stalls, or
-    announces more than `max_bytes`.
+    Raises NetworkError if the peer fails, stalls, is slower than SLOWEST_BYTES_PER_S, or announces more than
+    `max_bytes`.
     """
     reader, writer = await transport.open_stream(peer, "fetch")
     try:
@@ -129,12 +135,11 @@ async def fetch(
             raise NetworkError(f"Peer {peer[-8:]} announced {size} bytes where at most {max_bytes} can be right.")
         body = bytearray(size)
         view = memoryview(body)
-        for start in range(0, size, PIECE_BYTES):
-            async with asyncio.timeout(STALL_TIMEOUT_S):
-                piece = await reader.readexactly(min(PIECE_BYTES, size - start))
-            view[start : start + len(piece)] = piece
-            if progress:
-                progress(start + len(piece), size)
+        async with asyncio.timeout(_longest(size)):
+            for start in range(0, size, PIECE_BYTES):
+                async with asyncio.timeout(STALL_TIMEOUT_S):
+                    piece = await reader.readexactly(min(PIECE_BYTES, size - start))
+                view[start : start + len(piece)] = piece
         return header, body
     except (TimeoutError, OSError, EOFError, ValueError) as error:
         raise NetworkError(f"Peer {peer[-8:]} broke off a transfer: {str(error) or 'it stalled'}.") from None
@@ -142,8 +147,13 @@ async def fetch(
         writer.close()
 
 
+def _longest(size: int) -> float:
+    """Seconds that a transfer of `size` bytes may take, so that a trickle holds nobody for good."""
+    return STALL_TIMEOUT_S + size / SLOWEST_BYTES_PER_S
+
+
 def _write_framed(writer: StreamWriter, value: dict[str, Any]) -> None:
-    packed = msgpack.packb(value)
+    packed = pack(value)
     writer.write(_LENGTH.pack(len(packed)))
     writer.write(packed)
 
@@ -156,10 +166,7 @@ async def _read_framed(reader: StreamReader) -> bytes:
 
 
 def _unpack(data: bytes) -> dict[str, Any]:
-    try:
-        value = msgpack.unpackb(data)
-    except Exception as error:  # noqa: BLE001 - msgpack raises many kinds on hostile bytes
-        raise ValueError(f"a header is not msgpack: {error}") from None
+    value = unpack(data, MAX_HEADER_BYTES)
     if not isinstance(value, dict):
         raise ValueError("a header is not a map")
     return value

@@ -16,8 +16,6 @@ import socket
 import stat
 from pathlib import Path
 
-import psutil
-
 from p2pllm.errors import NetworkError, SettingsError
 
 _LONGEST_RUNTIME_DIR = 90
@@ -49,17 +47,6 @@ def prepare_runtime_dir(path: Path) -> None:
         path.chmod(0o700)
     except OSError as error:
         raise SettingsError(f"The runtime folder {path} cannot be made: {error.strerror or error}.") from None
-
-
-def sweep(pid_file: Path) -> None:
-    """End a p2pd that a former daemon left behind, where no parent-death signal exists."""
-    try:
-        process = psutil.Process(int(pid_file.read_text()))
-        # the id may belong to another program by now: only a p2pd with our control socket is ours
-        if any(str(pid_file.parent) in part for part in process.cmdline()):
-            process.kill()
-    except (OSError, ValueError, psutil.Error):
-        return
 
 
 def check_listen(host: str, port: int) -> None:

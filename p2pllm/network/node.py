@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from hivemind.p2p import PeerID
 
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import Identity, is_peer_id
-from p2pllm.network.addresses import MAX_ADDRESSES, split
+from p2pllm.network.addresses import MAX_ADDRESS_BYTES, MAX_ADDRESSES, split
 from p2pllm.network.book import AddressBook
 from p2pllm.network.control import Control
 from p2pllm.network.dht import Directory
@@ -41,14 +41,11 @@ class Node:
     identity: our key. traffic: bytes moved so far. directory: the members that the DHT knows.
     """
 
-    def __init__(
-        self, identity: Identity, run_id: str, options: P2pdOptions, on_restart: Callable[[str], None] | None
-    ) -> None:
+    def __init__(self, identity: Identity, run_id: str, options: P2pdOptions) -> None:
         self.identity = identity
         self.traffic = Traffic()
         self.directory = Directory(identity, run_id, self.addresses)
         self._prefix = f"/p2pllm/1/{run_id[:16]}/"
-        self._on_restart = on_restart
         self._supervisor = Supervisor(options, identity.peer_id, self.traffic, self)
         self._book = AddressBook()
         self._calls: dict[str, CallHandler] = {}
@@ -65,20 +62,18 @@ class Node:
         *,
         relays: Iterable[str] = (),
         progress: Progress | None = None,
-        on_restart: Callable[[str], None] | None = None,
     ) -> Self:
         """Start p2pd and return once it answers.
 
         identity: with its key file. run_id: 64 hex digits. runtime_dir: private folder of the sockets, at
         most 90 bytes. relays: addresses of peers that relay for us behind a NAT, those of the invite.
-        progress: called with phrases while p2pd starts. on_restart: called with the cause after each restart
-        of p2pd. Raises SettingsError (address or folder cannot be used) and NetworkError (port in use, p2pd
-        does not start).
+        progress: called with phrases while p2pd starts. Raises SettingsError (address or folder cannot be
+        used) and NetworkError (port in use, p2pd does not start).
         """
         if identity.path is None:
             raise NetworkError("A node needs an identity that is in a file, because p2pd reads it.")
         options = P2pdOptions.of(settings, identity.path, runtime_dir, tuple(relays))
-        self = cls(identity, run_id, options, on_restart)
+        self = cls(identity, run_id, options)
         await self._supervisor.start(progress)
         return self
 
@@ -108,7 +103,7 @@ class Node:
 
     def addresses(self) -> list[str]:
         """Where others can reach us, each ending in /p2p/ID; at most 8, loopback last. Refreshed every 2 s."""
-        return self._supervisor.addresses[:MAX_ADDRESSES]
+        return [text for text in self._supervisor.addresses if len(text) <= MAX_ADDRESS_BYTES][:MAX_ADDRESSES]
 
     def learn(self, peer: str, addresses: Iterable[str]) -> None:
         """Remember where a peer can be reached. Addresses are checked when they are used."""
@@ -265,8 +260,6 @@ class Node:
         """See Owner."""
         for peer in self._book.forget_met():
             self._spawn(self._reconnect(peer))
-        if self._on_restart is not None:
-            self._on_restart(reason)
 
     async def _reconnect(self, peer: str) -> None:
         """Dial from our side at once: after a failed attempt the others' p2pd refuse to, for seconds."""

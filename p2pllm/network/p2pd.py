@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from p2pllm.errors import NetworkError
-from p2pllm.network.host import check_listen, port_in_use, prepare_runtime_dir, raise_file_limit, sweep
+from p2pllm.network.host import check_listen, port_in_use, prepare_runtime_dir, raise_file_limit
 from p2pllm.network.options import P2pdOptions
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ class P2pd:
         self.options = options
         self.control_socket = options.runtime_dir / CONTROL_SOCKET
         self.stream_socket = options.runtime_dir / STREAM_SOCKET
-        self._pid_file = options.runtime_dir / "p2pd.pid"
         self._process: asyncio.subprocess.Process | None = None
         self._output: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
@@ -64,7 +63,6 @@ class P2pd:
         """
         self = cls(options)
         prepare_runtime_dir(options.runtime_dir)
-        sweep(self._pid_file)
         self._remove_files()
         check_listen(options.listen_host, options.listen_port)
         raise_file_limit()
@@ -107,7 +105,7 @@ class P2pd:
         self._remove_files()
 
     def _remove_files(self) -> None:
-        for path in (self.control_socket, self.stream_socket, self._pid_file):
+        for path in (self.control_socket, self.stream_socket):
             path.unlink(missing_ok=True)
 
     async def _spawn(self) -> None:
@@ -129,7 +127,6 @@ class P2pd:
                 f"p2pd at {binary} cannot be run ({error.strerror or error}); reinstall hivemind for this machine."
             ) from None
         self._output = asyncio.create_task(self._read_output())
-        self._pid_file.write_text(f"{self._process.pid}\n")
 
     async def _read_output(self) -> None:
         assert self._process is not None and self._process.stdout is not None  # noqa: S101 - started just before

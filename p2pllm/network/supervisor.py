@@ -119,6 +119,16 @@ class Supervisor:
             await p2pd.stop()
 
     async def _run(self) -> None:
+        """Keep p2pd alive; if that cannot be done, the owner must know."""
+        try:
+            await self._keep_alive()
+        except Exception as error:
+            log.exception("p2pd cannot be supervised")
+            if not self.failed.done():
+                self.failed.set_result(NetworkError(f"p2pd cannot be kept alive: {error}."))
+            self._ready.set()
+
+    async def _keep_alive(self) -> None:
         while True:
             started = asyncio.get_running_loop().time()
             reason = await self._until_broken()

@@ -106,8 +106,10 @@ class MemberTable:
             self._members[peer] = Member(peer, known, now, pinned, next_beat=now)
             return True
         member.pinned = member.pinned or pinned
-        # Any of them may be the stale one, so the last news goes first and none is dropped for it.
-        merged = tuple(dict.fromkeys((*known, *member.addresses)))[:MAX_ADDRESSES]
+        # Any of them may be the stale one, so they are kept together: the news first, but what an invite gave
+        # is not to be pushed out by hearsay.
+        order = (*member.addresses, *known) if member.pinned and not pinned else (*known, *member.addresses)
+        merged = tuple(dict.fromkeys(order))[:MAX_ADDRESSES]
         if merged == member.addresses or member.is_alive(now):
             return False
         member.addresses = merged

@@ -8,7 +8,7 @@ from __future__ import annotations
 from asyncio import StreamReader, StreamWriter
 from pathlib import Path
 
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import PeerID
 
 from p2pllm.errors import NetworkError, UnreachableError

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -37,8 +37,6 @@ KEPT_BYTES = 256 << 20
 """Aggregates are kept for replay up to this many rounds and bytes, but always the last one."""
 
 Vector = NDArray[np.float32]
-
-Progress = Callable[[int, int], None]
 
 T = TypeVar("T")
 
@@ -99,8 +97,8 @@ class StateKeeper:
 
     async def _apply(self, aggregate: Vector) -> dict[str, float]:
         clock = asyncio.get_running_loop().time
+        begin = clock()  # a state that is being saved is waited for, too
         async with self._lock:
-            begin = clock()
             proposed = self._proposed if self._proposed and self._proposed[1] is aggregate else None
             digest = proposed[0] if proposed else await asyncio.to_thread(aggregate_digest, aggregate)
             await asyncio.to_thread(self._optimizer.step, self.state, aggregate)
@@ -128,7 +126,7 @@ class StateKeeper:
                 return vector
         return None
 
-    async def follow(self, head: plan.Head, peers: list[str], progress: Progress | None = None) -> bool:
+    async def follow(self, head: plan.Head, peers: list[str]) -> bool:
         """Move to `head`, which `peers` claim to hold, or further along their rounds; False if none could help.
 
         A few rounds are replayed; for more, or after a divergence, the whole state is fetched. Our state changes
@@ -136,7 +134,7 @@ class StateKeeper:
         """
         self.refuted.clear()
         for peer in peers:
-            if await self._replay(peer, head) or await self._adopt(peer, head, progress):
+            if await self._replay(peer, head) or await self._adopt(peer, head):
                 return True
         return False
 
@@ -175,12 +173,12 @@ class StateKeeper:
         self._optimizer.step(state, aggregate)
         return aggregate_digest(aggregate), bytes.fromhex(state.digest())
 
-    async def _adopt(self, peer: str, head: plan.Head, progress: Progress | None) -> bool:
+    async def _adopt(self, peer: str, head: plan.Head) -> bool:
         """Replace our state by the one of `peer`."""
         size = self.state.params.nbytes
         request = {"what": "state", "round": head[0], "digest": head[1]}
         try:
-            got = await fetch(self._transport, peer, request, 3 * size, progress)
+            got = await fetch(self._transport, peer, request, 3 * size)
         except NetworkError as error:
             log.info("%s", error)
             return False

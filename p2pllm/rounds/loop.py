@@ -122,6 +122,8 @@ class TrainingLoop:
                 await self._rest()
                 continue
             result = await self._runner.run(update)
+            if not result.committed:
+                log.info("round %d is not ours: %s", self._keeper.head[0], result.reason)
             if result.committed and result.aggregate is not None and result.roster is not None:
                 self._view.presume_commit(result.roster.members, self._keeper.head)
                 self._view.say(phase="commit")

@@ -247,6 +247,7 @@ class RosterDesk:
             or mine is None
             or me not in roster.members
             or roster.samples[roster.members.index(me)] != mine.samples
+            or roster.losses[roster.members.index(me)] != mine.loss
         ):
             raise MessageError("this roster is not for an update of ours")
         gathering.closed = (roster, peer)

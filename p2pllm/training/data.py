@@ -11,7 +11,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -85,7 +86,7 @@ class Corpus:
         tokens_file = cache_dir / f"{key}.tokens"
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(cache_dir / f"{key}.lock"):
+            with _locked(cache_dir / f"{key}.lock", lambda: progress and progress(0, 0)):
                 index = _load_index(tokens_file) or _build(tokens_file, found, section, tokenizer, progress)
             tokens = np.memmap(tokens_file, index.dtype, mode="r", shape=(index.total,))
         except OSError as error:
@@ -223,11 +224,20 @@ def _load_index(file: Path) -> _Index | None:
     return index if complete else None
 
 
+_LOCK_EVERY_S = 0.5
+
+
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock between processes; the system releases it when its holder dies."""
+def _locked(file: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock between processes; the system releases it when its holder dies. waiting: called meanwhile."""
     with file.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()  # another process reads the same text; a lock has no event to wait for
+                time.sleep(_LOCK_EVERY_S)
         yield
 
 

@@ -14,7 +14,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import huggingface_hub.constants
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -26,6 +26,5 @@ __all__ = [
     "CONFIG_MAPPING",
     "CONFIG_MAPPING_NAMES",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "AutoConfig",
     "AutoModelForCausalLM",
 ]

@@ -31,7 +31,7 @@ from p2pllm_peers.worker_process import Event, WorkerProcess, shared_file
 log = logging.getLogger(__name__)
 
 MAX_CRASHES = 5
-"""Deaths without a finished update in between after which the worker is given up."""
+"""Deaths without a finished update in between that are forgiven; the next one ends the peer."""
 
 ANSWER_TIMEOUT_S = 120.0
 """A worker that does not answer a command in this time is killed and started again."""
@@ -242,6 +242,15 @@ class ComputeProcess:
                 self._remembered.write_text(json.dumps({"micro_batch": micro_batch}))
 
     async def _watch(self) -> None:
+        """Keep the worker alive; if that cannot be done, the peer must know."""
+        try:
+            await self._keep_alive()
+        except Exception as error:
+            log.exception("the worker cannot be supervised")
+            if not self.failed.done():
+                self.failed.set_exception(WorkerError(f"The compute process cannot be kept alive: {error}."))
+
+    async def _keep_alive(self) -> None:
         """Whenever the worker dies, start it again, with a smaller micro-batch if memory ran out."""
         while True:
             assert self._worker is not None  # noqa: S101 - launched before

@@ -19,7 +19,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from p2pllm.errors import NetworkError, P2PLLMError, RunError, StateError
+from p2pllm.errors import NetworkError, P2PLLMError, RunError, StateError, UsageError
 from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.manifest import RunDraft
@@ -69,6 +69,8 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt)
+        if self._order.foreground:  # leave when the program that started us hangs up, however early
+            loop.add_reader(sys.stdin.fileno(), self._hung_up)
         self._compute = ComputeProcess(self._settings, self._runtime_dir, self._on_compute, tell_progress)
         try:
             await self._unless_leaving(self._enter(self._compute))
@@ -106,7 +108,13 @@ class Daemon:
         home, name = self._settings.home, self._order.name
         if draft is None:
             run = RunFolder(home, invite.run_id if invite else self._order.run_id)
-            return self._occupy(run.peer(name or name_to_join_as(run)))
+            peer = run.peer(name or name_to_join_as(run))
+            if invite is None and not peer.path.exists():
+                raise UsageError(
+                    f"'{peer.name}' has not taken part in run {run.run_id[:16]} yet; give it the invite that "
+                    f"`p2pllm status` shows."
+                )
+            return self._occupy(peer)
         identity = Identity.load_or_create(key_file(home, name or FOUNDER))
         founded = founded_from(home, draft.digest(), identity.peer_id)
         return self._occupy(founded.peer(name or FOUNDER)) if founded else None
@@ -160,7 +168,8 @@ class Daemon:
         }
         write_whole(folder.path / "daemon.json", json.dumps(facts).encode())
         tell("ready", **facts)
-        self._watch_launcher()
+        if not self._order.foreground:
+            silence()  # whoever reads our pipe may end before us
 
     def _occupy(self, folder: PeerFolder) -> PeerFolder:
         """Become the peer's only daemon, clean up behind a killed one, and log into its folder from here on."""
@@ -196,7 +205,9 @@ class Daemon:
             ending = [
                 part for part in (self._node and self._node.stop(), self._compute and self._compute.close()) if part
             ]
-            await asyncio.gather(*ending)
+            for outcome in await asyncio.gather(*ending, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    log.error("not ended in order: %r", outcome)
             if self._control is not None:
                 await self._control.close()
             if self._participant is not None:
@@ -232,13 +243,6 @@ class Daemon:
     def _on_compute(self) -> None:
         if self._participant is not None:
             self._participant.view.notify()
-
-    def _watch_launcher(self) -> None:
-        """In the foreground, leave when the program that started us hangs up; else let go of its pipes."""
-        if self._order.foreground:
-            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._hung_up)
-        else:
-            silence()
 
     def _hung_up(self) -> None:
         if not os.read(sys.stdin.fileno(), 4096):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgpack
 from blake3 import blake3
 
 from p2pllm.errors import ManifestError, NetworkError, UnreachableError
@@ -18,6 +17,7 @@ from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.manifest import MAX_MANIFEST_BYTES, RunDraft, RunManifest
 from p2pllm.network.bulk import Blob, fetch
+from p2pllm.network.messages import pack, unpack
 from p2pllm.network.node import Node
 from p2pllm.network.transport import Transport
 from p2pllm.settings import PeerSettings
@@ -58,7 +58,7 @@ async def seal(draft: RunDraft, identity: Identity, compute: ComputeProcess, set
 
 async def serve_manifest(transport: Transport, sealed: Sealed) -> None:
     """Give the manifest to whoever joins."""
-    reply = msgpack.packb([sealed[0].canonical_bytes(), sealed[1]])
+    reply = pack([sealed[0].canonical_bytes(), sealed[1]])
 
     async def answer(peer: str, payload: bytes) -> bytes:
         return bytes(reply)
@@ -93,7 +93,7 @@ async def _fetch_from(node: Node, peer: str, invite: Invite) -> Sealed:
             f"have ended, so ask for a fresh invite."
         ) from None
     try:
-        data, signature = msgpack.unpackb(reply)
+        data, signature = unpack(reply, 2 * MAX_MANIFEST_BYTES)
         if not isinstance(data, bytes) or not isinstance(signature, bytes):
             raise TypeError
     except (ValueError, TypeError):

@@ -15,14 +15,14 @@ from typing import Any
 
 from p2pllm.averaging import DenseAllReduce
 from p2pllm.errors import StateError
-from p2pllm.invite import Invite
+from p2pllm.invite import MAX_ADDRESSES, Invite
 from p2pllm.metrics import JsonlSink, RoundRecord
 from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.network.membership import Membership
 from p2pllm.network.node import Node
 from p2pllm.rounds import plan
 from p2pllm.rounds.keeper import StateKeeper
-from p2pllm.rounds.loop import TrainingLoop
+from p2pllm.rounds.loop import RETRY_S, TrainingLoop
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.round import RoundRunner
 from p2pllm.rounds.swarm import SwarmView
@@ -77,6 +77,7 @@ class Participant:
         self._saving: asyncio.Task[None] | None = None
         self._started = time.time()
         self._membership: Membership | None = None
+        self._following: asyncio.Task[None] | None = None
         self._keeper: StateKeeper | None = None
 
     @property
@@ -154,13 +155,15 @@ class Participant:
         if expected:
             progress("listening for the swarm")
             await view.wait_until(lambda: bool(view.statuses()), HEARING_S)
-        wrong = self.keeper.head[0] == 0 and self.keeper.head[1].hex() != self._manifest.initial_state
-        while wrong:
-            progress("this machine makes other initial weights than the founder's; fetching the run's")
+        if self.keeper.head[0] > 0 or self.keeper.head[1].hex() == self._manifest.initial_state:
+            return
+        progress("this machine makes other initial weights than the founder's; fetching the run's")
+        while True:
             head = plan.head_to_follow(None, view.statuses())
             if head is not None and await self.keeper.follow(head, plan.donors(head, view.statuses())):
                 return
-            await view.wait_change(1.0)
+            view.doubt(self.keeper.refuted)
+            await view.wait_until(lambda: False, RETRY_S)  # not at the next change: there are many a second
 
     async def _serve(self, request: dict[str, Any]) -> Blob | None:
         return tokenizer_blob(self._sealed, request) or await self.keeper.serve(request)
@@ -184,6 +187,8 @@ class Participant:
         if self.keeper.head == self._saved_head:
             return
         async with self.keeper.held() as state:
+            if self.keeper.head == self._saved_head:
+                return  # by a save that was under way
             folder = self.folder.path / "state"
             await asyncio.to_thread(snapshot.save, folder, state, self._manifest.run_id)
             self._saved_head = self.keeper.head
@@ -196,12 +201,15 @@ class Participant:
             log.error("%s", error)
 
     def invite(self) -> str:
-        """The string with which others join, with the addresses that we know of ourselves now."""
-        return Invite(
-            run_id=self._manifest.run_id,
-            founder=self._manifest.founder,
-            addresses=tuple(self._node.addresses()),
-        ).encode()
+        """The string with which others join: where we are now, and one address of each of a few living members.
+
+        So an invite still works when the peer that printed it is gone.
+        """
+        addresses = self._node.addresses()[: MAX_ADDRESSES // 2]
+        if self._membership is not None:
+            known = self._membership.known()
+            addresses += [known[peer][0] for peer in sorted(self._membership.alive()) if known.get(peer)]
+        return Invite(self._manifest.run_id, self._manifest.founder, tuple(addresses[:MAX_ADDRESSES])).encode()
 
     def status(self) -> dict[str, Any]:
         """What `p2pllm status` shows; every number is measured or counted by this daemon."""
@@ -246,12 +254,16 @@ class Participant:
 
     async def stop(self) -> None:
         """Say goodbye, save the state, and end the network. Raises StateError if the state cannot be saved."""
-        try:
-            if self._keeper is not None:
-                self.view.say(phase="leaving", samples=0)
-                await self.save()
-        finally:
-            if self._membership is not None:
-                self._following.cancel()
-                await self._membership.stop()
-            self._records.close()
+        if self._following is not None:
+            self._following.cancel()
+        ending = []
+        if self._keeper is not None:
+            self.view.say(phase="leaving", samples=0)
+            ending.append(self.save())
+        if self._membership is not None:
+            ending.append(self._membership.stop())
+        outcomes = await asyncio.gather(*ending, return_exceptions=True)
+        self._records.close()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome

@@ -41,7 +41,7 @@ _PROGRESS_EVERY_S = 0.5
 
 
 class Pipe:
-    """The daemon's end of the talk: commands in, events out."""
+    """The worker's end of the talk with the daemon: commands in, events out."""
 
     def __init__(self, source: TextIO, sink: TextIO) -> None:
         self._source = source
@@ -69,8 +69,11 @@ class Pipe:
 
     def emit(self, event: str, **fields: Any) -> None:
         """Tell the daemon."""
-        self._sink.write(json.dumps({"event": event, **fields}) + "\n")
-        self._sink.flush()
+        try:
+            self._sink.write(json.dumps({"event": event, **fields}) + "\n")
+            self._sink.flush()
+        except BrokenPipeError:
+            self._end()  # this thread may notice before the listening one
 
     def tokenising(self, done: int, total: int) -> None:
         """Report progress of a long preparation, not too often."""
@@ -81,8 +84,10 @@ class Pipe:
     def _listen(self) -> None:
         for line in self._source:
             self._commands.put(json.loads(line))
-        # The daemon is gone, perhaps killed: clean up behind it. From this thread, because the main one may be
-        # in the middle of a long computation.
+        self._end()
+
+    def _end(self) -> None:
+        """The daemon is gone, perhaps killed: clean up behind it, whatever the other thread is computing."""
         shutil.rmtree(self.runtime_dir, ignore_errors=True)
         os._exit(0)
 

@@ -6,7 +6,9 @@ showing it (`p2pllm_cli`).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from p2pllm_peers.control import ask
 from p2pllm_peers.folders import RunFolder
 from p2pllm_peers.launcher import DaemonProcess, Order
 
-LEAVE_TIMEOUT_S = 12.0
+LEAVE_TIMEOUT_S = 9.0
 POLL_S = 0.5
 
 
@@ -111,11 +113,14 @@ class Swarm:
         for peer in self.peers:
             peer.process.leave()
         end = time.monotonic() + LEAVE_TIMEOUT_S
-        for peer in self.peers:
-            try:
-                peer.process.wait(max(0.1, end - time.monotonic()))
-            except Exception:  # noqa: BLE001 - whatever went wrong, the process must go
-                peer.process.kill()
+        try:
+            for peer in self.peers:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    peer.process.wait(max(0.1, end - time.monotonic()))
+        finally:  # a second Ctrl+C, too, leaves nothing behind
+            for peer in self.peers:
+                if peer.process.poll() is None:
+                    peer.process.kill()
 
     def report(self) -> dict[str, Any]:
         """What the swarm did, from the peers' own records; also written to report.json."""

@@ -45,14 +45,6 @@ def test_runtime_folder(tmp_path):
         host.prepare_runtime_dir(tmp_path / "file")
 
 
-def test_sweep_leaves_other_programs_alone(tmp_path):
-    pid_file = tmp_path / "p2pd.pid"
-    for text in ("", "x", "-1", "999999999", str(__import__("os").getpid())):
-        pid_file.write_text(text)
-        host.sweep(pid_file)
-    host.sweep(tmp_path / "missing")
-
-
 def test_file_limit_is_only_raised():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     host.raise_file_limit()
@@ -67,7 +59,7 @@ def test_addresses():
     for wrong in ("", "/", "/p2p/x", f"x/p2p/{PEER}", f"/ip4/999.1.1.1/tcp/1/p2p/{PEER}", "/" + "a" * 1000):
         with pytest.raises(ValueError):
             split(wrong)
-    for strange in (None, ["/a"] * 9, [1], ["a"], ["/" + "a" * 128], ["/ä"], ["/a\n"]):
+    for strange in (None, ["/a"] * 9, [1], ["a"], ["/" + "a" * 192], ["/ä"], ["/a\n"]):
         with pytest.raises(ValueError):
             checked_addresses(strange)
 
