@@ -5,7 +5,8 @@ round, or adopt a whole state from a peer. The aggregates of the last rounds are
 few rounds, or spent them downloading a state, replays them instead of starting over.
 
 Memory, with a state of S bytes (12 a parameter): S for the state, S for the copy that joiners are served (at most
-one older copy a fetch that is under way, see `bulk.MAX_CONCURRENT`), S while we catch up, and the aggregates.
+one older copy a fetch that is under way, see `bulk.MAX_CONCURRENT`), 2S while a whole state is fetched (its bytes and
+the vectors made of them), and the aggregates.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The main loop of a peer: compute until the swarm has its samples, average, step, again.
 
 Read `TrainingLoop.run` from top to bottom; everything it calls is one step of a round. It knows the compute
-process only as `Compute`, the network only through `RoundRunner` and `StateKeeper`, and does no input or
-output of its own.
+process only as `Compute`, the network only through `RosterDesk`, `RoundRunner` and `StateKeeper`, and does no
+input or output of its own.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def check_signature(manifest: RunManifest, signature: bytes) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either there whole or not at all. Raises StateError."""
+    """Write a small file so that no reader and no crash of ours leaves half of it. Raises StateError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _file_errors(path):
         try:
