@@ -13,6 +13,8 @@ ALIVE_S (5); a small call takes CALL_TIMEOUT_S (2) at most; the all-reduce calls
 - frozen: collecting or enrolled min(W, 5); as leader, before it answers 2, after it has answered min(W + 3, 5); in
   the exchange 5.6 + 1, by when membership has noticed too; between enrolment and exchange 8.1 + 1; voting 2.
 - slow, or alive with nothing to give: W, or W + 3 while it leads; then the round goes on without its update.
+- in an attempt of its own, with a member that stalls it: BUSY_S (10) longer than that, so that nobody goes on alone
+  beside an exchange that is about to commit.
 - cut off from some: as frozen, once a round; in a roster twice, since it is not dead for everybody.
 - lying: an attempt fails after E at worst, and a vote after 8. MAX_STRIKES (2) failed attempts that speak against a
   peer leave it out of the round, and as many pass over who led them, so 2 (W + 3 + E + 8) for each liar.

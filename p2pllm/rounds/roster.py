@@ -13,14 +13,14 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from p2pllm.errors import NetworkError
 from p2pllm.manifest import RoundSection
 from p2pllm.network.transport import Transport
 from p2pllm.rounds import plan
-from p2pllm.rounds.messages import Enrol, EnrolReply, MessageError, Roster
+from p2pllm.rounds.messages import Enrol, EnrolReply, MessageError, Phase, Roster
 from p2pllm.rounds.swarm import SwarmView
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,11 @@ ASK_AGAIN_S = 0.5
 """A leader that answered that it is not at our head (yet) is asked again after this."""
 
 MAX_ENROLMENTS = 256
+
+BUSY_S = 10.0
+"""How much longer than that for a peer that is in an exchange: one that stalls on a frozen member takes 9.1 s."""
+
+IN_ATTEMPT: frozenset[Phase] = frozenset({"exchange", "vote"})
 
 Clock = Callable[[], float]
 
@@ -160,7 +165,8 @@ class RosterDesk:
             search.leading_since = now
         waived = search.left_out | (search.waived - gathering.enrolments.keys())
         alone = bool(others) and others <= waived
-        if now - (search.started if alone else search.leading_since) > search.patience(self._wait_s):
+        patience = search.patience(self._wait_s) + self._busy(others - gathering.enrolments.keys() - search.left_out)
+        if now - (search.started if alone else search.leading_since) > patience:
             return True
         return not alone and others - waived <= gathering.enrolments.keys()
 
@@ -176,10 +182,18 @@ class RosterDesk:
                 again = self._clock() + ASK_AGAIN_S
                 search.passed_over[first] = math.inf if accepted is None else again
                 search.waived |= {first} if accepted is None else set()
-        elif now - search.asked_since > self._wait_s + LEADER_GRACE_S:
+        elif now - search.asked_since > self._wait_s + LEADER_GRACE_S + self._busy({first}):
             log.info("round %d: leader %s did not close the roster", gathering.head[0], first[-8:])
             search.passed_over[first] = math.inf
             search.waived.add(first)
+
+    def _busy(self, peers: Set[str]) -> float:
+        """Seconds to wait longer because one of `peers` is in an attempt without us: it comes back, or commits."""
+        statuses, head = self._view.statuses(), self._view.own.head
+        busy = any(
+            statuses[peer].head == head and statuses[peer].phase in IN_ATTEMPT for peer in peers & statuses.keys()
+        )
+        return BUSY_S if busy else 0.0
 
     async def _ask(self, gathering: _Gathering, leader: str) -> bool | None:
         """Enrol with `leader`; False if it does not take it now, None if it does not answer."""
@@ -253,4 +267,8 @@ class RosterDesk:
         gathering.closed = (roster, peer)
         for member in roster.members:
             self._view.hear_head(member, roster.head)
+            if member != me:
+                # It may have enrolled with us, too, before it found this leader. That was for this attempt: kept,
+                # it would let us close the next one with a member that does not know of it.
+                gathering.enrolments.pop(member, None)
         return b""

@@ -11,7 +11,7 @@ from swarm_kit import Network, head, make_manifest, peer_number, status, virtual
 from p2pllm.errors import NetworkError
 from p2pllm.rounds import plan
 from p2pllm.rounds.messages import Enrol, EnrolReply, Roster, Vote
-from p2pllm.rounds.roster import LEADER_GRACE_S, RosterDesk
+from p2pllm.rounds.roster import BUSY_S, LEADER_GRACE_S, RosterDesk
 from p2pllm.rounds.swarm import DOUBT_S, MAX_HEARD, SwarmView
 from p2pllm.rounds.vote import MAX_EARLY, MAX_EARLY_PEERS, VoteBox
 
@@ -127,6 +127,31 @@ async def test_who_was_not_taken_in_is_taken_in_next():
     again, _ = await asyncio.gather(leader.desk.gather(1, 1.0), second.desk.gather(2, 1.0))
     assert set(again.members) == {leader.id, second.id, third.id}
     assert await late == again
+
+
+@virtual
+async def test_an_enrolment_with_two_leaders_counts_for_one_attempt():
+    leader, second, third = nodes = await make_nodes(3)
+    enrol = Enrol(round=HEAD[0], digest=HEAD[1], samples=3, loss=1.0)
+    await third.host.call(second.id, "enrol", enrol.pack(), 1.0)  # it did not know of the leader then
+    await asyncio.gather(*(node.desk.gather(n + 1, 1.0) for n, node in enumerate(nodes)))
+    for node in (second, third):
+        node.living.discard(leader.id)
+    closing = asyncio.create_task(second.desk.gather(2, 1.0))
+    await asyncio.sleep(0.5)
+    assert not closing.done(), "closed with a member that does not know of this attempt"
+    roster = await third.desk.gather(3, 1.0)
+    assert roster == await closing
+    assert set(roster.members) == {second.id, third.id}
+
+
+@virtual
+async def test_nobody_goes_on_alone_beside_an_exchange():
+    leader, second = await make_nodes(2)
+    second.hear(leader.id, phase="exchange")  # with somebody else, who stalls it
+    roster, took = await timed(second.desk.gather(1, 1.0))
+    assert roster.members == (second.id,)
+    assert took > WAIT + BUSY_S
 
 
 @virtual
