@@ -91,7 +91,7 @@ class DataSection(_Section):
     context_length: int = Field(128, ge=8, le=1 << 20, description="tokens a sample")
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of the documents that is held out")
     validation_samples: int = Field(32, ge=1, le=65536, description="held-out samples of one evaluation")
-    validation_every: int = Field(10, ge=1, description="rounds between evaluations")
+    validation_every: int = Field(10, ge=1, description="rounds between evaluations; the first and last are, too")
 
     @model_validator(mode="after")
     def _known_source(self) -> Self:

@@ -208,7 +208,7 @@ class TrainingLoop:
         self._view.say(head=head, samples=0)
         data = self._manifest.data
         begin = time.monotonic()
-        due = head[0] % data.validation_every == 0 or head[0] == self._manifest.round.rounds
+        due = head[0] == 1 or head[0] % data.validation_every == 0 or head[0] == self._manifest.round.rounds
         validation_loss = await self._compute.evaluate() if due else None
         seconds["validation"] = time.monotonic() - begin
         self._on_round(
