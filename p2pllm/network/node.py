@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,6 +51,8 @@ class Node:
         self._calls: dict[str, CallHandler] = {}
         self._streams: dict[str, StreamHandler] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self.on_reconnect: Callable[[], None] = lambda: None
+        """Called when a peer is reached again after p2pd was restarted; the owner may set it."""
 
     @classmethod
     async def start(
@@ -267,6 +269,7 @@ class Node:
             async with asyncio.timeout(_RECONNECT_S):
                 await self._introduced(peer)
                 self._meet(peer)
+                self.on_reconnect()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -101,6 +101,7 @@ class Participant:
             saved=self.folder.path / "peers.json",
         )
         self.view.attach(membership)
+        node.on_reconnect = membership.push  # else some peers would hear of us only by their own next probe
         await serve_manifest(node, self._sealed)
         await membership.start(addresses)
         self._following = asyncio.create_task(self._follow_membership(membership))
