@@ -8,6 +8,7 @@ is signed (manifests and member records build their own bytes) and anything that
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import stat
@@ -103,6 +104,11 @@ def public_key_of(peer_id: str) -> bytes:
     """The raw public key, 32 bytes, inside an Ed25519 peer id. Raises ValueError for anything else."""
     if not isinstance(peer_id, str) or not peer_id.startswith("12D3Koo") or len(peer_id) > _LONGEST_PEER_ID:
         raise ValueError("not the id of an Ed25519 peer")
+    return _decoded(peer_id)
+
+
+@functools.lru_cache(maxsize=16384)  # the same few hundred ids are checked thousands of times a second
+def _decoded(peer_id: str) -> bytes:
     number = 0
     for character in peer_id[1:]:
         digit = _DIGITS.get(character)

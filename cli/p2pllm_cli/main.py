@@ -13,7 +13,7 @@ import click
 
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError
-from p2pllm_cli import local, model, peer, swarm
+from p2pllm_cli import lab, local, model, peer
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -38,9 +38,10 @@ for command in (
     local.logs,
     model.generate,
     model.export,
+    lab.swarm,
+    lab.lab,
 ):
     cli.add_command(command)
-cli.add_command(swarm.swarm)
 
 
 def main() -> None:

@@ -65,39 +65,6 @@ class LiveView:
                 live.update(panel(status, leaving=self._is_leaving()))
 
 
-class SwarmView:
-    """All peers of a local swarm: one live table, or a line a round."""
-
-    def __init__(self) -> None:
-        self._live: Live | None = None
-        self._shown = -1
-
-    def __enter__(self) -> Self:
-        if console.is_terminal:
-            self._live = Live(console=console, refresh_per_second=4)
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def update(self, statuses: list[dict[str, Any]]) -> None:
-        """Show the newest status of every peer."""
-        if not statuses:
-            return
-        ahead = max(statuses, key=lambda status: status["recorded_round"])
-        if self._live is not None:
-            rows = [{**status, "peer": status["peer_id"]} for status in statuses]
-            parts: list[Any] = [Text(status_line(ahead)), peer_table(rows)]
-            if len(ahead["losses"]) > 1:
-                parts.insert(1, Text(f"loss {curve(ahead['losses'])}", no_wrap=True, overflow="crop"))
-            self._live.update(Panel(Group(*parts), title=_title(ahead)))
-        elif ahead["recorded_round"] != self._shown:
-            self._shown = ahead["recorded_round"]
-            console.print(status_line(ahead), highlight=False, soft_wrap=True)
-
-
 def status_line(status: dict[str, Any]) -> str:
     """One line for logs and pipes."""
     return (

@@ -98,12 +98,12 @@ class Control:
     async def call_unary_handler(self, peer_id: PeerID, proto: str, data: bytes) -> bytes:
         """Call another peer. Raises NetworkError; without a time-out of its own."""
         request = pb.CallUnaryRequest(peer=peer_id.to_bytes(), proto=proto, data=data)
-        self._traffic.calls_sent += len(data)
+        self._traffic.calls.sent += len(data)
         reply = await self._ask_daemon(f"calling {proto}", peer_id, callUnary=request)
         if reply.HasField("error"):
             text = one_line(reply.error.decode(errors="replace"))
             raise NetworkError(f"Peer {short(peer_id.to_base58())} failed to answer: {text}.")
-        self._traffic.calls_received += len(reply.response)
+        self._traffic.calls.received += len(reply.response)
         return bytes(reply.response)
 
     async def add_unary_handler(self, proto: str, handler: UnaryHandler, balanced: bool = False) -> None:
@@ -178,7 +178,7 @@ class Control:
                 future.set_result(response)
 
     async def _answer(self, call_id: bytes, request: Any) -> None:
-        self._traffic.calls_received += len(request.data)
+        self._traffic.calls.received += len(request.data)
         handler = self._unary.get(request.proto)
         try:
             if handler is None:
@@ -187,7 +187,7 @@ class Control:
                 raise NetworkError("too many calls at once")
             data = await handler(request.data, PeerID(request.peer))
             reply = pb.CallUnaryResponse(response=data)
-            self._traffic.calls_sent += len(data)
+            self._traffic.calls.sent += len(data)
         except Exception as error:
             log.debug("a call of %s failed", request.proto, exc_info=True)
             reply = pb.CallUnaryResponse(error=f"{type(error).__name__}: {error}"[:200].encode())
@@ -205,7 +205,7 @@ class Control:
         """Open a stream to another peer. Raises NetworkError; without a time-out of its own."""
         request = pb.StreamOpenRequest(peer=peer_id.to_bytes(), proto=[proto])
         reader, writer, response = await self._ask(pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id)
-        count(reader, writer, self._traffic, len(framed(response)))
+        count(reader, writer, self._traffic.of(proto), len(framed(response)))
         return reader, writer
 
     async def serve_stream(self, proto: str, handler: PeerStreamHandler) -> None:
@@ -219,8 +219,9 @@ class Control:
         try:
             async with asyncio.timeout(_HANDSHAKE_S):
                 info: Any = await read_message(reader, pb.StreamInfo())
-            count(reader, writer, self._traffic, len(framed(info)))
-            await self._streams[info.proto](PeerID(info.peer), reader, writer)
+            handler = self._streams[info.proto]
+            count(reader, writer, self._traffic.of(info.proto), len(framed(info)))
+            await handler(PeerID(info.peer), reader, writer)
         except (OSError, IncompleteReadError, DecodeError, TimeoutError, NetworkError, KeyError) as error:
             log.debug("an incoming stream ended: %r", error)
         except Exception:

@@ -33,6 +33,7 @@ _HINTS_EVERY_S = 10.0
 _LOOK_UP_EVERY_S = 30.0
 _LOOK_UP_ALONE_S = 5.0
 _STALL_S = 1.0
+_TIDY_EVERY_S = 1.0
 
 
 class Dialer(Transport, Protocol):
@@ -94,7 +95,7 @@ class Membership:
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._last_alive: frozenset[str] = frozenset()
-        self._last_tick = clock()
+        self._last_tick = self._last_tidied = clock()
         self._stopped = False
 
     # -- for the owner ---------------------------------------------------------------------------------------
@@ -174,13 +175,15 @@ class Membership:
         gap, self._last_tick = now - self._last_tick, now
         if gap > _STALL_S:
             self._table.forgive(gap, now)
-        self._table.forget(now)
+        if now - self._last_tidied >= _TIDY_EVERY_S:
+            self._last_tidied = now
+            self._table.forget(now)
+            self._told = {peer: told for peer, told in self._told.items() if peer in self._table}
         for peer in self._table.due(now):
             if peer not in self._in_flight:
                 self._table.beat_sent(peer, now)
                 self._in_flight.add(peer)
                 self._spawn(self._beat(peer))
-        self._told = {peer: told for peer, told in self._told.items() if peer in self._table}
         self._notice()
 
     async def _beat(self, peer: str) -> None:
@@ -188,7 +191,8 @@ class Membership:
             await self._exchange(peer, self._message(peer))
         finally:
             self._in_flight.discard(peer)
-            self._wake.set()
+            if peer in self._table and self._table[peer].is_due(self._clock()):
+                self._wake.set()  # our status changed meanwhile
 
     async def _exchange(self, peer: str, message: bytes) -> None:
         try:
@@ -212,8 +216,8 @@ class Membership:
         if told == state and now - at < _HINTS_EVERY_S:
             return Beat(self._status()).encode()
         self._told[peer] = (state, now)
-        known = self._table.known()
-        hints = {other: known[other] for other in self._table.alive(now) if other != peer}
+        hints = self._table.hints(now)
+        hints.pop(peer, None)
         return Beat(self._status(), own, hints).encode()
 
     async def _say_goodbye(self, peer: str) -> None:
@@ -234,6 +238,7 @@ class Membership:
 
     async def _answer_leave(self, peer: str, _: bytes) -> bytes:
         self._table.left(peer, self._clock())
+        self._told.pop(peer, None)
         self._notice()
         return b""
 
@@ -257,7 +262,7 @@ class Membership:
 
     def _notice(self) -> None:
         alive = self.alive()
-        if alive != self._last_alive:
+        if alive is not self._last_alive and alive != self._last_alive:
             self._last_alive = alive
             self._changed.set()
             self._changed = asyncio.Event()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import StreamReader, StreamReaderProtocol, StreamWriter
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,44 +26,67 @@ Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 
 
 @dataclass
-class Traffic:
-    """Payload bytes since the node was started, without the framing of p2pd and TCP."""
+class Moved:
+    """Bytes both ways."""
 
-    calls_sent: int = 0
-    calls_received: int = 0
-    streams_sent: int = 0
-    streams_received: int = 0
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass
+class Traffic:
+    """Payload bytes since the node was started, without the framing of p2pd and TCP.
+
+    calls: all calls, the DHT's among them. streams: by protocol.
+    """
+
+    calls: Moved = field(default_factory=Moved)
+    streams: dict[str, Moved] = field(default_factory=dict)
+
+    def of(self, proto: str) -> Moved:
+        """The streams of one protocol; only protocols that we open or serve get here."""
+        return self.streams.setdefault(proto, Moved())
+
+    @property
+    def sent(self) -> int:
+        """All that was sent."""
+        return self.calls.sent + sum(moved.sent for moved in self.streams.values())
+
+    @property
+    def received(self) -> int:
+        """All that was received."""
+        return self.calls.received + sum(moved.received for moved in self.streams.values())
 
 
 class CountedReader(StreamReader):
     """A StreamReader that counts what arrives; one addition per chunk read from the socket."""
 
-    traffic: Traffic | None = None
+    moved: Moved | None = None
     uncounted = 0
 
     def feed_data(self, data: bytes) -> None:  # type: ignore[override]  # asyncio gives bytes
         """Called by asyncio with every chunk."""
-        if self.traffic is not None:
-            self.traffic.streams_received += len(data)
+        if self.moved is not None:
+            self.moved.received += len(data)
         else:
             self.uncounted += len(data)
         super().feed_data(data)
 
     def count_direct(self, count: int) -> None:
         """Count what somebody reads from the socket past this reader."""
-        if self.traffic is not None:
-            self.traffic.streams_received += count
+        if self.moved is not None:
+            self.moved.received += count
 
 
 class CountedWriter(StreamWriter):
     """A StreamWriter that counts what is written."""
 
-    traffic: Traffic | None = None
+    moved: Moved | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """As asyncio's."""
-        if self.traffic is not None:
-            self.traffic.streams_sent += data.nbytes if isinstance(data, memoryview) else len(data)
+        if self.moved is not None:
+            self.moved.sent += data.nbytes if isinstance(data, memoryview) else len(data)
         super().write(data)
 
     def writelines(self, data: Iterable[bytes | bytearray | memoryview]) -> None:
@@ -72,11 +95,11 @@ class CountedWriter(StreamWriter):
             self.write(piece)
 
 
-def count(reader: StreamReader, writer: StreamWriter, traffic: Traffic, handshake: int) -> None:
+def count(reader: StreamReader, writer: StreamWriter, moved: Moved, handshake: int) -> None:
     """Start counting. handshake: bytes read so far that are not payload; payload may have come along with them."""
     if isinstance(reader, CountedReader) and isinstance(writer, CountedWriter):
-        traffic.streams_received += reader.uncounted - handshake
-        reader.traffic = writer.traffic = traffic
+        moved.received += reader.uncounted - handshake
+        reader.moved = writer.moved = moved
 
 
 class _Protocol(StreamReaderProtocol):

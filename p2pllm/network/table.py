@@ -6,6 +6,7 @@ Times are seconds on any clock that only goes forward. What does not live here: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ _LEFT_S = 30.0
 """Hearsay about a member that has said goodbye is ignored for so long."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Member:
     """What is known of one peer. `heard` is None until it was heard of directly."""
 
@@ -71,6 +72,8 @@ class MemberTable:
         self._own_id = own_id
         self._members: dict[str, Member] = {}
         self._left: dict[str, float] = {}
+        self._alive: frozenset[str] | None = frozenset()  # None: to be worked out anew
+        self._oldest = math.inf  # when the one of them was heard whose silence would be noticed first
         self.version = 0
 
     def __getitem__(self, peer: str) -> Member:
@@ -81,7 +84,17 @@ class MemberTable:
 
     def alive(self, now: float) -> frozenset[str]:
         """Peer ids of the living."""
-        return frozenset(peer for peer, member in self._members.items() if member.is_alive(now))
+        # Asked for with every message of every member, but it hardly ever changes.
+        if self._alive is None or now - self._oldest >= ALIVE_S:
+            living = [member for member in self._members.values() if member.is_alive(now)]
+            self._alive = frozenset(member.peer for member in living)
+            self._oldest = min((member.heard for member in living if member.heard is not None), default=math.inf)
+        return self._alive
+
+    def hints(self, now: float) -> dict[str, tuple[str, ...]]:
+        """Addresses by peer id of the living, in the order in which they became known."""
+        alive = self.alive(now)
+        return {peer: member.addresses for peer, member in self._members.items() if peer in alive}
 
     def known(self) -> dict[str, tuple[str, ...]]:
         """Addresses by peer id."""
@@ -89,7 +102,11 @@ class MemberTable:
 
     def due(self, now: float) -> list[str]:
         """Whom to send a beat."""
-        return [peer for peer, member in self._members.items() if member.is_due(now)]
+        return [
+            peer
+            for peer, member in self._members.items()
+            if (now >= member.next_beat or member.pushed > member.last_beat) and member.is_due(now)  # few are
+        ]
 
     def learn(self, peer: str, addresses: Iterable[str], now: float, *, pinned: bool = False) -> bool:
         """Hearsay: somebody, a file or the DHT says that the peer may be there. Whether that was news.
@@ -106,11 +123,13 @@ class MemberTable:
             self._members[peer] = Member(peer, known, now, pinned, next_beat=now)
             return True
         member.pinned = member.pinned or pinned
+        if member.is_alive(now):
+            return False
         # Any of them may be the stale one, so they are kept together: the news first, but what an invite gave
         # is not to be pushed out by hearsay.
         order = (*member.addresses, *known) if member.pinned and not pinned else (*known, *member.addresses)
         merged = tuple(dict.fromkeys(order))[:MAX_ADDRESSES]
-        if merged == member.addresses or member.is_alive(now):
+        if merged == member.addresses:
             return False
         member.addresses = merged
         return True
@@ -126,8 +145,11 @@ class MemberTable:
             if not self._make_room(now, direct=True):
                 return False
             member = self._members[peer] = Member(peer, known, now)
-        if not member.is_alive(now) or (known and known != member.addresses):
+        was_alive = member.is_alive(now)
+        if not was_alive or (known and known != member.addresses):
             self.version += 1
+        if not was_alive:
+            self._alive = None
         member.addresses = known or member.addresses
         member.heard = now
         member.failures = 0
@@ -161,11 +183,13 @@ class MemberTable:
             member.next_beat = now + min(MAX_BACKOFF_S, 2.0 ** min(member.failures - 2, 10))
         if was_alive and not member.is_alive(now):
             self.version += 1
+            self._alive = None
 
     def left(self, peer: str, now: float) -> None:
         """The peer said goodbye."""
         if self._members.pop(peer, None) is not None:
             self.version += 1
+            self._alive = None
             self._left = {gone: at for gone, at in self._left.items() if now - at < _LEFT_S}
             if len(self._left) < MAX_MEMBERS:
                 self._left[peer] = now
@@ -177,6 +201,7 @@ class MemberTable:
 
     def forgive(self, gap: float, now: float) -> None:
         """We ourselves did not run for `gap` seconds: nobody's silence in that time counts."""
+        self._alive = None
         for member in self._members.values():
             if member.heard is not None:
                 member.heard = min(now, member.heard + gap)

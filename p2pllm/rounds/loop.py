@@ -93,6 +93,7 @@ class TrainingLoop:
         self._stopping = False
         self._empty_handed = False
         self._failed_follows = 0
+        self._at_head_since = time.monotonic()
 
     def stop(self) -> None:
         """Make `run` return after the round that is being closed, or at once if none is."""
@@ -101,6 +102,7 @@ class TrainingLoop:
 
     async def run(self) -> None:
         """Train until the run's last round is committed, or until `stop`."""
+        self._at_head_since = time.monotonic()
         while not self._stopping:
             head = self._head_to_follow()
             if head is not None:
@@ -186,6 +188,7 @@ class TrainingLoop:
         donors = plan.donors(head, self._view.statuses())
         if await self._keeper.follow(head, donors):
             self._failed_follows = 0
+            self._at_head_since = time.monotonic()
             reached = self._keeper.head
             if reached[0] > head[0]:
                 # Whoever served a state further along than it had last said is where we are now, or ahead.
@@ -210,7 +213,9 @@ class TrainingLoop:
         begin = time.monotonic()
         due = head[0] == 1 or head[0] % data.validation_every == 0 or head[0] == self._manifest.round.rounds
         validation_loss = await self._compute.evaluate() if due else None
-        seconds["validation"] = time.monotonic() - begin
+        now = time.monotonic()
+        seconds["validation"] = now - begin
+        round_s, self._at_head_since = now - self._at_head_since, now
         self._on_round(
             RoundRecord(
                 round=head[0],
@@ -228,6 +233,7 @@ class TrainingLoop:
                 bytes_sent=result.bytes_sent,
                 bytes_received=result.bytes_received,
                 seconds={name: round(value, 6) for name, value in seconds.items()},
+                round_s=round(round_s, 6),
             )
         )
 

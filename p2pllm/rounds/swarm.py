@@ -7,6 +7,7 @@ decides nothing; `plan` does.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import NewType, Protocol
@@ -23,6 +24,10 @@ _NO_STATE = bytes(32)
 
 MAX_HEARD = 512
 """Statuses that are kept; beyond it those of the dead are dropped. Membership knows 256 members at most."""
+
+LOOK_S_PER_PEER = 1e-4
+"""Least time between two looks at changes, for each peer that is known. A look costs more the more peers there are,
+and the more of them the more often something changes: together they would take a core in a swarm of hundreds."""
 
 DOUBT_S = 60.0
 """How long nothing counts that a peer claims to hold, after it could not show what it claimed."""
@@ -48,6 +53,11 @@ def _progress(status: Status) -> _Progress:
     return _Progress((status.round, status.phase in plan.FINISHING))
 
 
+@functools.lru_cache(maxsize=1024)  # most heartbeats say what the one before said
+def _status(payload: bytes) -> Status:
+    return Status.unpack(payload)
+
+
 class SwarmView:
     """Own status and the others' last ones, with one event for every change."""
 
@@ -62,6 +72,8 @@ class SwarmView:
         self._reached: dict[str, tuple[_Progress, float]] = {}
         self._liveness: Liveness | None = None
         self._changed = asyncio.Event()
+        self._last_look = float("-inf")
+        self._living: tuple[frozenset[str], dict[str, Status]] | None = None  # None: to be gathered anew
 
     def attach(self, liveness: Liveness) -> None:
         """Use `liveness` to know who lives and to announce changes of ours."""
@@ -70,7 +82,9 @@ class SwarmView:
     def statuses(self) -> dict[str, Status]:
         """Last status of every living peer, without ourselves; of a doubted one, that it is joining."""
         alive = self._liveness.alive() if self._liveness else frozenset()
-        heard = {peer: status for peer, status in self._heard.items() if peer in alive}
+        if self._living is None or self._living[0] != alive:
+            self._living = (alive, {peer: status for peer, status in self._heard.items() if peer in alive})
+        heard = dict(self._living[1])
         if self._doubted:
             now = asyncio.get_running_loop().time()
             self._doubted = {peer: until for peer, until in self._doubted.items() if until > now}
@@ -116,7 +130,7 @@ class SwarmView:
     def hear(self, peer: str, payload: bytes) -> None:
         """Take a status out of a heartbeat; one that is not valid is ignored."""
         try:
-            status = Status.unpack(payload)
+            status = _status(payload)
         except MessageError as error:
             log.debug("status of %s ignored: %s", peer, error)
             return
@@ -125,10 +139,15 @@ class SwarmView:
         reached, until = self._reached.get(peer, (_Progress((0, False)), 0.0))
         if _progress(status) < reached and asyncio.get_running_loop().time() < until:
             return  # it was sent before what we know already
-        if self._heard.get(peer) != status:
-            self._heard[peer] = status
+        old = self._heard.get(peer)
+        if old is not status and old != status:
+            self._keep(peer, status)
             self._bound(peer)
             self.notify()
+
+    def _keep(self, peer: str, status: Status) -> None:
+        self._heard[peer] = status
+        self._living = None
 
     def _bound(self, peer: str) -> None:
         """Drop the dead, and if that does not help the longest known, but never `peer`."""
@@ -137,6 +156,7 @@ class SwarmView:
         alive = self._liveness.alive() if self._liveness else frozenset()
         kept = [other for other in self._heard if other in alive and other != peer][1 - MAX_HEARD :]
         self._heard = {other: self._heard[other] for other in (*kept, peer)}
+        self._living = None
         self._reached = {other: known for other, known in self._reached.items() if other in self._heard}
 
     def hear_head(self, peer: str, head: tuple[int, bytes]) -> None:
@@ -144,7 +164,7 @@ class SwarmView:
         old = self._heard.get(peer)
         if old is not None and (old.head != head or old.phase == "collecting"):
             update = {"round": head[0], "digest": head[1], "phase": "roster"}
-            self._heard[peer] = old.model_copy(update=update)
+            self._keep(peer, old.model_copy(update=update))
             self._outdate(peer)
         self.notify()
 
@@ -158,7 +178,7 @@ class SwarmView:
             old = self._heard.get(peer)
             if old is not None and old.round <= head[0]:
                 update = {"round": head[0], "digest": head[1], "phase": "commit", "samples": 0}
-                self._heard[peer] = old.model_copy(update=update)
+                self._keep(peer, old.model_copy(update=update))
                 self._outdate(peer)
 
     def _outdate(self, peer: str) -> None:
@@ -169,6 +189,7 @@ class SwarmView:
     def forget(self, peer: str) -> None:
         """Drop the last status of a peer that is gone."""
         self._heard.pop(peer, None)
+        self._living = None
         self._reached.pop(peer, None)
         self.notify()
 
@@ -178,12 +199,16 @@ class SwarmView:
 
     async def wait_change(self, timeout: float) -> None:
         """Return after the next change, or after `timeout` seconds."""
+        clock = asyncio.get_running_loop().time
         self._changed.clear()
         try:
             async with asyncio.timeout(timeout):
                 await self._changed.wait()
+                if (pause := self._last_look + LOOK_S_PER_PEER * len(self._heard) - clock()) > 0:
+                    await asyncio.sleep(pause)
         except TimeoutError:
-            return
+            pass
+        self._last_look = clock()
 
     async def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until `condition` holds; False if it does not within `timeout` seconds."""

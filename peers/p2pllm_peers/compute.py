@@ -55,6 +55,7 @@ class ComputeProcess:
     ) -> None:
         """on_change: called when samples or readiness change. on_progress: called with phrases while it builds."""
         self.restarts = 0
+        self.tokens = 0  # computed so far, those of dropped rounds included
         self.device = self.data_digest = ""
         self.micro_batch = 0
         self.own_steps: list[int] = []
@@ -225,6 +226,7 @@ class ComputeProcess:
                 pass  # of a round that was dropped while the worker was starting
             case "step":
                 self._samples = event["samples"]
+                self.tokens += event["tokens"]
                 self._computed.append((self._heard, event["tokens"]))
                 self._on_change()
             case "error":

@@ -11,7 +11,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -48,10 +48,11 @@ class Order:
 class DaemonProcess:
     """A daemon that this program started."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Order, prefix: Sequence[str] = ()) -> None:
+        """prefix: a command that becomes the daemon, for example one that enters a namespace first."""
         self._order = order
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "p2pllm_peers.daemon"],
+            [*prefix, sys.executable, "-m", "p2pllm_peers.daemon"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

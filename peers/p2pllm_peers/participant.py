@@ -11,9 +11,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from p2pllm.averaging import DenseAllReduce
+from p2pllm.averaging.attempt import STREAM_METHOD
 from p2pllm.errors import StateError
 from p2pllm.invite import MAX_ADDRESSES, Invite
 from p2pllm.metrics import JsonlSink, RoundRecord
@@ -171,6 +173,7 @@ class Participant:
 
     def _on_round(self, record: RoundRecord) -> None:
         """Keep what a round measured, and save the state when the settings ask for it."""
+        record = replace(record, traffic=self.traffic())
         try:
             self._records.write(record)
         except OSError as error:
@@ -212,10 +215,23 @@ class Participant:
             addresses += [known[peer][0] for peer in sorted(self._membership.alive()) if known.get(peer)]
         return Invite(self._manifest.run_id, self._manifest.founder, tuple(addresses[:MAX_ADDRESSES])).encode()
 
+    def traffic(self) -> dict[str, int]:
+        """Payload bytes so far by kind: control (all calls, the DHT's too), updates (all-reduce), state (the rest)."""
+        traffic = self._node.traffic
+        updates = [moved for proto, moved in traffic.streams.items() if proto.endswith(STREAM_METHOD)]
+        sent, received = sum(moved.sent for moved in updates), sum(moved.received for moved in updates)
+        return {
+            "control_sent": traffic.calls.sent,
+            "control_received": traffic.calls.received,
+            "updates_sent": sent,
+            "updates_received": received,
+            "state_sent": traffic.sent - traffic.calls.sent - sent,
+            "state_received": traffic.received - traffic.calls.received - received,
+        }
+
     def status(self) -> dict[str, Any]:
         """What `p2pllm status` shows; every number is measured or counted by this daemon."""
         own, others = self.view.own, self.view.statuses()
-        traffic = self._node.traffic
         return {
             "run_name": self._manifest.name,
             "run_id": self._manifest.run_id,
@@ -231,10 +247,12 @@ class Participant:
             "loss": None if self._last is None else self._last.loss,
             "validation_loss": self._validation_loss,
             "losses": [round(loss, 4) for loss in self._losses],
+            "tokens": self._compute.tokens,
             "tokens_per_s": self._compute.tokens_per_s,
             "swarm_tokens_per_s": self._compute.tokens_per_s + sum(s.tokens_per_s for s in others.values()),
-            "bytes_sent": traffic.calls_sent + traffic.streams_sent,
-            "bytes_received": traffic.calls_received + traffic.streams_received,
+            "bytes_sent": self._node.traffic.sent,
+            "bytes_received": self._node.traffic.received,
+            "traffic": self.traffic(),
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
             "worker_restarts": self._compute.restarts,

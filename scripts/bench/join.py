@@ -23,7 +23,7 @@ from rich.table import Table
 
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import load_settings
-from p2pllm_peers.lab.swarm import Swarm, SwarmPeer
+from p2pllm_peers.lab.swarm import Swarm, SwarmPeer, swarm_on_loopback
 
 LIMIT_S = 120.0
 
@@ -37,16 +37,20 @@ def main() -> None:
     draft = RunDraft().model_copy(update={"round": RunDraft().round.model_copy(update={"rounds": 10**6})})
     joins, floors, helps = [], [], []
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory() as folder, Swarm(draft, Path(folder) / "out", load_settings()) as swarm:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        swarm_on_loopback(draft, 1 + repeats, Path(folder) / "out", load_settings()) as swarm,
+    ):
+        founder, *volunteers = swarm.peers.values()
         with console.status("starting the founder") as shown:
             os.sched_setaffinity(0, {cores[0]})  # what is started from here on stays on this core
-            swarm.add(shown.update)
+            swarm.start([founder.name], shown.update)
             os.sched_setaffinity(0, {cores[-1]})
-            for number in range(repeats):
-                shown.update(f"join {number + 1} of {repeats}")
+            for volunteer in volunteers:
+                shown.update(f"{volunteer.name} of {repeats} joins")
                 floors.append(timed([sys.executable, "-c", "import torch, transformers.models.llama.modeling_llama"]))
                 helps.append(timed([sys.executable, "-m", "p2pllm_cli.main", "--help"]))
-                joins.append(first_contribution(swarm))
+                joins.append(first_contribution(swarm, volunteer))
     table = Table(title=f"{repeats} joins, one core a peer")
     for heading in ("what", "median s", "smallest", "largest"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
@@ -67,19 +71,18 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - begin
 
 
-def first_contribution(swarm: Swarm) -> float:
+def first_contribution(swarm: Swarm, peer: SwarmPeer) -> float:
     """Seconds from the start of a new volunteer to the commit of the first round that names it; it then leaves."""
     begin = time.time()
-    peer = swarm.add(lambda text: None)
+    swarm.join(peer.name, lambda text: None)
     try:
         while (committed := first_commit(peer)) is None:
             if time.time() - begin > LIMIT_S:
-                raise SystemExit(f"no contribution after {LIMIT_S:.0f} s; see {peer.folder}/daemon.log")
+                raise SystemExit(f"no contribution after {LIMIT_S:.0f} s; see {peer.folder.path}/daemon.log")
             time.sleep(0.02)  # a file has no event that works everywhere
     finally:
-        peer.process.leave()
-        peer.process.wait(15)
-        swarm.peers.remove(peer)
+        peer.leave()
+        peer.wait_gone(15)
     return committed - begin
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import load_settings
 from p2pllm_peers.lab.report import NETWORK_PARTS, overhead
-from p2pllm_peers.lab.swarm import Swarm
+from p2pllm_peers.lab.swarm import swarm_on_loopback
 
 WARM_UP_ROUNDS = 3
 
@@ -33,20 +33,20 @@ def main() -> None:
     changes = {"rounds": arguments.rounds, "min_peers": arguments.peers}
     draft = RunDraft().model_copy(update={"round": RunDraft().round.model_copy(update=changes)})
     console = Console()
-    with tempfile.TemporaryDirectory() as folder, Swarm(draft, Path(folder) / "out", load_settings()) as swarm:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        swarm_on_loopback(draft, arguments.peers, Path(folder) / "out", load_settings()) as swarm,
+    ):
         with console.status("starting") as shown:
-            swarm.start(arguments.peers, shown.update)
-            for statuses in swarm.watch():
-                shown.update(f"round {max(status['round'] for status in statuses)}" if statuses else "starting")
-        records = {
-            peer.name: [
-                row
-                for row in peer.records()
-                if row["round"] > WARM_UP_ROUNDS and len(row["members"]) == arguments.peers
-            ]
-            for peer in swarm.peers
-        }
-        report = swarm.report()
+            swarm.start(list(swarm.peers), shown.update)
+            for peer in swarm.peers.values():
+                shown.update(f"training {arguments.rounds} rounds")
+                peer.wait_end()
+        everything = {peer.name: peer.records() for peer in swarm.peers.values()}
+    records = {
+        name: [row for row in rows if row["round"] > WARM_UP_ROUNDS and len(row["members"]) == arguments.peers]
+        for name, rows in everything.items()
+    }
     rows = [row for peer in records.values() for row in peer]
     whole = statistics.median(sum(row["seconds"].values()) for row in rows)
     table = Table(title=f"{arguments.peers} peers, {len(rows)} measured rounds (all peers)")
@@ -59,7 +59,11 @@ def main() -> None:
     outside = overhead(records) or 0.0
     table.add_row("outside compute", f"{outside:.4f}", "", f"{outside / whole:.1%}")
     console.print(table)
-    console.print(f"rounds whose states differ: {report['diverged_rounds'] or 'none'}")
+    digests: dict[int, set[str]] = {}
+    for row in (row for rows_of_peer in everything.values() for row in rows_of_peer):
+        digests.setdefault(row["round"], set()).add(row["state_digest"])
+    differing = [number for number, found in digests.items() if len(found) > 1]
+    console.print(f"rounds whose states differ: {differing or 'none'}")
 
 
 if __name__ == "__main__":

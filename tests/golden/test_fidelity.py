@@ -17,7 +17,7 @@ from p2pllm.training.inner import GradientAccumulator
 from p2pllm.training.model import build, layout_of, read_params, write_params
 from p2pllm.training.tokenizer import load_tokenizer
 from p2pllm_peers.folders import RunFolder
-from p2pllm_peers.lab.swarm import Swarm
+from p2pllm_peers.lab.swarm import swarm_on_loopback
 
 ROUNDS = 20
 LARGEST_DISTANCE = 1e-5
@@ -39,26 +39,27 @@ DRAFT = RunDraft.model_validate(
 @pytest.mark.timeout(300)
 def test_three_peers_equal_one_process(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     settings = PeerSettings(cache=tmp_path / "cache", micro_batch=4, threads=1)
-    with Swarm(DRAFT, tmp_path / "out", settings) as swarm:
-        swarm.start(3, progress=lambda text: None)
-        for _ in swarm.watch():
-            pass
-        records = {peer.ready["peer_id"]: peer.records() for peer in swarm.peers}
-        report = swarm.report()
-        founder = swarm.peers[0]
+    with swarm_on_loopback(DRAFT, 3, tmp_path / "out", settings) as swarm:
+        swarm.start(list(swarm.peers), progress=lambda text: None)
+        for peer in swarm.peers.values():
+            peer.wait_end()
+        records = {peer.ready["peer_id"]: peer.records() for peer in swarm.peers.values()}
+        founder = next(iter(swarm.peers.values()))
         run_id = founder.ready["run_id"]
 
-    assert report["rounds_committed"] == ROUNDS
-    assert report["diverged_rounds"] == []
     members = [len(row["members"]) for row in records[founder.ready["peer_id"]]]
     assert members.count(3) >= ROUNDS - 2, f"the three peers hardly trained together: {members}"
-    for row in report["rounds"]:
-        assert len(row["digests"]) >= row["members"], "a member of the round kept no record of it"
+    for number in range(1, ROUNDS + 1):
+        rows = [row for peer in records.values() for row in peer if row["round"] == number]
+        assert rows, f"nobody has a record of round {number}"
+        assert len({row["state_digest"] for row in rows}) == 1, f"states differ after round {number}"
+        assert len(rows) >= len(rows[0]["members"]), "a member of the round kept no record of it"
 
-    trained = newest(founder.folder / "state", run_id)
+    assert founder.folder is not None
+    trained = newest(founder.folder.path / "state", run_id)
     assert trained is not None
     assert trained.round == ROUNDS
-    manifest = RunFolder(founder.home, run_id).load()
+    manifest = RunFolder(founder.machine.home, run_id).load()
     assert manifest is not None
     alone = one_process(manifest[0], records, run_id, tmp_path / "cache")
     distance = np.linalg.norm(trained.params.astype(np.float64) - alone.params) / np.linalg.norm(alone.params)

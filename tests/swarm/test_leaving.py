@@ -14,7 +14,7 @@ import pytest
 
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
-from p2pllm_peers.lab.swarm import Swarm, SwarmPeer
+from p2pllm_peers.lab.swarm import Swarm, SwarmPeer, swarm_on_loopback
 
 GONE_S = 10.0
 """Bound on the time until nothing is left of a peer that stopped or was killed."""
@@ -39,39 +39,43 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 def shared_swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
     folder = tmp_path_factory.mktemp("leaving")
     settings = PeerSettings(cache=folder / "cache", micro_batch=4, threads=1)
-    with Swarm(DRAFT, folder / "out", settings) as swarm:
-        swarm.start(3, quiet)
+    with swarm_on_loopback(DRAFT, 3, folder / "out", settings) as swarm:
+        swarm.start(list(swarm.peers), quiet)
         yield swarm
-        report = swarm.report()
-        assert report["diverged_rounds"] == []
-    assert all(peer.process.poll() is not None for peer in swarm.peers)
+        assert diverged(peers_of(swarm)) == []
+    assert not any(peer.is_running for peer in peers_of(swarm))
 
 
 @pytest.fixture
 def swarm(shared_swarm: Swarm) -> Swarm:
     """Three peers that commit rounds together."""
-    for peer in shared_swarm.peers:
-        if peer.process.poll() is not None:
-            shared_swarm.restart(peer, quiet)
-    until(lambda: together(shared_swarm.peers), "the three peers train together")
+    for peer in peers_of(shared_swarm):
+        if not peer.is_running:
+            peer.start(quiet)
+    until(lambda: together(peers_of(shared_swarm)), "the three peers train together")
     return shared_swarm
+
+
+def peers_of(swarm: Swarm) -> list[SwarmPeer]:
+    return list(swarm.peers.values())
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_leaves_in_order(swarm: Swarm, signal_number: int) -> None:
-    leaver = swarm.peers[2]
+    leaver = peers_of(swarm)[2]
     before = remains_of(leaver)
     os.kill(leaver.process.pid, signal_number)
     until(lambda: leaver.process.poll() is not None, "the daemon ends", GONE_S)
     assert leaver.process.poll() == 0
     nothing_is_left(before)
     the_others_go_on(swarm, without=leaver)
-    saved = list((leaver.folder / "state").glob("*.safetensors"))
+    assert leaver.folder is not None
+    saved = list((leaver.folder.path / "state").glob("*.safetensors"))
     assert saved, "the state was not saved on leaving"
 
 
 def test_second_signal_ends_at_once(swarm: Swarm) -> None:
-    leaver = swarm.peers[2]
+    leaver = peers_of(swarm)[2]
     before = remains_of(leaver)
     os.kill(leaver.process.pid, signal.SIGSTOP)  # so that both signals are there before it acts on the first
     os.kill(leaver.process.pid, signal.SIGINT)
@@ -84,33 +88,33 @@ def test_second_signal_ends_at_once(swarm: Swarm) -> None:
 
 @pytest.mark.parametrize("index", [2, 0], ids=["ordinary", "founder"])
 def test_killed_daemon_leaves_nothing(swarm: Swarm, index: int) -> None:
-    victim = swarm.peers[index]
+    victim = peers_of(swarm)[index]
     before = remains_of(victim)
     assert len(before["processes"]) >= 3, "a daemon has p2pd and a worker"
     os.kill(victim.process.pid, signal.SIGKILL)
     nothing_is_left(before)
     the_others_go_on(swarm, without=victim)
-    others = [peer for peer in swarm.peers if peer is not victim]
+    others = [peer for peer in peers_of(swarm) if peer is not victim]
     until(lambda: all(len(status(peer)["peers"]) == 1 for peer in others), "the victim is known dead", GONE_S)
 
 
 def test_killed_worker_comes_back(swarm: Swarm) -> None:
-    victim = swarm.peers[1]
+    victim = peers_of(swarm)[1]
     restarts = status(victim)["worker_restarts"]
     os.kill(child(victim, "p2pllm_peers.worker"), signal.SIGKILL)
     the_others_go_on(swarm, without=victim)
     until(lambda: status(victim)["worker_restarts"] == restarts + 1, "the worker is started again")
-    until(lambda: together(swarm.peers), "the victim contributes again")
+    until(lambda: together(peers_of(swarm)), "the victim contributes again")
 
 
 def test_killed_p2pd_comes_back(swarm: Swarm) -> None:
-    victim = swarm.peers[1]
+    victim = peers_of(swarm)[1]
     before = status(victim)
     os.kill(child(victim, "p2pd"), signal.SIGKILL)
     the_others_go_on(swarm, without=victim)
     until(lambda: status(victim)["network_restarts"] == before["network_restarts"] + 1, "p2pd is started again")
     assert status(victim)["peer_id"] == before["peer_id"]
-    until(lambda: together(swarm.peers), "the victim contributes again")
+    until(lambda: together(peers_of(swarm)), "the victim contributes again")
 
 
 def quiet(text: str) -> None:
@@ -127,9 +131,16 @@ def until(condition: Callable[[], bool], what: str, limit: float = HARD_LIMIT_S)
 
 
 def status(peer: SwarmPeer) -> dict[str, Any]:
-    found = peer.status()
-    assert found is not None, f"{peer.name} does not answer"
-    return found
+    return peer.status()
+
+
+def diverged(peers: list[SwarmPeer]) -> list[int]:
+    """Rounds after which two of these peers recorded different states."""
+    digests: dict[int, set[str]] = {}
+    for peer in peers:
+        for record in peer.records():
+            digests.setdefault(record["round"], set()).add(record["state_digest"])
+    return [number for number, found in digests.items() if len(found) > 1]
 
 
 def last_record(peer: SwarmPeer) -> dict[str, Any]:
@@ -146,14 +157,10 @@ def together(peers: list[SwarmPeer]) -> bool:
 
 def the_others_go_on(swarm: Swarm, without: SwarmPeer) -> None:
     """The other peers commit three more rounds, with one state."""
-    others = [peer for peer in swarm.peers if peer is not without]
+    others = [peer for peer in peers_of(swarm) if peer is not without]
     begin = max(last_record(peer)["round"] for peer in others)
     until(lambda: all(last_record(peer)["round"] >= begin + 3 for peer in others), "the others commit")
-    digests: dict[int, set[str]] = {}
-    for peer in others:
-        for record in peer.records():
-            digests.setdefault(record["round"], set()).add(record["state_digest"])
-    assert [number for number, found in digests.items() if len(found) > 1] == []
+    assert diverged(others) == []
 
 
 def remains_of(peer: SwarmPeer) -> dict[str, Any]:

@@ -112,7 +112,7 @@ async def test_calls_and_their_errors(pair):
     with pytest.raises(UnreachableError):
         await ann.call(Identity.generate().peer_id, "echo", b"", 5)
     assert await ann.call(bob.peer_id, "echo", b"", 5) == ann.peer_id.encode()
-    assert ann.traffic.calls_sent > 0 and ann.traffic.calls_received > MAX_CALL_BYTES
+    assert ann.traffic.calls.sent > 0 and ann.traffic.calls.received > MAX_CALL_BYTES
 
 
 async def test_many_cancelled_calls_do_not_disturb(pair):
@@ -152,7 +152,8 @@ async def test_streams_both_ways(pair):
     await sending
     writer.close()
     for node in pair:
-        assert node.traffic.streams_sent == node.traffic.streams_received == 32 * MIB
+        traffic = node.traffic
+        assert traffic.sent - traffic.calls.sent == traffic.received - traffic.calls.received == 32 * MIB
     with pytest.raises(NetworkError, match="does not offer"):
         await ann.open_stream(bob.peer_id, "missing")
 

@@ -1,61 +1,161 @@
-"""What a swarm did, in numbers, from the records that its peers wrote.
+"""What a run of the lab did, in numbers: `report(evidence)` is a pure function of what the run left in its folder.
 
-Pure: records in, a report out. All times in seconds, losses in nats a token.
+Times are seconds on the lab's clock, which began when the first peers were ready; losses are nats a token; None is
+what was not measured. Nothing that was recorded after the end (`ended_s`), while the peers were leaving, counts.
+The report is JSON:
+
+    version         of this format
+    run             name, about, seed, short, interrupted, p2pllm (version), cpus, ended (it came to
+                    its end), ended_s, emulator, scenario
+    swarm           rounds (number of the head), recorded_rounds, tokens, samples, abandoned_tokens, final_loss,
+                    final_validation_loss, round_interval_s (median), completed (the run's last round was reached),
+                    steady (span without warm-up: from_s, to_s, tokens), tokens_per_s (of that span), alone_tokens_per_s
+                    (sum over the peers), efficiency, why_no_efficiency, bytes (see `costs.together`),
+                    overhead_s (median of a round outside compute, validation and idle)
+    rounds          the swarm's history: round, time_s (first record), loss, validation_loss, samples, tokens,
+                    tokens_so_far, members (names), attempts (largest), digests (peer -> digest)
+    reached         first time at each tenth of a nat of validation loss: validation_loss, time_s, tokens, round
+    peers           name, peer_id, cores, link, alone_tokens_per_s, rounds (that it committed), samples and tokens (that
+                    it gave), cpu_s, wire {up, down}, own {<control|updates|state>_<sent|received>}, payload {sent,
+                    received}, bytes_per_round and bytes_per_token (of its own rounds and tokens, on the wire if that
+                    was measured) {up, down}, crashes, log
+    parts           a row a peer and round: peer, round, time_s, and seconds of each of `commits.PARTS`
+    anatomy         swarm and peers[name]: part -> {median, mean, max}
+    links           peer, what, unit, asked, measured, tolerance, passed (None: not judged)
+    events          the planned list and nothing measured: the same seed gives the same
+    struck          what became of them: event, at_s, error
+    recoveries      a fault each: event, do, victims, at_s, undone_s, watched_s (how long the run went on), survivors_s
+                    and survivors_round (their next new commit), return_s and return_round (the last victim's first
+                    commit in the swarm's history, from when it was undone; where the victim was never away, from the
+                    fault; None if never), away (whether the victims were)
+    branches        committed beside the history: kind, cause (event), rounds, peers, from_s, to_s, tokens, rejoined
+                    (peer -> round), rejoined_s, repaired
+    diverged, lost, abandoned    rounds with differing states; rounds missing in the history, without and with a cut
+    at_end          name, state, round, digest, behind (rounds to the head), settling (trouble ended just before)
+    timeline        name -> [{state, from_s, to_s}]
+    left_over, notes
+    checks, passed  the verdict, see `verdict.Check`
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
-Records = dict[str, list[dict[str, Any]]]
+from p2pllm_peers.lab.commits import PARTS, Commit, Sight, read_commits, sights
+from p2pllm_peers.lab.costs import costs, together
+from p2pllm_peers.lab.evidence import Evidence, Facts, LinkCheck
+from p2pllm_peers.lab.history import Branch, History, trace
+from p2pllm_peers.lab.progress import reached, rounds_of, speed
+from p2pllm_peers.lab.recovery import State, faults, recoveries, timeline
+from p2pllm_peers.lab.verdict import judge
+from p2pllm_peers.lab.words import amount, branch_in_words, count, duration, median_s, share, size, source
 
+VERSION = 1
 NETWORK_PARTS = ("roster", "exchange", "vote", "outer_step", "digest")
-"""Parts of a round outside compute."""
+"""Parts of a round outside compute, as records name them."""
+
+SETTLE_S = 30.0
+"""A peer whose trouble ended so short before the end may still be catching up."""
+
+RATE_TOLERANCE = 0.05
+DELAY_TOLERANCE_MS = 2.0
+
+Records = Mapping[str, list[dict[str, Any]]]
+Row = dict[str, Any]
 
 
-def summarise(records: Records) -> dict[str, Any]:
-    """Loss curve, tokens a second, bytes and digests of every round, and where the time of a round goes."""
-    by_round: dict[int, dict[str, dict[str, Any]]] = {}
-    for peer, rows in records.items():
-        for row in rows:
-            by_round.setdefault(row["round"], {})[peer] = row
-    rounds = []
-    for number, rows_of_round in sorted(by_round.items()):
-        first = next(iter(rows_of_round.values()))
-        validation = [row["validation_loss"] for row in rows_of_round.values() if row["validation_loss"] is not None]
-        rounds.append(
-            {
-                "round": number,
-                "unix_time": min(row["unix_time"] for row in rows_of_round.values()),
-                "loss": first["loss"],
-                "validation_loss": validation[0] if validation else None,
-                "samples": first["samples"],
-                "tokens": first["tokens"],
-                "members": len(first["members"]),
-                "digests": {peer: row["state_digest"] for peer, row in rows_of_round.items()},
-                "bytes_sent": {peer: row["bytes_sent"] for peer, row in rows_of_round.items()},
-            }
-        )
-    return {
+def report(evidence: Evidence) -> Row:
+    """Everything that can be said about a run; see the module's docstring for the fields."""
+    facts = evidence.facts
+    read = {name: read_commits(name, rows, facts.began_unix) for name, rows in evidence.records.items()}
+    end_s = facts.ended_s or _last_sign(evidence, [commit for rows, _ in read.values() for commit in rows])
+    commits = {name: [commit for commit in rows if commit.time_s <= end_s] for name, (rows, _) in read.items()}
+    seen = {name: sights(name, rows, evidence.samples, end_s) for name, rows in commits.items()}
+    struck, names = faults(facts), _names(facts)
+    states = timeline(facts, struck, end_s)
+    living = [name for name, row in states.items() if row and row[-1]["state"] in ("up", "starting")]
+    history = trace(seen, living, struck, names)
+    rounds = rounds_of(commits, history, names)
+    completed = history.head >= facts.scenario.run.round.rounds
+    parts = [_parts(commit) for rows in commits.values() for commit in rows]
+    peers = costs(facts, evidence.samples, commits, history.main)
+    found = {
+        "version": VERSION,
+        "run": _run(facts, end_s),
+        "swarm": _totals(rounds, history, parts)
+        | {"completed": completed, "bytes": together(peers, len(rounds), sum(row["tokens"] for row in rounds))}
+        | speed(rounds, facts),
         "rounds": rounds,
-        "rounds_committed": rounds[-1]["round"] if rounds else 0,
-        "diverged_rounds": [row["round"] for row in rounds if len(set(row["digests"].values())) > 1],
-        "tokens": sum(row["tokens"] for row in rounds),
-        "tokens_per_s": _rate(rounds),
-        "round_seconds": anatomy(records),
-        "overhead_median_s": overhead(records),
+        "reached": reached(rounds),
+        "peers": [row | {"crashes": p.crashes, "log": p.log} for row, p in zip(peers, facts.peers, strict=True)],
+        "parts": parts,
+        "anatomy": {
+            "swarm": _anatomy(parts),
+            "peers": {name: _anatomy(row for row in parts if row["peer"] == name) for name in commits},
+        },
+        "links": [row for link in facts.links for row in _link(link)],
+        "events": [strike.model_dump(mode="json") for strike in facts.events],
+        "struck": [row.model_dump(mode="json") for row in facts.struck],
+        "recoveries": recoveries(
+            struck, commits, history.main, min(end_s, rounds[-1]["time_s"]) if completed and rounds else end_s
+        ),
+        "branches": [_branch(branch, living) for branch in history.branches],
+        "diverged": _rounds(history, lambda branch: branch.kind == "divergence"),
+        "lost": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is None),
+        "abandoned": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is not None),
+        "at_end": [_at_end(name, row, seen.get(name, []), history, end_s) for name, row in states.items()],
+        "timeline": states,
+        "left_over": facts.left_over,
+        "notes": facts.notes
+        + [f"{bad} lines of the records of {name} cannot be read." for name, (_, bad) in read.items() if bad],
     }
+    checks = [asdict(check) for check in judge(found, facts.scenario.verdict)]
+    return found | {"checks": checks, "passed": all(check["passed"] for check in checks)}
+
+
+def summary_lines(report: Row) -> list[str]:
+    """What a run did and whether its verdict holds, in about ten lines of plain text."""
+    run, swarm = report["run"], report["swarm"]
+    ended = ", interrupted" if run["interrupted"] else ""
+    lines = [f"{run['name']}: {duration(run['ended_s'])}, {count(len(report['peers']), 'peer')}{ended}"]
+    if report["rounds"]:
+        lines += _achieved(report)
+    if report["recoveries"]:
+        others, back = (median_s(report["recoveries"], key) for key in ("survivors_s", "return_s"))
+        told = f"next commit of the others after {others} (median), of the struck one after {back}"
+        lines.append(f"{count(len(report['recoveries']), 'fault')}: {told}")
+    judged = [row["passed"] for row in report["links"] if row["passed"] is not None]
+    if judged:
+        lines.append(f"links: {sum(judged)} of {len(judged)} measured values within tolerance")
+    failed = [check for check in report["checks"] if not check["passed"]]
+    lines.append(f"verdict: {'FAILED' if failed else 'passed'}, {len(failed)} of {len(report['checks'])} checks failed")
+    lines += [f"FAILED {check['name']}: {check['measured']} (wanted: {check['wanted']})" for check in failed]
+    return lines + [f"note: {note}" for note in report["notes"]]
+
+
+def _achieved(report: Row) -> list[str]:
+    swarm, spent = report["swarm"], report["swarm"]["bytes"]
+    rate = f"{amount(swarm['tokens_per_s'], 'tokens/s')}"
+    alone = swarm["efficiency"] is not None and f", {share(swarm['efficiency'])} of what the peers make alone"
+    losses = f"{amount(report['rounds'][0]['loss'], '')} -> {amount(swarm['final_loss'], '')}"
+    apart = [branch_in_words(branch) for branch in report["branches"]]
+    parts = report["anatomy"]["swarm"].items()
+    return [
+        f"rounds: {swarm['rounds']}, one in {amount(swarm['round_interval_s'], 's')} (median); {rate}{alone or ''}",
+        f"training loss: {losses}; validation loss: {amount(swarm['final_validation_loss'], '')} nats a token",
+        f"bytes sent ({source(swarm)}): {size(spent['total'])}, {size(spent['per_round'])} a round, "
+        f"{size(spent['per_token'])} a token",
+        f"a round (mean): {', '.join(f'{part} {row["mean"]:.2f} s' for part, row in parts)}",
+        f"states: {'; '.join(apart) or 'equal after every round'}",
+    ]
 
 
 def anatomy(records: Records) -> dict[str, dict[str, float]]:
-    """Median and largest seconds of each part of a round over all peers and rounds."""
-    parts: dict[str, list[float]] = {}
-    for rows in records.values():
-        for row in rows:
-            for part, seconds in row["seconds"].items():
-                parts.setdefault(part, []).append(seconds)
-    return {part: {"median": statistics.median(values), "max": max(values)} for part, values in parts.items()}
+    """Median, mean and largest seconds of each part of a round, as records name them, over all peers and rounds."""
+    return _spread((part, value) for rows in records.values() for row in rows for part, value in row["seconds"].items())
 
 
 def overhead(records: Records) -> float | None:
@@ -64,9 +164,120 @@ def overhead(records: Records) -> float | None:
     return statistics.median(sums) if sums else None
 
 
-def _rate(rounds: list[dict[str, Any]]) -> float | None:
-    """Tokens a second between the first and the last commit; None with fewer than two rounds."""
-    if len(rounds) < 2:
-        return None
-    span = rounds[-1]["unix_time"] - rounds[0]["unix_time"]
-    return sum(row["tokens"] for row in rounds[1:]) / span if span > 0 else None
+def _spread(values: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
+    lists: dict[str, list[float]] = {}
+    for part, value in values:
+        lists.setdefault(part, []).append(value)
+    return {
+        part: {"median": statistics.median(row), "mean": statistics.fmean(row), "max": max(row)}
+        for part, row in lists.items()
+    }
+
+
+def _last_sign(evidence: Evidence, commits: list[Commit]) -> float:
+    """The end of a run that could not write its own."""
+    return max([0.0, *(sample.t for sample in evidence.samples), *(commit.time_s for commit in commits)])
+
+
+def _names(facts: Facts) -> dict[str, str]:
+    return {peer_id: peer.name for peer in facts.peers for peer_id in (peer.peer_id, *peer.former_ids) if peer_id}
+
+
+def _run(facts: Facts, end_s: float) -> Row:
+    return {
+        "name": facts.scenario.name,
+        "about": facts.scenario.about,
+        "seed": facts.scenario.seed,
+        "short": facts.short,
+        "interrupted": facts.interrupted,
+        "ended": facts.ended_s > 0,
+        "ended_s": end_s,
+        "p2pllm": facts.version,
+        "cpus": facts.cpus,
+        "emulator": facts.emulator.model_dump(mode="json"),
+        "scenario": facts.scenario.model_dump(mode="json"),
+    }
+
+
+def _totals(rounds: list[Row], history: History, parts: list[Row]) -> Row:
+    validated = [row["validation_loss"] for row in rounds if row["validation_loss"] is not None]
+    outside = [sum(row[part] for part in ("roster", "exchange", "vote", "apply")) for row in parts]
+    abandoned = [branch for branch in history.branches if branch.kind == "fork"]
+    return {
+        "rounds": history.head,
+        "recorded_rounds": len(rounds),
+        "tokens": sum(row["tokens"] for row in rounds),
+        "samples": sum(row["samples"] for row in rounds),
+        "abandoned_tokens": sum(commit.tokens for branch in abandoned for commit in branch.by_round),
+        "final_loss": rounds[-1]["loss"] if rounds else None,
+        "final_validation_loss": validated[-1] if validated else None,
+        "overhead_s": statistics.median(outside) if outside else None,
+    }
+
+
+def _parts(commit: Commit) -> Row:
+    return {"peer": commit.peer, "round": commit.round, "time_s": commit.time_s, **commit.parts()}
+
+
+def _anatomy(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    return _spread((part, row[part]) for row in rows for part in PARTS if row[part] is not None)
+
+
+def _link(link: LinkCheck) -> list[Row]:
+    """Each of a line's properties, and whether it is what was asked for; a loss is too rare to be judged."""
+    delay_tolerance = max(DELAY_TOLERANCE_MS, RATE_TOLERANCE * link.asked_delay_ms)
+    rows = [
+        ("up", "Mbit/s", link.asked_up_mbit, link.measured_up_mbit, RATE_TOLERANCE * link.asked_up_mbit),
+        ("down", "Mbit/s", link.asked_down_mbit, link.measured_down_mbit, RATE_TOLERANCE * link.asked_down_mbit),
+        ("delay one way", "ms", link.asked_delay_ms, link.measured_delay_ms, delay_tolerance),
+        ("loss there and back", "%", 100 * link.asked_loss, 100 * link.measured_loss, None),
+    ]
+    return [
+        {
+            "peer": link.peer,
+            "what": what,
+            "unit": unit,
+            "asked": asked,
+            "measured": measured,
+            "tolerance": tolerance,
+            "passed": None if tolerance is None else abs(measured - asked) <= tolerance * (1 + 1e-9),
+        }
+        for what, unit, asked, measured, tolerance in rows
+        if tolerance is not None or asked or measured
+    ]
+
+
+def _branch(branch: Branch, living: list[str]) -> Row:
+    """Repaired: whoever of its peers is still there was seen on the history again, after a divergence at once."""
+    back = all(branch.rejoined[peer] is not None for peer in branch.peers if peer in living)
+    return {
+        "kind": branch.kind,
+        "cause": branch.cause,
+        "rounds": branch.rounds,
+        "peers": branch.peers,
+        "from_s": min(commit.time_s for commit in branch.commits),
+        "to_s": max(commit.time_s for commit in branch.commits),
+        "tokens": sum(commit.tokens for commit in branch.by_round),
+        "rejoined": branch.rejoined,
+        "rejoined_s": branch.rejoined_s,
+        "repaired": back and (branch.kind == "fork" or len(branch.rounds) == 1),
+    }
+
+
+def _rounds(history: History, wanted: Callable[[Branch], bool]) -> list[int]:
+    return sorted({number for branch in history.branches if wanted(branch) for number in branch.rounds})
+
+
+def _at_end(name: str, states: list[State], seen: list[Sight], history: History, end_s: float) -> Row:
+    """Where a peer stood last; one on a branch is as far behind as its last round of the history."""
+    common = [sight.node[0] for sight in seen if history.main.get(sight.node[0]) == sight.node[1]]
+    last = seen[-1].node if seen else (0, "")
+    on_main = bool(common) and history.main.get(last[0]) == last[1]
+    return {
+        "name": name,
+        "state": states[-1]["state"] if states else "never there",
+        "round": last[0],
+        "digest": last[1],
+        "behind": history.head - (last[0] if on_main else max(common, default=0)),
+        "settling": bool(states) and states[-1]["from_s"] > 0 and end_s - states[-1]["from_s"] < SETTLE_S,
+    }

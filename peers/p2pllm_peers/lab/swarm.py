@@ -1,73 +1,210 @@
-"""A swarm of real daemons on loopback: started, watched, and gone again whatever happens.
+"""A swarm of real daemons, one a machine: started, killed, frozen, started again, and gone at the end.
 
-Each peer has its own folder, identity and processes, exactly as on its own machine. What does not live here:
-showing it (`p2pllm_cli`).
+What lives here: the peers' processes and what they say of themselves. What does not: the machines (`machines`), what
+befalls them when (`faults`), and showing it (`p2pllm_cli`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import os
+import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from p2pllm.errors import DaemonError, RunError, UsageError
+from p2pllm.errors import P2PLLMError, RunError
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
-from p2pllm_peers.control import ask
-from p2pllm_peers.folders import RunFolder
+from p2pllm_peers.control import ask, watch
+from p2pllm_peers.folders import PeerFolder, RunFolder
+from p2pllm_peers.lab.evidence import read_lines
+from p2pllm_peers.lab.machines import Machine, Machines
+from p2pllm_peers.lab.scenario import Peers, Scenario, Verdict
 from p2pllm_peers.launcher import DaemonProcess, Order
 
-LEAVE_TIMEOUT_S = 9.0
-POLL_S = 0.5
+LEAVE_TIMEOUT_S = 10.0
+"""What a daemon promises for leaving in order."""
+
+Progress = Callable[[str], None]
 
 
-@dataclass
 class SwarmPeer:
-    """One daemon of the swarm."""
+    """One peer through all its lives. `last` is what it said of itself last, `at` when, on the monotonic clock."""
 
-    name: str
-    home: Path
-    process: DaemonProcess
-    ready: dict[str, Any] = field(default_factory=dict)
-    last: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, machine: Machine, settings: PeerSettings, pids: Callable[[int], list[int]]) -> None:
+        """pids: all processes of the peer, given its daemon's."""
+        self.machine = machine
+        self.name = machine.name
+        self.ready: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+        self.at = 0.0
+        self.ready_unix: list[float] = []
+        self.ended_unix: list[float] = []
+        self.peer_ids: list[str] = []
+        self.crashes: list[str] = []
+        self.frozen = False
+        self.left_in_order = True  # as far as its newest life has ended
+        self._settings = settings.model_copy(update={"home": machine.home, "listen_host": machine.host})
+        self._pids = pids
+        self._process: DaemonProcess | None = None
+        self._expected_end = True
+        self._facts: dict[str, Any] = {}  # of the newest life on this disk
 
     @property
-    def folder(self) -> Path:
-        """Folder of this peer in its home."""
-        return RunFolder(self.home, self.ready["run_id"]).peer(self.ready["name"]).path
+    def process(self) -> DaemonProcess:
+        """The daemon of its newest life."""
+        assert self._process is not None  # noqa: S101 - it was started
+        return self._process
 
-    def status(self) -> dict[str, Any] | None:
-        """The daemon's status; None when it has ended or is about to."""
-        if self.process.poll() is not None:
-            return None
+    @property
+    def is_running(self) -> bool:
+        """Its daemon is there: starting, ready or frozen."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def is_up(self) -> bool:
+        """Its daemon is there and takes part, frozen or not."""
+        return bool(self.ready) and self.is_running
+
+    @property
+    def folder(self) -> PeerFolder | None:
+        """Its folder on its disk; None before it was ready for the first time, and after it lost its disk."""
+        run_id, name = self._facts.get("run_id"), self._facts.get("name")
+        return RunFolder(self.machine.home, run_id).peer(name) if run_id and name else None
+
+    def start(self, progress: Progress, *, draft: RunDraft | None = None, invite: str = "") -> None:
+        """Found the run, join it, or (with neither) go on with it as `p2pllm join` alone does; returns when ready."""
+        facts = self._facts
+        order = Order(self._settings, draft=draft.model_dump(mode="json") if draft else None, invite=invite)
+        if not draft and not invite:
+            order = Order(self._settings, run_id=facts["run_id"], name=facts["name"])
+        self.ready, self.frozen, self._expected_end, self.left_in_order = {}, False, False, True
+        process = self._process = DaemonProcess(order, self.machine.prefix)
         try:
-            self.last = ask(self.ready["socket"], {"do": "status"}, timeout=5)
-        except DaemonError:
-            return None
-        return self.last
+            ready = process.wait_ready(lambda text: progress(f"{self.name}: {text}"))
+        except P2PLLMError as error:
+            self.ended_unix.append(time.time())
+            if not self._expected_end:  # else it was killed while it started
+                raise RunError(f"{self.name} could not start: {error}") from None
+            return
+        self._facts = self.ready = ready
+        self.ready_unix.append(time.time())
+        if ready["peer_id"] not in self.peer_ids:
+            self.peer_ids.append(ready["peer_id"])
+        self._listener = threading.Thread(target=self._listen, args=(process, ready["socket"]), daemon=True)
+        self._listener.start()
+
+    def _listen(self, process: DaemonProcess, socket: str) -> None:
+        """Keep `last` new while the daemon lives; notice its end."""
+        while process.poll() is None:
+            for status in watch(socket):
+                self.last, self.at = status, time.monotonic()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a frozen daemon does not answer
+                process.wait(0.5)
+        self.ended_unix.append(time.time())
+        if not self._expected_end:
+            try:
+                process.wait_end()
+            except P2PLLMError as error:
+                self.crashes.append(str(error))
+
+    def status(self) -> dict[str, Any]:
+        """What it says of itself now. Raises DaemonError if it does not answer."""
+        return ask(self.ready["socket"], {"do": "status"})
 
     def records(self) -> list[dict[str, Any]]:
-        """The rounds that this peer committed, as it recorded them."""
-        return read_records(self.folder / "rounds.jsonl")
+        """The rounds that it committed, as it recorded them on this disk."""
+        return read_lines(self.folder.path / "rounds.jsonl") if self.folder is not None else []
+
+    def kill(self) -> None:
+        """All its processes die at once, as when the power fails."""
+        self.left_in_order &= not self.is_running
+        self._expected_end = True
+        self._signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.kill()
+
+    def freeze(self) -> None:
+        """Stop all its processes where they are, as when a laptop sleeps."""
+        self.frozen = True
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        self.frozen = False
+        self._signal(signal.SIGCONT)
+
+    def leave(self) -> None:
+        """Ask it to leave in order; it does so by itself if the lab dies."""
+        self._expected_end = True
+        if self.frozen:
+            self.thaw()
+        if self._process is not None:
+            self._process.leave()
+
+    def wait_end(self) -> None:
+        """Wait until the run is over for it. Raises RunError if it ended with an error."""
+        self._listener.join()
+        if self.crashes:
+            raise RunError(f"{self.name}: {self.crashes[-1]}")
+
+    def wait_gone(self, timeout: float) -> bool:
+        """Wait for its end, and end it if it does not come; whether it came by itself."""
+        if self._process is None:
+            return True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+            return True
+        self.kill()
+        return False
+
+    def keep(self, out: Path) -> None:
+        """Append what it recorded and logged on this disk to out/records/NAME.jsonl and out/logs/NAME.log."""
+        if self.folder is None:
+            return
+        for source, target in (("rounds.jsonl", f"records/{self.name}.jsonl"), ("daemon.log", f"logs/{self.name}.log")):
+            with contextlib.suppress(FileNotFoundError):
+                content = (self.folder.path / source).read_bytes()
+                (out / target).parent.mkdir(exist_ok=True)
+                with (out / target).open("ab") as file:
+                    file.write(content if content.endswith(b"\n") else content + b"\n")  # a torn line stays alone
+
+    def wipe(self) -> None:
+        """Lose the disk: files, identity and all."""
+        self._facts = {}
+        for entry in self.machine.home.iterdir() if self.machine.home.is_dir() else ():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to every process of a living peer, those included that appear meanwhile."""
+        sent: set[int] = set()
+        if self._process is None or self._process.poll() is not None:
+            return
+        while new := set(self._pids(self._process.pid)) - sent:
+            for pid in new:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            sent |= new
 
 
 class Swarm:
     """Use as a context: on leaving it every process that it started has ended."""
 
-    def __init__(self, draft: RunDraft, out: Path, settings: PeerSettings) -> None:
-        """out: a new or empty folder for the peers' folders and the report."""
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"The folder {out} is not empty; name another one with --out.")
-        self.peers: list[SwarmPeer] = []
+    def __init__(self, machines: Machines, draft: RunDraft, settings: PeerSettings) -> None:
+        """settings: of all peers, but for what belongs to their machines."""
+        settings = settings.model_copy(update={"nat": machines.has_nat, "listen_port": 0, "threads": 1})
+        self.peers = {
+            name: SwarmPeer(machines[name], settings, partial(machines.pids, name)) for name in machines.specs
+        }
         self._draft = draft
-        self._out = out
-        self._settings = settings
-        self._launched = 0
+        self._founded = ""
 
     def __enter__(self) -> Swarm:
         return self
@@ -75,94 +212,51 @@ class Swarm:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, count: int, progress: Callable[[str], None]) -> None:
-        """Start a founder, then the others with its invite, and wait until all take part."""
-        founder = self.add(progress)
-        others = [self._launch(founder.ready["invite"]) for _ in range(1, count)]
-        for peer in others:
-            self._await(peer, progress)
+    def start(self, names: list[str], progress: Progress) -> None:
+        """Start a founder, then the others with its invite, and wait until all take part. Raises P2PLLMError."""
+        founder = self.peers[names[0]]
+        founder.start(progress, draft=self._draft)
+        self._founded = founder.ready["invite"]
+        progress(f"{founder.name}: takes part")
+        with ThreadPoolExecutor(len(names)) as pool:
+            for _ in pool.map(lambda name: self.join(name, progress), names[1:]):
+                pass
 
-    def add(self, progress: Callable[[str], None]) -> SwarmPeer:
-        """Start one more peer (the first founds the run) and wait until it takes part."""
-        peer = self._launch(self.peers[0].ready["invite"] if self.peers else "")
-        self._await(peer, progress)
-        return peer
+    def join(self, name: str, progress: Progress) -> None:
+        """Start a peer with an invite, and wait until it takes part."""
+        self.peers[name].start(progress, invite=self.invite())
+        progress(f"{name}: takes part")
 
-    def restart(self, peer: SwarmPeer, progress: Callable[[str], None]) -> None:
-        """Start a peer that has ended again, with its folder as it is and nothing but the invite."""
-        peer.process = DaemonProcess(
-            Order(self._settings_of(peer.home), invite=peer.ready["invite"], name=peer.ready["name"])
-        )
-        self._await(peer, progress)
+    def invite(self) -> str:
+        """An invite as any living peer gives it; the founder's if nobody lives."""
+        for peer in self.peers.values():
+            if peer.is_up and not peer.frozen and peer.last.get("invite"):
+                return str(peer.last["invite"])
+        return self._founded
 
-    def watch(self) -> Iterator[list[dict[str, Any]]]:
-        """The last status of every peer, about twice a second, until all have ended by themselves.
-
-        Raises RunError if a daemon ends with an error.
-        """
-        while any(peer.process.poll() is None for peer in self.peers):
-            for peer in self.peers:
-                peer.status()
-                if peer.process.poll() not in (None, 0):
-                    raise RunError(f"{peer.name} ended with code {peer.process.poll()}; see {peer.folder}/daemon.log.")
-            yield [peer.last for peer in self.peers if peer.last]
-            time.sleep(POLL_S)  # the interval of the table
-
-    def stop(self) -> None:
-        """Ask every daemon to leave at once, wait, and end those that do not."""
-        for peer in self.peers:
-            peer.process.leave()
+    def stop(self) -> list[str]:
+        """Ask every daemon to leave at once, wait, and end those that do not; returns their names."""
+        for peer in self.peers.values():
+            peer.leave()
         end = time.monotonic() + LEAVE_TIMEOUT_S
+        stuck = []
         try:
-            for peer in self.peers:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    peer.process.wait(max(0.1, end - time.monotonic()))
+            for peer in self.peers.values():
+                if not peer.wait_gone(max(0.1, end - time.monotonic())):
+                    stuck.append(peer.name)
         finally:  # a second Ctrl+C, too, leaves nothing behind
-            for peer in self.peers:
-                if peer.process.poll() is None:
-                    peer.process.kill()
-
-    def report(self) -> dict[str, Any]:
-        """What the swarm did, from the peers' own records; also written to report.json."""
-        from p2pllm_peers.lab.report import summarise
-
-        report = summarise({peer.name: peer.records() for peer in self.peers if peer.ready})
-        report["peers"] = {
-            peer.name: {
-                "peer_id": peer.ready["peer_id"],
-                "bytes_sent": peer.last.get("bytes_sent"),
-                "bytes_received": peer.last.get("bytes_received"),
-                "log": str(peer.folder / "daemon.log"),
-            }
-            for peer in self.peers
-            if peer.ready
-        }
-        (self._out / "report.json").write_text(json.dumps(report, indent=1))
-        return report
-
-    def _settings_of(self, home: Path) -> PeerSettings:
-        return self._settings.model_copy(
-            update={"home": home, "listen_host": "127.0.0.1", "nat": False, "listen_port": 0, "threads": 1}
-        )
-
-    def _launch(self, invite: str) -> SwarmPeer:
-        home = self._out / f"peer-{self._launched}"
-        self._launched += 1
-        settings = self._settings_of(home)
-        order = Order(settings, invite=invite) if invite else Order(settings, draft=self._draft.model_dump(mode="json"))
-        peer = SwarmPeer(home.name, home, DaemonProcess(order))
-        self.peers.append(peer)
-        return peer
-
-    def _await(self, peer: SwarmPeer, progress: Callable[[str], None]) -> None:
-        peer.ready = peer.process.wait_ready(lambda text: progress(f"{peer.name}: {text}"))
-        progress(f"{peer.name}: takes part")
+            for peer in self.peers.values():
+                peer.kill()
+        return stuck
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a line that is being written is left out."""
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def plain_scenario(draft: RunDraft, count: int) -> Scenario:
+    """Peers on loopback, without links, budgets and faults, until the run's last round."""
+    return Scenario(name="swarm", run=draft, peers=(Peers(count=count),), verdict=Verdict(max_rounds_behind=None))
+
+
+@contextlib.contextmanager
+def swarm_on_loopback(draft: RunDraft, count: int, out: Path, settings: PeerSettings) -> Iterator[Swarm]:
+    """`count` peers on loopback, none of them started yet, for tests and benchmarks that strike by themselves."""
+    with Machines(plain_scenario(draft, count), out) as machines, Swarm(machines, draft, settings) as swarm:
+        yield swarm

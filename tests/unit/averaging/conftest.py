@@ -1,11 +1,13 @@
-"""Fixtures of the averaging tests; what they are made of is in memory_network.py."""
+"""Fixtures of the averaging tests; what they are made of is in cluster.py."""
 
 from __future__ import annotations
 
 import pytest
-from memory_network import Cluster, Network
+from cluster import Cluster, SocketNetwork
+
+from p2pllm.testing import MemoryNetwork
 
 
 @pytest.fixture(params=["sockets", "objects"])
 def cluster(request: pytest.FixtureRequest) -> Cluster:
-    return Cluster(Network(sockets=request.param == "sockets"))
+    return Cluster(SocketNetwork() if request.param == "sockets" else MemoryNetwork())

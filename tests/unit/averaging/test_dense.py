@@ -6,11 +6,12 @@ import asyncio
 
 import numpy as np
 import pytest
+from cluster import Cluster, SocketNetwork, check, make_group, make_vectors, virtual
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_network import Cluster, Network, check, make_group, make_vectors, virtual
 
 from p2pllm.averaging import Group
+from p2pllm.testing import MemoryNetwork
 
 
 @pytest.mark.parametrize("codec_name", ["fp32", "fp16"])
@@ -38,7 +39,7 @@ async def test_same_bits_as_the_reference(cluster: Cluster, members: int, codec_
 )
 @virtual
 async def test_any_size_and_weights(size: int, weights: list[float], codec_name: str, sockets: bool) -> None:
-    cluster = Cluster(Network(sockets))
+    cluster = Cluster(SocketNetwork() if sockets else MemoryNetwork())
     group = make_group(len(weights), size, codec_name, weights)
     vectors = make_vectors(group)
     check(group, vectors, await cluster.run(group, vectors))

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from memory_network import Cluster, Peer, check, make_group, make_vectors, virtual
+from cluster import Cluster, check, make_group, make_vectors, virtual
 
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.averaging.attempt import MAGIC, STREAM_METHOD
 from p2pllm.averaging.codecs import Floats
 from p2pllm.averaging.dense import MAX_PENDING_PER_PEER, NOTICE_METHOD
+from p2pllm.testing import MemoryHost
 
 PART = 1024
 """Elements of a part in these tests."""
@@ -36,7 +37,9 @@ def check_blamed(results: Iterable[ExchangeResult], *members: str) -> None:
 class Rogue:
     """A member that speaks the protocol by hand."""
 
-    def __init__(self, peer: Peer, group: Group, vector: Floats, *, reads: bool = True, means: bytes = b"") -> None:
+    def __init__(
+        self, peer: MemoryHost, group: Group, vector: Floats, *, reads: bool = True, means: bytes = b""
+    ) -> None:
         self.peer, self.group, self.vector, self.reads, self.means = peer, group, vector, reads, means
         self.forever = asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
@@ -72,8 +75,8 @@ class Rogue:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        for writer in self.peer.writers:
-            writer.transport.abort()
+        for pipe in list(self.peer.pipes):
+            pipe.abort()
 
 
 async def run_with_rogue(
@@ -113,13 +116,13 @@ async def test_a_member_that_dies_midway(cluster: Cluster, members: int, written
     vectors = make_vectors(group)
     for member in vectors:
         await cluster.engine(member)
-    victim = cluster.network.peer("b")
+    victim = cluster.host("b")
     dying = asyncio.create_task(cluster.engines["b"].run(group, vectors["b"], 60))
 
     def on_write(so_far: int) -> None:
-        if so_far >= written and "b" in cluster.network.peers:
+        if so_far >= written and not victim.dead:
             dying.cancel()
-            victim.die()
+            victim.kill()
 
     victim.on_write = on_write
     results = await cluster.run(group, without(vectors, "b"))
@@ -134,7 +137,7 @@ async def test_values_that_are_not_finite_come_from_a_liar(cluster: Cluster, bad
     group = make_group(3, 10_000)
     vectors = make_vectors(group)
     vectors["b"][position] = bad
-    rogue = Rogue(cluster.network.peer("b"), group, vectors["b"])
+    rogue = Rogue(cluster.host("b"), group, vectors["b"])
     results = await run_with_rogue(cluster, group, vectors, rogue)
     check_blamed(results.values(), "b")
 
@@ -156,7 +159,7 @@ async def test_a_member_that_stops_reading(cluster: Cluster, members: int) -> No
     """It has sent all its values, so only writes to it block; they are bounded too."""
     group = make_group(members, 1_500_000)
     vectors = make_vectors(group)
-    rogue = Rogue(cluster.network.peer("b"), group, vectors["b"], reads=False)
+    rogue = Rogue(cluster.host("b"), group, vectors["b"], reads=False)
     loop = asyncio.get_running_loop()
     before = loop.time()
     results = await run_with_rogue(cluster, group, vectors, rogue)
@@ -168,7 +171,7 @@ async def test_a_member_that_stops_reading(cluster: Cluster, members: int) -> No
 async def test_a_reducer_that_gives_nothing_back(cluster: Cluster) -> None:
     group = make_group(3, 10_000)
     vectors = make_vectors(group)
-    rogue = Rogue(cluster.network.peer("b"), group, vectors["b"])
+    rogue = Rogue(cluster.host("b"), group, vectors["b"])
     check_blamed((await run_with_rogue(cluster, group, vectors, rogue)).values(), "b")
 
 
@@ -177,7 +180,7 @@ async def test_means_that_are_not_finite_are_not_taken(cluster: Cluster) -> None
     group = make_group(3, 10_000)
     vectors = make_vectors(group)
     lies = np.full(len(group.span(1)), np.nan, np.float32).tobytes()
-    rogue = Rogue(cluster.network.peer("b"), group, vectors["b"], means=lies)
+    rogue = Rogue(cluster.host("b"), group, vectors["b"], means=lies)
     check_blamed((await run_with_rogue(cluster, group, vectors, rogue)).values(), "b")
 
 
@@ -210,14 +213,14 @@ async def test_strangers_and_doubles_are_refused_and_harm_nobody(cluster: Cluste
     group = make_group(2, 10_000)
     vectors = make_vectors(group)
     header = MAGIC + group.group_id + group.digest(PART)
-    stranger = cluster.network.peer("z")
+    stranger = cluster.host("z")
     for member in vectors:
         await cluster.engine(member)
     opened = []
     for opener, greeting in [
         (stranger, header),
         (stranger, b"x" * len(header)),
-        (cluster.network.peer("a"), header),
+        (cluster.host("a"), header),
     ]:
         reader, writer = await opener.open_stream("b", STREAM_METHOD)
         writer.write(greeting)
@@ -240,7 +243,7 @@ async def test_strangers_and_doubles_are_refused_and_harm_nobody(cluster: Cluste
 async def test_pending_streams_are_bounded_and_time_out(cluster: Cluster) -> None:
     group = make_group(2, 10_000)
     await cluster.engine("b")
-    caller = cluster.network.peer("a")
+    caller = cluster.host("a")
     streams = [await caller.open_stream("b", STREAM_METHOD) for _ in range(MAX_PENDING_PER_PEER + 2)]
     for index, (_, writer) in enumerate(streams):
         writer.write(MAGIC + group.group_id + bytes([index]) * 32 + bytes(1 << 20))
@@ -262,7 +265,7 @@ async def test_a_stream_that_comes_too_late_learns_so(cluster: Cluster) -> None:
     group = make_group(2, 10_000)
     vectors = make_vectors(group)
     check(group, vectors, await cluster.run(group, vectors))
-    reader, writer = await cluster.network.peer("a").open_stream("b", STREAM_METHOD)
+    reader, writer = await cluster.host("a").open_stream("b", STREAM_METHOD)
     writer.write(MAGIC + group.group_id + group.digest(PART))
     assert await reader.read(1) == b"F"
     writer.close()
@@ -317,6 +320,6 @@ async def test_notices_of_strangers_and_nonsense_are_ignored(cluster: Cluster) -
     await asyncio.sleep(0.5)
     good = group.group_id + group.digest(PART) + bytes(32)
     for caller, payload in [("z", good), ("b", good[:-1]), ("b", b""), ("b", bytes(96)), ("b", good + b"x")]:
-        await cluster.network.peer(caller).call("a", NOTICE_METHOD, payload, 1)
+        await cluster.host(caller).call("a", NOTICE_METHOD, payload, 1)
     late = await cluster.engines["b"].run(group, vectors["b"], 60)
     check(group, vectors, {"a": await early, "b": late})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from memory_network import check, make_group, make_vectors
+from cluster import check, make_group, make_vectors
 
 from p2pllm.averaging import DenseAllReduce, Group
 from p2pllm.identity import Identity
@@ -60,7 +60,7 @@ async def test_a_stopped_peer_is_named_over_p2pd(nodes: Nodes) -> None:
     node, engine = nodes[victim]
     dying = asyncio.create_task(engine.run(group, vector, 60))
     runs = [asyncio.create_task(nodes[peer][1].run(group, vector, 60)) for peer in survivors]
-    while node.traffic.streams_sent < 4_000_000:  # noqa: ASYNC110 - nothing else tells
+    while node.traffic.sent < 4_000_000:  # noqa: ASYNC110 - nothing else tells
         await asyncio.sleep(0)
     await node.stop()
     for result in await asyncio.gather(*runs):

@@ -1,4 +1,4 @@
-"""Membership over a network in memory, on a clock that only the test moves."""
+"""Membership over a network in memory: who finds whom, and how soon somebody's end is known."""
 
 import asyncio
 import contextlib
@@ -7,121 +7,148 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from member_network import MemoryNetwork, peer_number
 
 from p2pllm.network.beat import MAX_HINTS, MAX_STATUS_BYTES, Beat
 from p2pllm.network.membership import Membership
 from p2pllm.network.messages import pack
 from p2pllm.network.saved import load_peers, save_peers
+from p2pllm.testing import MemoryNetwork, peer_number, virtual
 
 
 class Swarm:
-    """Some members; `run` moves the clock and lets them tick."""
+    """Some members that know the first one, on hosts that reach only whose address they have learnt."""
 
     def __init__(self, count, tmp_path=None):
-        self.network = MemoryNetwork()
-        self.transports = [self.network.host(number) for number in range(1, count + 1)]
-        self.heard = [{} for _ in self.transports]
+        self.network = MemoryNetwork(needs_addresses=True)
+        self.hosts = [self.network.host(number) for number in range(count)]
+        self.heard = [{} for _ in self.hosts]
         self.status = [b"status %d" % number for number in range(count)]
-        self.members = [
-            Membership(
-                transport,
-                status=lambda n=n: self.status[n],
-                on_status=self.heard[n].__setitem__,
-                addresses=lambda t=transport: [t.address],
-                saved=tmp_path / f"peers{n}.json" if tmp_path else None,
-                clock=lambda: self.network.now,
-            )
-            for n, transport in enumerate(self.transports)
-        ]
+        self.folder = tmp_path
+        self.members = [self.member(n) for n in range(count)]
+
+    def member(self, n):
+        host = self.hosts[n]
+        return Membership(
+            host,
+            status=lambda: self.status[n],
+            on_status=self.heard[n].__setitem__,
+            addresses=lambda: [host.address],
+            saved=self.folder / f"peers{n}.json" if self.folder else None,
+            clock=asyncio.get_running_loop().time,
+        )
+
+    async def begin(self, n, *bootstrap):
+        await self.hosts[n].spawn(self.members[n].start(bootstrap))
 
     async def start(self):
-        for n, member in enumerate(self.members):
-            await member._transport.serve_call("beat", member._answer_beat)
-            await member._transport.serve_call("leave", member._answer_leave)
-            if n:
-                member.add([self.transports[0].address])
+        """All begin, and have time to find each other."""
+        for n in range(len(self.hosts)):
+            await self.begin(n, *[self.hosts[0].address][:n])
+        await asyncio.sleep(2)
+        return self
 
-    async def run(self, seconds):
-        for _ in range(round(seconds * 10)):
-            self.network.now += 0.1
-            for transport, member in zip(self.transports, self.members, strict=True):
-                if transport.peer_id not in self.network.down | self.network.frozen:
-                    member.tick()
-            for _ in range(6):
-                await asyncio.sleep(0)
+    async def restart(self, n):
+        """The killed member as it comes back."""
+        self.hosts[n] = self.network.host(n)
+        self.members[n] = self.member(n)
+        await self.begin(n, self.hosts[0].address)
 
     def alive(self, n):
-        return {self.transports.index(self.network.hosts[peer]) for peer in self.members[n].alive()}
+        return {self.hosts.index(self.network.hosts[peer]) for peer in self.members[n].alive()}
 
 
-@pytest.fixture
-async def swarm():
-    made = Swarm(4)
-    await made.start()
-    await made.run(2)
-    return made
-
-
-async def test_all_find_each_other_through_one(swarm):
+@virtual
+async def test_all_find_each_other_through_one():
+    swarm = await Swarm(4).start()
     for n in range(4):
         assert swarm.alive(n) == {0, 1, 2, 3} - {n}
         assert {peer: bytes(s) for peer, s in swarm.heard[n].items()} == {
-            swarm.transports[m].peer_id: swarm.status[m] for m in range(4) if m != n
+            swarm.hosts[m].peer_id: swarm.status[m] for m in range(4) if m != n
         }
 
 
-async def test_killed_peer_is_dead_within_two_seconds_and_returns(swarm):
-    swarm.network.down.add(swarm.transports[2].peer_id)
-    await swarm.run(2)
+@virtual
+async def test_killed_peer_is_dead_within_two_seconds_and_returns():
+    swarm = await Swarm(4).start()
+    swarm.hosts[2].kill()
+    await asyncio.sleep(2)
     assert swarm.alive(0) == {1, 3}
-    swarm.network.down.clear()
-    await swarm.run(2)  # it calls us, long before our own next attempt must come
+    await swarm.restart(2)
+    await asyncio.sleep(2)  # it calls us, long before our own next attempt must come
     assert swarm.alive(0) == {1, 2, 3}
 
 
-async def test_frozen_peer_is_dead_within_six_seconds(swarm):
-    swarm.network.frozen.add(swarm.transports[2].peer_id)
-    await swarm.run(3)
+@virtual
+async def test_frozen_peer_is_dead_within_six_seconds():
+    swarm = await Swarm(4).start()
+    swarm.hosts[2].freeze()
+    await asyncio.sleep(3)
     assert swarm.alive(0) == {1, 2, 3}
-    await swarm.run(3)
+    await asyncio.sleep(3)
     assert swarm.alive(0) == {1, 3}
 
 
-async def test_traffic_is_one_call_a_second_and_pair(swarm):
-    swarm.network.calls.clear()
-    await swarm.run(10)
-    assert 6 * 8 <= len(swarm.network.calls) <= 6 * 12  # 6 pairs
+@virtual
+async def test_frozen_peer_that_goes_on_blames_nobody_for_the_time_that_it_missed():
+    swarm = await Swarm(4).start()
+    swarm.hosts[2].freeze()
+    await asyncio.sleep(60)
+    assert swarm.alive(2) == set()  # as its clock says, but it does not look
+    swarm.hosts[2].thaw()
+    await asyncio.sleep(0.1)
+    assert swarm.alive(2) == {0, 1, 3}
+    await asyncio.sleep(2)
+    assert swarm.alive(0) == {1, 2, 3}
 
 
-async def test_push_brings_a_new_status_at_once(swarm):
+@virtual
+async def test_traffic_is_one_call_a_second_and_pair():
+    swarm = await Swarm(4).start()
+
+    def messages():
+        return sum(host.sent["beat"].messages for host in swarm.hosts)  # requests and replies
+
+    before = messages()
+    await asyncio.sleep(10)
+    assert 2 * 6 * 8 <= messages() - before <= 2 * 6 * 12  # 6 pairs
+
+
+@virtual
+async def test_push_brings_a_new_status_at_once():
+    swarm = await Swarm(4).start()
     swarm.status[0] = b"new"
     swarm.members[0].push()
-    await swarm.run(0.2)
-    assert all(swarm.heard[n][swarm.transports[0].peer_id] == b"new" for n in (1, 2, 3))
+    await asyncio.sleep(0.2)
+    assert all(swarm.heard[n][swarm.hosts[0].peer_id] == b"new" for n in (1, 2, 3))
 
 
-async def test_leaving_is_known_at_once(swarm):
+@virtual
+async def test_leaving_is_known_at_once():
+    swarm = await Swarm(4).start()
     await swarm.members[1].stop()
     assert swarm.alive(0) == {2, 3}
-    swarm.network.down.add(swarm.transports[1].peer_id)
-    await swarm.run(5)
+    swarm.hosts[1].kill()
+    await asyncio.sleep(5)
     assert swarm.alive(0) == {2, 3}
 
 
-async def test_wait_changed(swarm):
+@virtual
+async def test_wait_changed():
+    swarm = await Swarm(4).start()
     seen = swarm.members[0].alive()
     waiting = asyncio.create_task(swarm.members[0].wait_changed(seen))
     await asyncio.sleep(0)
     assert not waiting.done()
-    swarm.network.down.add(swarm.transports[2].peer_id)
-    await swarm.run(2)
-    assert waiting.done() and waiting.result() == seen - {swarm.transports[2].peer_id}
+    swarm.hosts[2].kill()
+    await asyncio.sleep(2)
+    assert waiting.done() and waiting.result() == seen - {swarm.hosts[2].peer_id}
 
 
-async def test_hostile_beats_change_nothing(swarm):
+@virtual
+async def test_hostile_beats_change_nothing():
+    swarm = await Swarm(4).start()
     evil = swarm.network.host(99)
-    evil.learn(swarm.transports[0].peer_id, [swarm.transports[0].address])
+    evil.learn(swarm.hosts[0].peer_id, [swarm.hosts[0].address])
     for payload in (
         b"",
         b"\xc1",
@@ -131,31 +158,33 @@ async def test_hostile_beats_change_nothing(swarm):
         bytes(1 << 17),
     ):
         with pytest.raises(Exception, match="malformed"):
-            await evil.call(swarm.transports[0].peer_id, "beat", payload, 1)
-    await swarm.run(1)
+            await evil.call(swarm.hosts[0].peer_id, "beat", payload, 1)
+    await asyncio.sleep(1)
     assert swarm.alive(0) == {1, 2, 3}
 
 
-async def test_status_that_its_owner_cannot_use(swarm):
+@virtual
+async def test_status_that_its_owner_cannot_use():
+    swarm = await Swarm(4).start()
+
     def broken(peer, status):
         raise ValueError("bad status")
 
     swarm.members[0]._on_status = broken
-    await swarm.run(10)
+    await asyncio.sleep(10)
     assert swarm.alive(0) == {1, 2, 3}
 
 
+@virtual
 async def test_former_peers_are_found_without_the_founder(tmp_path):
-    swarm = Swarm(3, tmp_path)
-    await swarm.start()
-    await swarm.run(2)
+    swarm = await Swarm(3, tmp_path).start()
     for member in swarm.members:
         await member.stop()
     later = Swarm(3, tmp_path)
-    later.network.down.add(later.transports[0].peer_id)
-    for member in later.members[1:]:
-        await member.start()
-    await later.run(2)
+    later.hosts[0].kill()
+    for n in (1, 2):
+        await later.begin(n)
+    await asyncio.sleep(2)
     assert later.alive(1) == {2} and later.alive(2) == {1}
     for member in later.members[1:]:
         await member.stop()

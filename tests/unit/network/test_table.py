@@ -1,7 +1,5 @@
 """Who is alive, decided on a clock that only the test moves."""
 
-from member_network import peer_number
-
 from p2pllm.network.table import (
     ALIVE_S,
     FORGET_S,
@@ -11,6 +9,7 @@ from p2pllm.network.table import (
     RETRY_S,
     MemberTable,
 )
+from p2pllm.testing import peer_number
 
 ME, ANN, BOB = peer_number(1), peer_number(2), peer_number(3)
 

@@ -6,7 +6,6 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from swarm_kit import Network, head, make_manifest, peer_number, status, virtual
 
 from p2pllm.errors import NetworkError
 from p2pllm.rounds import plan
@@ -14,6 +13,7 @@ from p2pllm.rounds.messages import Enrol, EnrolReply, Roster, Vote
 from p2pllm.rounds.roster import BUSY_S, LEADER_GRACE_S, RosterDesk
 from p2pllm.rounds.swarm import DOUBT_S, MAX_HEARD, SwarmView
 from p2pllm.rounds.vote import MAX_EARLY, MAX_EARLY_PEERS, VoteBox
+from p2pllm.testing import MemoryNetwork, head, make_manifest, peer_number, status, virtual
 
 GROUP, A, B = b"g" * 32, b"a" * 32, b"b" * 32
 HEAD = head(3, 1)
@@ -23,7 +23,7 @@ WAIT = 2.0
 class Node:
     """One peer with a desk and a vote box; the test says who lives and what they are."""
 
-    def __init__(self, network: Network, number: int) -> None:
+    def __init__(self, network: MemoryNetwork, number: int) -> None:
         self.host = network.host(number)
         self.id = self.host.peer_id
         self.living: set[str] = set()
@@ -41,7 +41,7 @@ class Node:
 
 async def make_nodes(count: int) -> list[Node]:
     """All know each other, in the order in which they lead."""
-    network = Network()
+    network = MemoryNetwork()
     nodes = [Node(network, number) for number in range(count)]
     for node in nodes:
         await node.desk.start()
@@ -232,7 +232,7 @@ async def test_an_early_vote_counts():
 @virtual
 async def test_a_frozen_member_delays_no_decision_of_the_others():
     first, second, frozen = await make_nodes(3)
-    first.host.network.hung.add(frozen.id)
+    frozen.host.freeze()
     members = (first.id, second.id, frozen.id)
     outcomes, took = await timed(asyncio.gather(*(n.votes.settle(GROUP, members, A, 8.0) for n in (first, second))))
     assert all(decision.aggregate == A for decision, _ in outcomes)
@@ -243,11 +243,10 @@ async def test_a_frozen_member_delays_no_decision_of_the_others():
 @virtual
 async def test_of_two_a_missing_vote_is_waited_for_within_bounds(how: str):
     first, second = await make_nodes(2)
-    network = first.host.network
     if how == "dead":
-        network.dead.add(second.id)
+        second.host.kill()
     elif how == "hung":
-        network.hung.add(second.id)
+        second.host.freeze()
     elif how == "gone":
         asyncio.get_running_loop().call_later(1.0, first.living.clear)
         asyncio.get_running_loop().call_later(1.0, first.view.notify)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from swarm_kit import LAYOUT, Network, make_manifest, make_state, virtual
 
 from p2pllm.errors import StateError
 from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.rounds import keeper as keeper_module
 from p2pllm.rounds.keeper import StateKeeper, aggregate_digest
 from p2pllm.state import AdamW
+from p2pllm.testing import LAYOUT, MemoryNetwork, make_manifest, make_state, virtual
 
 
 def gradient(number: int) -> np.ndarray:
@@ -22,7 +22,7 @@ def gradient(number: int) -> np.ndarray:
 
 
 async def make_keepers(count: int, state=make_state) -> list[StateKeeper]:
-    network, manifest = Network(), make_manifest()
+    network, manifest = MemoryNetwork(), make_manifest()
     keepers = []
     for number in range(count):
         host = network.host(number)
@@ -147,7 +147,7 @@ async def test_a_replay_that_ends_elsewhere_is_thrown_away():
 async def test_a_donor_that_fails_is_not_refuted_and_the_next_one_is_asked():
     gone, good, keeper = await make_keepers(3)
     await good.apply(gradient(1))
-    gone._transport.network.dead.add(name(gone))
+    gone._transport.kill()
     assert await keeper.follow(good.head, [name(gone), name(good)])
     assert not keeper.refuted
 

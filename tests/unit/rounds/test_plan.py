@@ -6,11 +6,11 @@ from itertools import permutations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from swarm_kit import head, status
 
 from p2pllm.rounds import plan
 from p2pllm.rounds.messages import Roster
 from p2pllm.rounds.plan import Decision, Verdict
+from p2pllm.testing import head, status
 
 A, B = b"a" * 32, b"b" * 32
 MEMBERS = "vwxyz"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
-from swarm_kit import LAYOUT, head, make_manifest, virtual
 
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.rounds import plan
 from p2pllm.rounds.keeper import aggregate_digest
 from p2pllm.rounds.messages import Roster
 from p2pllm.rounds.round import MAX_STRIKES, RoundRunner, Update
+from p2pllm.testing import LAYOUT, head, make_manifest, virtual
 
 ME, B, C = "peer-me-", "peer-b--", "peer-c--"
 VECTOR = np.ones(LAYOUT.size, np.float32)

@@ -6,14 +6,14 @@ import asyncio
 
 import numpy as np
 import pytest
-from swarm_kit import Peer, Swarm, make_state, virtual
 
 from p2pllm.network.bulk import BulkServer
+from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 
 PHASES = ["collecting", "roster", "exchange", "vote", "commit"]
 
 
-def delay_of(survivor: Peer, round_: int) -> float:
+def delay_of(survivor: MemoryPeer, round_: int) -> float:
     """Seconds between the commits before and after the round that `round_` names, less than 0.5 if undisturbed."""
     return survivor.committed_at[round_ + 1] - survivor.committed_at[round_]
 
@@ -21,8 +21,8 @@ def delay_of(survivor: Peer, round_: int) -> float:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @virtual
 async def test_peers_train_together_bit_identically(count: int) -> None:
-    swarm = Swarm(rounds=6)
-    await swarm.add(count)
+    swarm = MemorySwarm(rounds=6)
+    swarm.add(count)
     await swarm.start()
     await swarm.finish()
     swarm.check_rounds()
@@ -38,9 +38,9 @@ async def test_peers_train_together_bit_identically(count: int) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
 async def test_a_peer_is_killed(phase: str, victim: int) -> None:
-    swarm = Swarm()
-    peers = await swarm.add(3)
-    peers[victim].at(phase, 2, peers[victim].kill, delay=0.0015)
+    swarm = MemorySwarm()
+    peers = swarm.add(3)
+    swarm.fail_at(peer=victim, round=2, phase=phase, how="kill", delay=0.0015)
     await swarm.start()
     await swarm.finish()
     swarm.check_rounds()
@@ -54,9 +54,9 @@ async def test_a_peer_is_killed(phase: str, victim: int) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
 async def test_a_peer_freezes(phase: str, victim: int) -> None:
-    swarm = Swarm()
-    peers = await swarm.add(3)
-    peers[victim].at(phase, 2, peers[victim].freeze, delay=0.0015)
+    swarm = MemorySwarm()
+    swarm.add(3)
+    swarm.fail_at(peer=victim, round=2, phase=phase, how="freeze", delay=0.0015)
     await swarm.start()
     await swarm.finish()
     swarm.check_rounds()
@@ -65,12 +65,46 @@ async def test_a_peer_freezes(phase: str, victim: int) -> None:
         assert delay_of(peer, 2) + delay_of(peer, 3) < 9.5
 
 
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("phase", PHASES)
+@virtual
+async def test_a_peer_freezes_and_goes_on(phase: str, victim: int) -> None:
+    """It wakes in the middle of a round that is long over, with all its time-outs due at once."""
+    swarm = MemorySwarm(rounds=10**6)
+    peers = swarm.add(3)
+    for peer in peers:
+        peer.compute.step_s = 1.0
+    swarm.fail_at(peer=victim, round=2, phase=phase, how="freeze", delay=0.0015, for_s=30.0)
+    await swarm.start()
+    await swarm.until(lambda: peers[victim].host.frozen)
+    await swarm.until(lambda: not peers[victim].host.frozen)
+    await swarm.until(lambda: all(len(peer.records[-1].members) == 3 for peer in peers))
+    swarm.check_states()
+    swarm.check_rounds()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@virtual
+async def test_a_peer_is_killed_and_comes_back_with_its_disk(phase: str) -> None:
+    swarm = MemorySwarm(rounds=10**6)
+    first, second, _ = swarm.add(3)
+    swarm.fail_at(peer=2, round=2, phase=phase, how="kill", delay=0.0015, for_s=4.0)
+    await swarm.start()
+    await swarm.until(lambda: swarm.peers[2].host.dead)
+    await swarm.until(lambda: len(swarm.alive) == 3)
+    again = swarm.peers[2]
+    assert again.keeper.head[0] >= 2
+    await swarm.until(lambda: bool(again.records) and all(len(p.records[-1].members) == 3 for p in (first, second)))
+    swarm.check_states()
+    swarm.check_rounds()
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
 async def test_of_two_peers_one_is_killed(phase: str) -> None:
-    swarm = Swarm()
-    first, second = await swarm.add(2)
-    second.at(phase, 2, second.kill, delay=0.0015)
+    swarm = MemorySwarm()
+    first, _ = swarm.add(2)
+    swarm.fail_at(peer=1, round=2, phase=phase, how="kill", delay=0.0015)
     await swarm.start()
     await swarm.finish()
     assert len(first.records) == 5
@@ -80,12 +114,12 @@ async def test_of_two_peers_one_is_killed(phase: str) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
 async def test_a_peer_is_cut_off_and_comes_back(phase: str) -> None:
-    swarm = Swarm(rounds=10**6)
-    peers = await swarm.add(4)
+    swarm = MemorySwarm(rounds=10**6)
+    peers = swarm.add(4)
     lost, network = peers[1], swarm.network
-    lost.at(phase, 2, lambda: network.hung.add(lost.id), delay=0.0015)
+    swarm.fail_at(peer=1, round=2, phase=phase, how="cut", delay=0.0015)
     await swarm.start()
-    await swarm.until(lambda: peers[0].keeper.head[0] >= 8 and bool(network.hung))
+    await swarm.until(lambda: peers[0].keeper.head[0] >= 8 and lost.host.cut_off)
     network.heal()
     await swarm.until(lambda: all(len(peer.records[-1].members) == 4 for peer in peers))
     swarm.check_states()
@@ -97,12 +131,12 @@ async def test_a_peer_is_cut_off_and_comes_back(phase: str) -> None:
 
 @virtual
 async def test_a_partition_heals() -> None:
-    swarm = Swarm(rounds=10**6)
-    peers = await swarm.add(5)
+    swarm = MemorySwarm(rounds=10**6)
+    peers = swarm.add(5)
     left, right = peers[:2], peers[2:]
     await swarm.start()
     await swarm.until(lambda: peers[0].keeper.head[0] == 3)
-    swarm.network.cut = {frozenset((a.id, b.id)) for a in left for b in right}
+    swarm.network.partition([peer.id for peer in left], [peer.id for peer in right])
     await swarm.until(lambda: all(peer.keeper.head[0] >= 12 for peer in peers))
     assert len({record.state_digest for peer in peers for record in peer.records if record.round == 12}) == 2
     heavier = {record.round: record.state_digest for record in right[0].records}
@@ -115,20 +149,20 @@ async def test_a_partition_heals() -> None:
 
 @virtual
 async def test_one_link_is_cut_and_the_run_goes_on() -> None:
-    swarm = Swarm(rounds=8)
-    peers = await swarm.add(3)
+    swarm = MemorySwarm(rounds=8)
+    peers = swarm.add(3)
     await swarm.start()
     await swarm.until(lambda: peers[0].keeper.head[0] == 2)
-    swarm.network.cut = {frozenset((peers[0].id, peers[1].id))}
+    swarm.network.cut(peers[0].id, peers[1].id)
     await swarm.finish(600.0)
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
 async def test_a_joiner_comes_in_any_phase(phase: str) -> None:
-    swarm = Swarm(rounds=8)
-    first, second, _ = await swarm.add(3)
-    (late,) = await swarm.add(1)
+    swarm = MemorySwarm(rounds=8)
+    first, second, _ = swarm.add(3)
+    (late,) = swarm.add(1)
 
     def join() -> None:
         tasks.append(asyncio.create_task(late.start()))
@@ -145,8 +179,8 @@ async def test_a_joiner_comes_in_any_phase(phase: str) -> None:
 
 @virtual
 async def test_a_diverged_state_is_noticed_and_replaced() -> None:
-    swarm = Swarm(rounds=8)
-    peers = await swarm.add(3)
+    swarm = MemorySwarm(rounds=8)
+    peers = swarm.add(3)
     bad = peers[2]
 
     def corrupt() -> None:
@@ -164,14 +198,12 @@ async def test_a_diverged_state_is_noticed_and_replaced() -> None:
 
 @virtual
 async def test_a_peer_restarts_at_an_old_state() -> None:
-    swarm = Swarm(rounds=12)
-    first, second, third = await swarm.add(3)
-    old = make_state()
-    third.at("collecting", 5, third.kill)
+    swarm = MemorySwarm(rounds=12)
+    first, second, third = swarm.add(3)
+    swarm.fail_at(peer=2, round=5, phase="collecting", how="kill")
     await swarm.start()
     await swarm.until(lambda: first.keeper.head[0] == 6)
-    (back,) = await swarm.add(1, old)
-    await swarm.start(back)
+    await swarm.start(swarm.restart(third, keep_disk=False))
     await swarm.finish()
     swarm.check_rounds()
     assert len(second.records[-1].members) == 3
@@ -179,11 +211,11 @@ async def test_a_peer_restarts_at_an_old_state() -> None:
 
 @virtual
 async def test_a_fresh_majority_follows_the_one_that_trained() -> None:
-    swarm = Swarm(rounds=12)
-    (veteran,) = await swarm.add(1)
+    swarm = MemorySwarm(rounds=12)
+    (veteran,) = swarm.add(1)
     await swarm.start()
     await swarm.until(lambda: veteran.keeper.head[0] == 3)
-    fresh = await swarm.add(3)
+    fresh = swarm.add(3)
     await swarm.start(*fresh)
     await swarm.finish()
     assert [record.round for record in veteran.records] == list(range(1, 13))
@@ -193,8 +225,8 @@ async def test_a_fresh_majority_follows_the_one_that_trained() -> None:
 
 @virtual
 async def test_a_worker_without_updates_holds_up_nobody() -> None:
-    swarm = Swarm(rounds=5, roster_wait_s=10.0)
-    first, second, barren = await swarm.add(3)
+    swarm = MemorySwarm(rounds=5, roster_wait_s=10.0)
+    first, second, barren = swarm.add(3)
     barren.compute.fruitless = 10**6
     await swarm.start()
     await swarm.finish()
@@ -207,8 +239,8 @@ async def test_a_worker_without_updates_holds_up_nobody() -> None:
 
 @virtual
 async def test_a_worker_that_failed_once_takes_part_again() -> None:
-    swarm = Swarm(rounds=10)
-    first, second = await swarm.add(2)
+    swarm = MemorySwarm(rounds=10)
+    first, second = swarm.add(2)
     second.compute.fruitless = 1
     await swarm.start()
     await swarm.finish()
@@ -217,8 +249,8 @@ async def test_a_worker_that_failed_once_takes_part_again() -> None:
 
 @virtual
 async def test_a_slow_peer_delays_a_round_by_the_roster_wait_at_most() -> None:
-    swarm = Swarm(rounds=5, samples=8)
-    first, second, slow = await swarm.add(3)
+    swarm = MemorySwarm(rounds=5, samples=8)
+    first, second, slow = swarm.add(3)
     slow.compute.step_s = 1000.0
     await swarm.start()
     await swarm.until(lambda: first.keeper.head[0] == 5)
@@ -230,9 +262,9 @@ async def test_a_slow_peer_delays_a_round_by_the_roster_wait_at_most() -> None:
 
 @virtual
 async def test_no_update_is_computed_twice_for_a_failed_attempt() -> None:
-    swarm = Swarm()
-    peers = await swarm.add(3)
-    peers[2].at("exchange", 2, peers[2].kill, delay=0.0015)
+    swarm = MemorySwarm()
+    peers = swarm.add(3)
+    swarm.fail_at(peer=2, round=2, phase="exchange", how="kill", delay=0.0015)
     await swarm.start()
     await swarm.finish()
     for peer in peers[:2]:
@@ -242,11 +274,11 @@ async def test_no_update_is_computed_twice_for_a_failed_attempt() -> None:
 
 @virtual
 async def test_a_late_joiner_is_replayed_not_copied_when_it_missed_little() -> None:
-    swarm = Swarm(rounds=40)
-    first, second, third = await swarm.add(3)
+    swarm = MemorySwarm(rounds=40)
+    first, second, third = swarm.add(3)
     await swarm.start()
     await swarm.until(lambda: first.keeper.head[0] == 3)
-    swarm.network.hung.add(third.id)
+    swarm.network.cut(third.id)
     served: list[str] = []
     for peer in (first, second):
         serve = peer.keeper.serve
@@ -255,8 +287,6 @@ async def test_a_late_joiner_is_replayed_not_copied_when_it_missed_little() -> N
             served.append(request["what"])
             return await serve(request)
 
-        peer.host.streams.clear()
-        await peer.allreduce.start()
         await BulkServer(peer.host, watch).start()
     third.compute.step_s = 1000.0  # it must not go on alone meanwhile
     await swarm.until(lambda: first.keeper.head[0] >= 8)
@@ -270,14 +300,12 @@ async def test_a_late_joiner_is_replayed_not_copied_when_it_missed_little() -> N
 
 @virtual
 async def test_who_stops_leaves_a_swarm_that_goes_on() -> None:
-    swarm = Swarm(rounds=8)
-    first, second, third = await swarm.add(3)
+    swarm = MemorySwarm(rounds=8)
+    first, second, third = swarm.add(3)
     third.at("collecting", 4, third.loop.stop)
     await swarm.start()
     await swarm.until(lambda: third.task is not None and third.task.done())
-    third.view.say(phase="leaving", samples=0)
-    await third.membership.stop()
-    swarm.lost.add(third)
+    await third.leave()
     await swarm.finish()
     swarm.check_rounds()
     assert len(first.records) == len(second.records) == 8
@@ -285,8 +313,8 @@ async def test_who_stops_leaves_a_swarm_that_goes_on() -> None:
 
 @virtual
 async def test_nothing_grows_with_the_rounds() -> None:
-    swarm = Swarm(rounds=30)
-    peers = await swarm.add(2)
+    swarm = MemorySwarm(rounds=30)
+    peers = swarm.add(2)
     await swarm.start()
     await swarm.finish()
     for peer in peers:
@@ -300,8 +328,8 @@ async def test_nothing_grows_with_the_rounds() -> None:
 @pytest.mark.parametrize("count", [2, 3, 5])
 @virtual
 async def test_rounds_far_shorter_than_heartbeats_split_nobody_off(count: int) -> None:
-    swarm = Swarm(rounds=100)
-    peers = await swarm.add(count)
+    swarm = MemorySwarm(rounds=100)
+    peers = swarm.add(count)
     await swarm.start()
     # They find each other in rounds of an ordinary length.
     await swarm.until(lambda: all(peer.records and len(peer.records[-1].members) == count for peer in peers))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from swarm_kit import Swarm, virtual
 
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.averaging.dense import NOTICE_METHOD
 from p2pllm.rounds.messages import Roster
+from p2pllm.testing import MemorySwarm, virtual
 
 
 @virtual
 async def test_a_claim_that_nobody_can_show_stops_nobody() -> None:
-    swarm = Swarm(rounds=30)
-    honest, liar = await swarm.add(2)
+    swarm = MemorySwarm(rounds=30)
+    honest, liar = swarm.add(2)
     await swarm.start(honest)
     await swarm.until(lambda: honest.keeper.head[0] == 2)
     await liar.membership.start([honest.host.address])  # it beats, and serves nothing
@@ -23,13 +23,13 @@ async def test_a_claim_that_nobody_can_show_stops_nobody() -> None:
 
 @virtual
 async def test_at_round_0_a_refuted_claim_stops_nobody() -> None:
-    swarm = Swarm(rounds=30)
-    honest, liar = await swarm.add(2)
+    swarm = MemorySwarm(rounds=30)
+    honest, liar = swarm.add(2)
     liar.keeper.head = (20, bytes(31) + b"x")  # it serves its state of round 0 instead
     await swarm.start()
     assert liar.task is not None
     liar.task.cancel()
-    swarm.lost.add(liar)
+    swarm.gone.add(liar)
     liar.view.say(head=liar.keeper.head, phase="collecting")
     await swarm.until(lambda: honest.keeper.head[0] >= 3, 30.0)
 
@@ -37,8 +37,8 @@ async def test_at_round_0_a_refuted_claim_stops_nobody() -> None:
 @pytest.mark.parametrize("count", [2, 3, 5])
 @virtual
 async def test_a_member_that_never_votes_stops_nobody(count: int) -> None:
-    swarm = Swarm(rounds=4)
-    peers = await swarm.add(count)
+    swarm = MemorySwarm(rounds=4)
+    peers = swarm.add(count)
     mute = peers[0]
     mute.votes._send = lambda *_: None
     await swarm.start()
@@ -48,8 +48,8 @@ async def test_a_member_that_never_votes_stops_nobody(count: int) -> None:
 @pytest.mark.parametrize("count", [2, 3, 5])
 @virtual
 async def test_a_member_that_votes_for_nonsense_stops_nobody(count: int) -> None:
-    swarm = Swarm(rounds=4)
-    peers = await swarm.add(count)
+    swarm = MemorySwarm(rounds=4)
+    peers = swarm.add(count)
     liar = peers[0]
     settle = liar.votes.settle
 
@@ -66,8 +66,8 @@ async def test_a_member_that_votes_for_nonsense_stops_nobody(count: int) -> None
 @pytest.mark.parametrize("lie", ["replay", "different"])
 @virtual
 async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
-    swarm = Swarm(rounds=20)  # enough for the liar to lead one
-    peers = await swarm.add(4)
+    swarm = MemorySwarm(rounds=20)  # enough for the liar to lead one
+    peers = swarm.add(4)
     liar = peers[0]
     sent: list[bytes] = []
 
@@ -89,8 +89,8 @@ async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
 @pytest.mark.parametrize("count", [2, 3, 4])
 @virtual
 async def test_a_member_that_always_gives_up_and_accuses_stops_nobody(count: int) -> None:
-    swarm = Swarm(rounds=3)
-    peers = await swarm.add(count)
+    swarm = MemorySwarm(rounds=3)
+    peers = swarm.add(count)
     liar = peers[0]
 
     async def accuse(group: Group, vector: object, deadline: float) -> ExchangeResult:

@@ -1,0 +1,122 @@
+"""Stand-ins for what is slow or needs hardware: a compute process without a model, and small states and runs.
+
+What does not live here: the network (`network`) and peers, which are real (`swarm`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from p2pllm.manifest import RunDraft, RunManifest
+from p2pllm.rounds import plan
+from p2pllm.rounds.keeper import StateKeeper
+from p2pllm.rounds.messages import Status
+from p2pllm.rounds.round import Update
+from p2pllm.state import Layout, SharedState
+from p2pllm.testing.network import peer_number
+
+LAYOUT = Layout.of([("matrix", (20, 30)), ("vector", (37,))])
+"""Of the model that a peer in memory "trains" unless it is told otherwise: 637 parameters."""
+
+FAKE_LOSS = 1.0
+FAKE_VALIDATION_LOSS = 2.0
+
+
+class FakeCompute:
+    """A compute process without a model: its gradient depends on parameters, peer and round alone.
+
+    batch: samples that it gathers every `step_s` seconds; both may be changed at any time. fruitless: how many of
+    the next rounds it has no update for. finished, abandoned: rounds that ended so.
+    """
+
+    def __init__(self, number: int, keeper: StateKeeper, notify: Callable[[], None]) -> None:
+        """number: of the peer. notify: called after every micro-batch, as the daemon does."""
+        self.number, self.keeper, self.notify = number, keeper, notify
+        self.ready = True
+        self.samples = 0
+        self.own_steps: list[int] = []
+        self.batch, self.step_s = 4, 0.1
+        self.fruitless = 0
+        self.finished = 0
+        self.abandoned = 0
+        self._gradient = np.zeros(keeper.layout.size, np.float32)
+        self._work: asyncio.Task[None] | None = None
+
+    async def begin(self, round_number: int) -> None:
+        """See Compute."""
+        self.end()
+        self.samples = 0
+        noise = np.random.default_rng([self.number, round_number]).standard_normal(self._gradient.size)
+        self._gradient = (self.keeper.state.params * np.float32(0.1) + noise.astype(np.float32)).astype(np.float32)
+        self._work = asyncio.create_task(self._gather())
+
+    async def _gather(self) -> None:
+        while True:
+            await asyncio.sleep(self.step_s)
+            self.samples += self.batch
+            self.notify()
+
+    def end(self) -> None:
+        """Gather no more."""
+        if self._work is not None:
+            self._work.cancel()
+
+    async def finish(self) -> Update | None:
+        """See Compute."""
+        self.end()
+        self.finished += 1
+        if self.fruitless:
+            self.fruitless -= 1
+            return None
+        self.own_steps = [self.batch] * (self.samples // self.batch)
+        return Update(self.samples, FAKE_LOSS, self._gradient)
+
+    async def abandon(self) -> None:
+        """See Compute."""
+        self.end()
+        self.abandoned += 1
+
+    async def evaluate(self) -> float | None:
+        """See Compute."""
+        return FAKE_VALIDATION_LOSS
+
+
+def make_state(round_: int = 0, seed: int = 0, layout: Layout = LAYOUT) -> SharedState:
+    """A state of small random parameters; with `round_`, as if so many steps had been made."""
+    params = np.random.default_rng(seed).standard_normal(layout.size).astype(np.float32)
+    state = SharedState.initial(layout, params)
+    if round_:
+        state.round, state.beta1_power, state.beta2_power = round_, 0.5, 0.5
+    return state
+
+
+def copy_state(state: SharedState) -> SharedState:
+    """The same state in memory of its own."""
+    vectors = (state.params.copy(), state.m.copy(), state.v.copy())
+    powers = (state.beta1_power, state.beta2_power)
+    return SharedState(state.layout, *vectors, round=state.round, beta_powers=powers)
+
+
+def make_manifest(layout: Layout = LAYOUT, **section: Any) -> RunManifest:
+    """A run of 5 small rounds that starts at `make_state()`; `section` changes fields of its [round]."""
+    values = {"rounds": 5, "samples": 12, "deadline_s": 5.0, "roster_wait_s": 2.0, **section}
+    draft = RunDraft.model_validate({"round": values, "data": {"validation_every": 3}})
+    initial = make_state(layout=layout).digest()
+    return draft.seal(founder=peer_number(0), initial_state=initial, tokenizer="bytes", data_digest="")
+
+
+def status(round_: int, digest: bytes | int = 0, phase: str = "collecting", samples: int = 0) -> Status:
+    """A status in few words; a number stands for a digest."""
+    whole = bytes([digest]) * 32 if isinstance(digest, int) else digest
+    return Status.model_validate(
+        {"round": round_, "digest": whole, "phase": phase, "samples": samples, "tokens_per_s": 0.0}
+    )
+
+
+def head(round_: int, digest: int = 0) -> plan.Head:
+    """A head in few words; a number stands for a digest."""
+    return (round_, bytes([digest]) * 32)

@@ -1,0 +1,115 @@
+"""What each peer cost: bytes by the counters of its interface and by its own, CPU time, and its share of the work.
+
+What lives here: adding up counters that begin anew with every process of a peer. What does not: reading them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from p2pllm_peers.lab.commits import STALE_S, Commit
+from p2pllm_peers.lab.evidence import Facts, PeerFacts, PeerSample, Sample
+
+KINDS = ("control", "updates", "state")
+"""Kinds of a peer's own payload: calls, all-reduce, and the states and aggregates of those who catch up."""
+
+
+def costs(facts: Facts, samples: Sequence[Sample], commits: Mapping[str, list[Commit]], main: Mapping[int, str]) -> Any:
+    """One row a peer, in the order of the facts; see `report` for the fields."""
+    kept = {commit.round: commit for row in commits.values() for commit in row if _is_kept(commit, main)}
+    return [_cost(peer, samples, commits.get(peer.name, []), kept, main) for peer in facts.peers]
+
+
+def _is_kept(commit: Commit, main: Mapping[int, str]) -> bool:
+    return main.get(commit.round) == commit.state_digest
+
+
+def _cost(
+    peer: PeerFacts, samples: Sequence[Sample], own: list[Commit], kept: Mapping[int, Commit], main: Mapping[int, str]
+) -> dict[str, Any]:
+    mine = {commit.round: commit for commit in own if _is_kept(commit, main)}
+    samples_given, tokens = _contributed(peer, kept)
+    seen = [(sample.t, sample.peers[peer.name]) for sample in samples if peer.name in sample.peers]
+    traffic = _traffic(peer, seen, own)
+    payload = {way: _both(traffic, way) for way in ("sent", "received")}
+    wire = {"up": _largest(seen, lambda row: row.wire_up), "down": _largest(seen, lambda row: row.wire_down)}
+    up = payload["sent"] if wire["up"] is None else wire["up"]
+    down = payload["received"] if wire["down"] is None else wire["down"]
+    return {
+        "name": peer.name,
+        "peer_id": peer.peer_id,
+        "cores": peer.cores,
+        "link": peer.link,
+        "alone_tokens_per_s": peer.alone_tokens_per_s,
+        "rounds": len(mine),
+        "samples": samples_given,
+        "tokens": tokens,
+        "cpu_s": _largest(seen, lambda row: row.cpu_s),
+        "wire": wire,
+        "own": traffic,
+        "payload": payload,
+        "bytes_per_round": {"up": _ratio(up, len(mine)), "down": _ratio(down, len(mine))},
+        "bytes_per_token": {"up": _ratio(up, tokens), "down": _ratio(down, tokens)},
+    }
+
+
+def _contributed(peer: PeerFacts, kept: Mapping[int, Commit]) -> tuple[int, int]:
+    """Samples and tokens that went into the swarm's rounds, also where the peer died before it could record one."""
+    samples = tokens = 0
+    for commit in kept.values():
+        given = sum(commit.members.get(peer_id, 0) for peer_id in {peer.peer_id, *peer.former_ids})
+        samples += given
+        tokens += given * commit.tokens // commit.samples if commit.samples else 0
+    return samples, tokens
+
+
+def _traffic(peer: PeerFacts, seen: list[tuple[float, PeerSample]], own: list[Commit]) -> dict[str, int]:
+    """The peer's own counters, added up over its processes, each of which began at zero."""
+    said = [(time_s, row.traffic) for time_s, row in seen if row.phase]
+    best: dict[tuple[int, str], int] = {}
+    for time_s, counters in [*said, *((commit.time_s, commit.traffic) for commit in own)]:
+        life = sum(1 for ended_s in peer.ended_s if ended_s < time_s)
+        if life and (life >= len(peer.ready_s) or time_s < peer.ready_s[life] + STALE_S):
+            continue  # still what the process before has said
+        for key, value in counters.items():
+            best[life, key] = max(best.get((life, key), 0), value)
+    total: dict[str, int] = {}
+    for (_, key), value in sorted(best.items()):
+        total[key] = total.get(key, 0) + value
+    return total
+
+
+def _both(traffic: Mapping[str, int], way: str) -> int | None:
+    """Bytes of all kinds one way; None if the peer never told."""
+    known = [traffic[f"{kind}_{way}"] for kind in KINDS if f"{kind}_{way}" in traffic]
+    return sum(known) if known else None
+
+
+def _largest(
+    seen: list[tuple[float, PeerSample]], value: Callable[[PeerSample], float | int | None]
+) -> float | int | None:
+    """The last value of a counter that only rises; None if it never could be read."""
+    return max((number for _, row in seen if (number := value(row)) is not None), default=None)
+
+
+def _ratio(amount: float | None, by: float) -> float | None:
+    return amount / by if amount is not None and by else None
+
+
+def together(rows: Sequence[dict[str, Any]], rounds: int, tokens: int) -> dict[str, Any]:
+    """Bytes of all peers, each byte counted once, where it was sent; CPU seconds, where they were read."""
+    on_wire = [row["wire"]["up"] for row in rows]
+    by_peers = [row["payload"]["sent"] for row in rows]
+    source = "wire" if any(value is not None for value in on_wire) else "own"
+    known = [value for value in (on_wire if source == "wire" else by_peers) if value is not None]
+    cpu = [row["cpu_s"] for row in rows if row["cpu_s"] is not None]
+    total = sum(known) if known else None
+    return {
+        "source": source if known else None,
+        "total": total,
+        "payload": sum(value for value in by_peers if value is not None) if any(by_peers) else None,
+        "per_round": _ratio(total, rounds),
+        "per_token": _ratio(total, tokens),
+        "cpu_s": sum(cpu) if cpu else None,
+    }

@@ -1,0 +1,159 @@
+"""What befell the peers and how the swarm got over it, from what was struck and when peers came and went.
+
+What lives here: faults with their victims and their end, what state each peer was in at any time, and how long a
+recovery took. What does not: planning and striking faults (`timeline`, `faults`), forks (`history`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from p2pllm_peers.lab.commits import Commit
+from p2pllm_peers.lab.evidence import Facts, PeerFacts, Strike
+from p2pllm_peers.lab.timeline import OPPOSITE
+
+TAKES_AWAY = frozenset({"kill", "stop", "freeze", "cut", "partition"})
+"""Faults after which a victim cannot commit with all the others; it comes back when they are undone."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault that was carried out. event: its index in the plan. undone_s: None if nothing undid it.
+
+    splits: it came between peers, so that none of its victims is away from all the others.
+    """
+
+    event: int
+    do: str
+    victims: tuple[str, ...]
+    cut_off: tuple[str, ...]  # those of them who lost the way to most of the others
+    at_s: float
+    undone_s: float | None
+    splits: bool
+
+    def active(self, time_s: float) -> bool:
+        """Whether it held at that time."""
+        return self.at_s <= time_s < (float("inf") if self.undone_s is None else self.undone_s)
+
+
+def faults(facts: Facts) -> list[Fault]:
+    """The faults that were carried out, in the order in which they struck."""
+    done = sorted((struck.at_s, struck.event) for struck in facts.struck if not struck.error)
+    found = []
+    for place, (at_s, index) in enumerate(done):
+        strike = facts.events[index]
+        if (strike.do in OPPOSITE or strike.do == "corrupt") and not _sets_free(strike, facts):
+            later = ((time_s, facts.events[other]) for time_s, other in done[place + 1 :])
+            undone = next((time_s for time_s, other in later if _undoes(other, strike, facts)), None)
+            there = [peer.name for peer in facts.peers if _is_there(peer, at_s)]
+            found.append(_fault(index, strike, at_s, undone, there))
+    return found
+
+
+def _fault(index: int, strike: Strike, at_s: float, undone: float | None, there: list[str]) -> Fault:
+    """Of a partition, all who are there are victims; all but the largest group (of equals, the first) are cut off."""
+    groups = strike.args.get("groups") or []
+    if groups:
+        largest = max(groups, key=len)
+        apart = tuple(name for group in groups if group is not largest for name in group)
+        return Fault(index, strike.do, tuple(there), apart, at_s, undone, True)
+    other = strike.args.get("other")
+    victims = tuple(name for name in (strike.peer, other) if name)
+    return Fault(index, strike.do, victims, () if other else victims, at_s, undone, bool(other))
+
+
+def _sets_free(strike: Strike, facts: Facts) -> bool:
+    """A machine gets back the share of a core that it began with."""
+    before = {peer.name: peer.cores for peer in facts.peers}
+    return strike.do == "slow_machine" and strike.args.get("cores") == before.get(strike.peer)
+
+
+def _undoes(later: Strike, fault: Strike, facts: Facts) -> bool:
+    if later.do != OPPOSITE.get(fault.do) or (later.do == "slow_machine" and not _sets_free(later, facts)):
+        return False
+    return fault.do == "partition" or (later.peer, later.args.get("other")) == (fault.peer, fault.args.get("other"))
+
+
+def recoveries(
+    struck: Sequence[Fault], commits: Mapping[str, list[Commit]], main: Mapping[int, str], end_s: float
+) -> list[dict[str, Any]]:
+    """For each fault how long the others, and its victims, took to commit again; see `report` for the fields."""
+    everything = sorted(itertools.chain.from_iterable(commits.values()), key=lambda commit: commit.time_s)
+    common = [commit for commit in everything if main.get(commit.round) == commit.state_digest]
+    return [_recovery(fault, everything, common, end_s) for fault in struck]
+
+
+def _recovery(fault: Fault, everything: list[Commit], common: list[Commit], end_s: float) -> dict[str, Any]:
+    away = () if fault.splits else fault.victims
+    known = max((commit.round for commit in everything if commit.time_s <= fault.at_s), default=0)
+    new = (c for c in everything if c.time_s > fault.at_s and c.round > known and c.peer not in away)
+    after = next(new, None)
+    back_s = fault.undone_s if fault.do in TAKES_AWAY else fault.at_s
+    returned = None if back_s is None else _return(fault.victims, common, back_s)
+    return {
+        "event": fault.event,
+        "do": fault.do,
+        "victims": list(fault.victims),
+        "away": fault.do in TAKES_AWAY,
+        "at_s": fault.at_s,
+        "undone_s": fault.undone_s,
+        "watched_s": max(0.0, end_s - fault.at_s),
+        "survivors_s": None if after is None else after.time_s - fault.at_s,
+        "survivors_round": None if after is None else after.round,
+        "return_s": None if returned is None or back_s is None else returned.time_s - back_s,
+        "return_round": None if returned is None else returned.round,
+    }
+
+
+def _return(victims: tuple[str, ...], common: list[Commit], back_s: float) -> Commit | None:
+    """The commit with which the last of the victims was a member of the swarm's rounds again."""
+    firsts = [
+        next((commit for commit in common if commit.peer == victim and commit.time_s > back_s), None)
+        for victim in victims
+    ]
+    found = [commit for commit in firsts if commit is not None]
+    return max(found, key=lambda commit: commit.time_s) if found and len(found) == len(firsts) else None
+
+
+State = dict[str, Any]
+"""{"state": "up" | "frozen" | "cut" | "starting" | "down", "from_s", "to_s"}."""
+
+
+def timeline(facts: Facts, struck: Sequence[Fault], end_s: float) -> dict[str, list[State]]:
+    """What state each peer was in from when it first started to the end."""
+    return {peer.name: _states(peer, facts, struck, end_s) for peer in facts.peers}
+
+
+def _states(peer: PeerFacts, facts: Facts, struck: Sequence[Fault], end_s: float) -> list[State]:
+    mine = [fault for fault in struck if peer.name in fault.cut_off and fault.do in ("freeze", "cut", "partition")]
+    strikes = [(done.at_s, facts.events[done.event]) for done in facts.struck]
+    starts = [at_s for at_s, strike in strikes if strike.do in ("restart", "join") and strike.peer == peer.name]
+    marks = {*peer.ready_s, *peer.ended_s, *starts, *(fault.at_s for fault in mine)}
+    marks |= {fault.undone_s for fault in mine if fault.undone_s is not None}
+    first = min([*peer.ready_s, *starts], default=end_s)
+    times = sorted({time_s for time_s in marks if first <= time_s < end_s} | {end_s})
+    states: list[State] = []
+    for from_s, to_s in itertools.pairwise(times):
+        state = _state_at(peer, mine, starts, from_s)
+        if states and states[-1]["state"] == state:
+            states[-1]["to_s"] = to_s
+        else:
+            states.append({"state": state, "from_s": from_s, "to_s": to_s})
+    return states
+
+
+def _is_there(peer: PeerFacts, time_s: float) -> bool:
+    """Whether a process of the peer was ready, frozen or not."""
+    ready = max((at for at in peer.ready_s if at <= time_s), default=None)
+    return ready is not None and not any(ready <= at <= time_s for at in peer.ended_s)
+
+
+def _state_at(peer: PeerFacts, mine: list[Fault], starts: list[float], time_s: float) -> str:
+    if not _is_there(peer, time_s):
+        ended = max((at for at in peer.ended_s if at <= time_s), default=float("-inf"))
+        return "starting" if any(ended <= at <= time_s for at in starts) else "down"
+    active = {fault.do for fault in mine if fault.active(time_s)}
+    return "frozen" if "freeze" in active else "cut" if active else "up"

@@ -1,0 +1,159 @@
+"""One baseline's processes, one on each machine: started, let go together, watched, and gone at the end.
+
+What lives here: processes and their rows. What does not: what they do (`solo`, `ddp`, `hivemind_optimizer`), what
+follows from their rows (`figures`), and the machines (`p2pllm_peers.lab.machines`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from baselines.peer import Order, Row
+from p2pllm.errors import RunError
+from p2pllm.manifest import RunDraft
+from p2pllm_peers.lab.evidence import read_lines
+from p2pllm_peers.lab.machines import Machines
+
+SCRIPTS = Path(__file__).parents[1]
+LEAVE_S = 5.0
+"""For a process to end by itself when its standard input has closed."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A baseline: the module to run, what it is told beside the run, and on how many machines (0: all)."""
+
+    module: str
+    options: dict[str, Any] = field(default_factory=dict)
+    machines: int = 0
+
+
+class Fleet:
+    """Use as a context: on leaving, every process of it has ended."""
+
+    def __init__(
+        self, system: System, machines: Machines, draft: RunDraft, folder: Path, cache: Path, micro_batch: int
+    ) -> None:
+        """folder: a new one, for rows and logs. Starts nothing yet."""
+        self.names = list(machines.specs)[: system.machines or None]
+        self._system = system
+        self._machines = machines
+        self._folder = folder
+        self._order = {"draft": draft.model_dump(mode="json"), "cache": str(cache), "micro_batch": micro_batch}
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> Fleet:
+        self._folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, progress: Callable[[str], None]) -> None:
+        """Start all and wait until each is ready to train. Raises RunError if one ends before that."""
+        for rank, name in enumerate(self.names):
+            self._start(rank, name)
+        first, *others = self.names
+        if others:
+            contact = self._wait(first, "contact")["contact"]
+            for name in others:
+                self._tell(name, contact=contact)
+        with ThreadPoolExecutor(len(self.names)) as pool:
+            for name, _ in zip(self.names, pool.map(lambda name: self._wait(name, "ready"), self.names), strict=True):
+                progress(f"{name}: ready")
+
+    def go(self, seconds: float) -> None:
+        """Let all train for so long from now on; they then end by themselves."""
+        for name in self.names:
+            self._tell(name, go=seconds)
+
+    def check(self) -> None:
+        """Raises RunError if a process has failed."""
+        for name, process in self._processes.items():
+            if process.poll():
+                raise RunError(
+                    f"{self._system.module} on {name} ended with code {process.returncode}: {self._why(name)}"
+                )
+
+    def rows(self) -> dict[str, list[Row]]:
+        """What each peer has recorded so far."""
+        return {name: [Row(**row) for row in read_lines(self._folder / f"{name}.jsonl")] for name in self.names}
+
+    def stop(self) -> None:
+        """End all processes, whatever state they are in."""
+        for process in self._processes.values():
+            with contextlib.suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]  # it was asked for
+        end = time.monotonic() + LEAVE_S
+        try:
+            for process in self._processes.values():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, end - time.monotonic()))
+        finally:  # an impatient Ctrl+C, too, leaves nothing behind
+            for name, process in self._processes.items():
+                self._kill(name, process)
+            self._processes.clear()
+
+    def _start(self, rank: int, name: str) -> None:
+        machine = self._machines[name]
+        rows = str(self._folder / f"{name}.jsonl")
+        peers, options = len(self.names), self._system.options
+        order = Order(**self._order, rank=rank, peers=peers, host=machine.host, rows=rows, options=options)
+        with (self._folder / f"{name}.log").open("w") as log:
+            process = self._processes[name] = subprocess.Popen(
+                [*machine.prefix, sys.executable, "-m", self._system.module],
+                cwd=SCRIPTS,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # Ctrl+C in the terminal is for us, who then end them
+                text=True,
+            )
+        assert process.stdin is not None
+        self._tell(name, **asdict(order))
+
+    def _tell(self, name: str, **line: Any) -> None:
+        stdin = self._processes[name].stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; whoever waits for it says so
+            stdin.write(json.dumps(line) + "\n")
+            stdin.flush()
+
+    def _wait(self, name: str, event: str) -> dict[str, Any]:
+        """Read what a process says until it says `event`."""
+        process = self._processes[name]
+        assert process.stdout is not None
+        for line in process.stdout:
+            with contextlib.suppress(ValueError):  # a library that prints
+                said: dict[str, Any] = json.loads(line)
+                if said["event"] == event:
+                    return said
+        code = process.wait()
+        raise RunError(f"{self._system.module} on {name} ended with code {code} before it was ready: {self._why(name)}")
+
+    def _why(self, name: str) -> str:
+        lines = (self._folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing."
+
+    def _kill(self, name: str, process: subprocess.Popen[str]) -> None:
+        """End a process and all that it started, those included that its own death left behind."""
+        while pids := self._machines.pids(name, process.pid):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.poll()
+            time.sleep(0.01)
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
