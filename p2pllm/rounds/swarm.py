@@ -80,17 +80,17 @@ class SwarmView:
         self._liveness = liveness
 
     def statuses(self) -> dict[str, Status]:
-        """Last status of every living peer, without ourselves; of a doubted one, that it is joining."""
+        """Last status of every living peer, without ourselves; of a doubted one, that it is joining. Not to be changed."""
         alive = self._liveness.alive() if self._liveness else frozenset()
-        if self._living is None or self._living[0] != alive:
+        if self._living is None or (self._living[0] is not alive and self._living[0] != alive):
             self._living = (alive, {peer: status for peer, status in self._heard.items() if peer in alive})
-        heard = dict(self._living[1])
-        if self._doubted:
-            now = asyncio.get_running_loop().time()
-            self._doubted = {peer: until for peer, until in self._doubted.items() if until > now}
-            for peer in self._doubted.keys() & heard.keys():
-                heard[peer] = heard[peer].model_copy(update={"phase": "joining"})
-        return heard
+        heard = self._living[1]
+        if not self._doubted:
+            return heard
+        now = asyncio.get_running_loop().time()
+        self._doubted = {peer: until for peer, until in self._doubted.items() if until > now}
+        joining = {peer: heard[peer].model_copy(update={"phase": "joining"}) for peer in self._doubted if peer in heard}
+        return {**heard, **joining}
 
     def doubt(self, peers: Iterable[str]) -> None:
         """These could not show the state that they claim: for DOUBT_S seconds it moves nobody here."""

@@ -21,6 +21,9 @@ from typing import Any, TypeVar, TypeVarTuple
 START_S = 1000.0
 """Time at which every virtual loop begins, so that nothing passes by taking 0 for "never"."""
 
+TICK_S = 1e-6
+"""Timers come up to this much early, so that rounding never leaves one that is neither due nor in the future."""
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -36,6 +39,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now = START_S
         self._frozen: dict[object, list[Handle]] = {}
         super().__init__(_JumpingSelector(self))
+        self._clock_resolution = TICK_S
 
     def time(self) -> float:
         """Virtual seconds."""
@@ -113,11 +117,20 @@ def _who_waits(loop: asyncio.AbstractEventLoop) -> str:
     tasks = sorted(asyncio.all_tasks(loop), key=lambda task: task.get_name())
     places = []
     for task in tasks[:12]:
-        frames = task.get_stack()
-        where = f"{frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else "its first line"
-        places.append(f"{task.get_name()} ({getattr(task.get_coro(), '__qualname__', '?')}) at {where}")
+        places.append(f"{task.get_name()} at {_where(task.get_coro())}")
     more = f", and {len(tasks) - 12} more" if len(tasks) > 12 else ""
     return f"Everything waits for something that cannot come: {'; '.join(places) or 'no task is left'}{more}."
+
+
+def _where(waiting: Any) -> str:
+    """The innermost line of a coroutine that is not asyncio's own."""
+    where = "an unknown place"
+    while waiting is not None:
+        frame = getattr(waiting, "cr_frame", None)
+        if frame is not None and not frame.f_globals.get("__name__", "").startswith("asyncio."):
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        waiting = getattr(waiting, "cr_await", None)
+    return where
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

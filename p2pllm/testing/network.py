@@ -31,6 +31,7 @@ from typing import Any
 
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import peer_id_of
+from p2pllm.testing.clock import TICK_S
 from p2pllm.testing.host import OPEN_STREAM_S, OWNER, Call, Count, MemoryHost
 from p2pllm.testing.pipe import Pipe
 
@@ -38,8 +39,6 @@ __all__ = ["LATENCY_S", "OPEN_STREAM_S", "Count", "MemoryHost", "MemoryNetwork",
 
 LATENCY_S = 0.001
 """One way, unless a network is told otherwise."""
-
-_TICK_S = 1e-9  # a loop runs a timer up to its clock's resolution early
 
 Ends = tuple[StreamReader, StreamWriter]
 
@@ -173,7 +172,7 @@ class MemoryNetwork:
             asyncio.get_running_loop().call_at(self._armed, self._go_on, context=self.context)
 
     def _go_on(self) -> None:
-        now = asyncio.get_running_loop().time() + _TICK_S
+        now = asyncio.get_running_loop().time() + TICK_S
         while self._agenda and self._agenda[0][0] <= now:
             _, _, act, argument = heapq.heappop(self._agenda)
             act(argument)
@@ -257,7 +256,7 @@ class MemoryNetwork:
 
     def _expire(self, timeout: float) -> None:
         loop, queue = asyncio.get_running_loop(), self._expiring[timeout]
-        now = loop.time() + _TICK_S
+        now = loop.time() + TICK_S
         while queue and (queue[0][0] <= now or queue[0][1].future.done()):
             call = queue.popleft()[1]
             if not call.future.done() and not (call.answered and call.caller.frozen):

@@ -12,13 +12,15 @@ from asyncio import StreamReader, StreamReaderProtocol, StreamWriter
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from p2pllm.testing.clock import TICK_S
+
 if TYPE_CHECKING:
     from p2pllm.testing.network import MemoryHost
 
 WINDOW_BYTES = 1 << 15
 """Bytes on their way beyond which a writer waits; a single write may be larger."""
 
-_TICK_S = 1e-9  # a loop runs a timer up to its clock's resolution early
+_SEGMENT = 1 << 14  # a reader that is full takes no more than this of a large write
 _READER_LIMIT = 1 << 14  # a StreamReader holds twice as much before it stops reading
 
 
@@ -33,6 +35,7 @@ class Pipe(asyncio.Transport):
         self.reader = StreamReader(limit=_READER_LIMIT)
         self._protocol = StreamReaderProtocol(self.reader)
         self._method = method
+        self._loop = asyncio.get_running_loop()
         self._sent: deque[tuple[float, bytes | None]] = deque()  # when it arrives, and what; None is the end
         self._size = 0
         self._last_due = 0.0
@@ -45,7 +48,7 @@ class Pipe(asyncio.Transport):
 
     def writer(self) -> StreamWriter:
         """A StreamWriter on this end."""
-        return StreamWriter(self, self._protocol, self.reader, asyncio.get_running_loop())
+        return StreamWriter(self, self._protocol, self.reader, self._loop)
 
     # -- what asyncio asks of a transport ----------------------------------------------------------------------------
 
@@ -79,11 +82,12 @@ class Pipe(asyncio.Transport):
     def resume_reading(self) -> None:
         """Go on taking."""
         self._reading = True
-        self.other.deliver()
+        # Not now: a StreamReader resumes before it waits, and would not notice what comes at once.
+        self._loop.call_soon(self.other.deliver, context=self.host.network.context)
 
     def close(self) -> None:
         """Close both directions; what was written still arrives, then the end."""
-        if not self._closing:
+        if not self._closing and not self._loop.is_closed():  # a StreamWriter closes when it is forgotten
             self._lose()
             self._send(None)
 
@@ -98,15 +102,18 @@ class Pipe(asyncio.Transport):
     # -- under way ---------------------------------------------------------------------------------------------------
 
     def _send(self, data: bytes | None) -> None:
-        network, loop = self.host.network, asyncio.get_running_loop()
+        network = self.host.network
         # Jitter must not let later bytes overtake earlier ones.
-        self._last_due = max(self._last_due, loop.time() + network.delay(self.host, self.other.host))
-        self._sent.append((self._last_due, data))
+        self._last_due = max(self._last_due, self._loop.time() + network.delay(self.host, self.other.host))
+        if data is None:
+            self._sent.append((self._last_due, None))
+        else:
+            self._sent.extend((self._last_due, data[at : at + _SEGMENT]) for at in range(0, len(data), _SEGMENT))
         network.later(self._last_due, Pipe.deliver, self)
 
     def deliver(self) -> None:
         """Hand over what has arrived, unless the path hangs or the far end does not read."""
-        far, now = self.other, asyncio.get_running_loop().time() + _TICK_S
+        far, now = self.other, self._loop.time() + TICK_S
         while self._sent and self._sent[0][0] <= now:
             data = self._sent[0][1]
             if not far._reading and data is not None and not far._closing:

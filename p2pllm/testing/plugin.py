@@ -36,6 +36,9 @@ LIMIT_S = 240.0
 END_S = 20.0
 """How long a lab that was interrupted may take to end its peers and remove its networks."""
 
+SETTLE_S = 5.0
+"""How long processes that are about to end may take for it."""
+
 _MARK = "PYTEST_P2PLLM_MACHINE"  # every process inherits it, whoever its parent is by now
 
 
@@ -81,7 +84,7 @@ class Machine:
                     found.append(process)
         return found
 
-    def left_behind(self, within: float = 5.0) -> list[str]:
+    def left_behind(self, within: float) -> list[str]:
         """Processes and sockets that are still there after `within` seconds; usually none at once."""
         end = time.monotonic() + within
         while True:
@@ -155,7 +158,7 @@ def _run(machine: Machine, arguments: list[object], limit_s: float) -> LabResult
     finally:
         _end(process)
     printed = output.read_text(errors="replace")
-    if late or (left := machine.left_behind()):
+    if late or (left := machine.left_behind(SETTLE_S)):
         pytest.fail(f"{late or f'The lab left {left}.'} It printed:\n{printed[-4000:]}", pytrace=False)
     report = out / "report.json"
     return LabResult(process.returncode, json.loads(report.read_bytes()) if report.exists() else {}, printed, out)

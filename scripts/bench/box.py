@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/bench/box.py [--peers 4] [--mbit 100] [--seconds 5]
 
-Rates are those of one TCP stream a peer, counted on the wire, as ratios to the rates asked for; each line carries
-full traffic one way and acknowledgements the other, or, with every peer sending and receiving, both. The box's CPU
-share is of one core and includes what the kernel does in its name: the receiving peer's whole TCP input.
+Every line is full both ways. Rates are those of TCP streams, counted on the wire, as ratios to the rate that was asked
+for: the least and the mean of all peers. "trip" is the median round trip of datagrams on idle lines. The CPU is the
+box's, in cores, while the streams run, and includes the TCP input of all receiving peers, which the kernel works off
+in the box's name. Several streams a peer make smaller frames, and so more work of the same bytes.
 """
 
 from __future__ import annotations
@@ -23,11 +24,23 @@ from p2pllm_peers.lab.checking import WIRE_PER_PAYLOAD, answer, phase, plan, pro
 from p2pllm_peers.lab.claims import Claims
 from p2pllm_peers.lab.scenario import Link
 
-HEAD = ["each line", "least", "mean", "trip ms", "asked", "Mbit/s", "frames/s", "CPU", "late p99 ms", "max ms"]
+HEAD = [
+    "each line",
+    "streams",
+    "least",
+    "mean",
+    "trip ms",
+    "asked",
+    "Mbit/s",
+    "frames/s",
+    "CPU",
+    "late p99 ms",
+    "max ms",
+]
 PROBE = [sys.executable, "-m", "p2pllm_peers.lab.probe"]
 
 
-def measure(peers: int, link: Link, seconds: float) -> list[str]:
+def measure(peers: int, link: Link, streams: int, seconds: float) -> list[str]:
     """One row: ratios of the rates, median round trip, and what the box did meanwhile."""
     with Claims.open() as claims, contextlib.ExitStack() as stack:
         star = links.Links(claims, {f"peer-{index}": link for index in range(peers)}, kind="box")
@@ -36,7 +49,7 @@ def measure(peers: int, link: Link, seconds: float) -> list[str]:
         names = [f"peer-{index}" for index in range(peers)]
         for name in names:
             answer(stack.enter_context(program([*star.prefix(name), *PROBE, "serve"])), name)
-        how = json.dumps(asdict(replace(plan(replace_line(link), peers), count_s=seconds)))
+        how = json.dumps(asdict(replace(plan(path(link), peers), count_s=seconds, streams=streams)))
         senders = {
             name: stack.enter_context(program([*star.prefix(name), *PROBE, "measure", star.address(other), how]))
             for name, other in zip(names, [*names[1:], names[0]], strict=True)
@@ -46,7 +59,7 @@ def measure(peers: int, link: Link, seconds: float) -> list[str]:
         ratios = [rate * WIRE_PER_PAYLOAD * 8e-6 / link.up_mbit for rate in phase(senders, "up").values()]
         after = star.emulator()
     wall = after.wall_s - before.wall_s
-    asked = 4 * float(str(link.delay_ms)) + 2 * link.jitter_ms
+    asked = 4 * delay(link) + 2 * link.jitter_ms
     return [
         f"{min(ratios):.3f}",
         f"{statistics.mean(ratios):.3f}",
@@ -60,9 +73,15 @@ def measure(peers: int, link: Link, seconds: float) -> list[str]:
     ]
 
 
-def replace_line(link: Link) -> Link:
-    """A path crosses two lines: twice the delay of one."""
-    return link.model_copy(update={"delay_ms": 2 * float(str(link.delay_ms)), "jitter_ms": 2 * link.jitter_ms})
+def path(link: Link) -> Link:
+    """Two like lines, as one."""
+    return link.model_copy(update={"delay_ms": 2 * delay(link), "jitter_ms": 2 * link.jitter_ms})
+
+
+def delay(link: Link) -> float:
+    """One way, ms."""
+    assert not isinstance(link.delay_ms, tuple)
+    return link.delay_ms
 
 
 def main() -> None:
@@ -75,13 +94,14 @@ def main() -> None:
     if reason := links.why_not():
         sys.exit(f"{reason}.")
     line = Link(up_mbit=arguments.mbit, down_mbit=arguments.mbit, delay_ms=0.0)
-    cases = {
-        "no delay": line,
-        "10 ms": line.model_copy(update={"delay_ms": 10.0}),
-        "10 ms, 2 ms jitter, 0.5 % loss": line.model_copy(update={"delay_ms": 10.0, "jitter_ms": 2.0, "loss": 0.005}),
-        "50 ms": line.model_copy(update={"delay_ms": 50.0}),
-    }
-    rows = [[name, *measure(arguments.peers, link, arguments.seconds)] for name, link in cases.items()]
+    far = line.model_copy(update={"delay_ms": 10.0})
+    lossy = far.model_copy(update={"jitter_ms": 2.0, "loss": 0.005})
+    cases = {"no delay": line, "10 ms": far, "10 ms, jitter 2 ms, loss 0.5 %": lossy}
+    rows = [
+        [name, str(streams), *measure(arguments.peers, link, streams, arguments.seconds)]
+        for name, link in cases.items()
+        for streams in (1, 4)
+    ]
     print(f"{arguments.peers} peers, {arguments.mbit:g} Mbit/s up and down each, all sending at once")
     print(table(HEAD, rows))
 

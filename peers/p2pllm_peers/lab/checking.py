@@ -1,6 +1,6 @@
 """Measuring all lines of a lab at once with real traffic, each peer against a namespace without any shaping.
 
-First datagrams on idle lines, for delay and loss; then a TCP stream from every peer, then one to every peer. What does
+First datagrams on idle lines, for delay and loss; then TCP streams from every peer, then to every peer. What does
 not live here: the programs that send and receive (`probe`).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import select
 import subprocess
 import sys
@@ -28,6 +29,8 @@ _PING_BYTES = 12 + 28 + 14
 _PINGS_PER_S = 4000  # of all peers together: more would measure the processor
 _PING_SHARE = 0.1  # of the line
 _STREAM_PACKETS = 300  # a rate is counted over at least so many
+_FIRST_WINDOW = 10 * 1448  # what TCP sends before the first acknowledgement; then it doubles every round trip
+_STREAMS = 4  # one alone may take long to find the rate when it loses a packet at the wrong moment
 _ANSWER_TIMEOUT_S = 60.0
 
 
@@ -54,20 +57,24 @@ def measure(
 
 def plan(link: Link, peers: int) -> Plan:
     """How a line is measured when `peers` are measured at once: long enough to mean something, no longer."""
-    slower = min(link.up_mbit, link.down_mbit) * 1e6 / 8
+    slower, faster = sorted(mbit * 1e6 / 8 for mbit in (link.up_mbit, link.down_mbit))
     ping_every_s = max(peers / _PINGS_PER_S, _PING_BYTES / (slower * _PING_SHARE))
     trip_s = 2 * (_delay_ms(link) + link.jitter_ms) / 1e3
+    doublings = math.log2(max(1.0, faster * trip_s / _FIRST_WINDOW))
     return Plan(
         pings=max(50, min(_PINGS_FOR_LOSS if link.loss else _PINGS, round(2 / ping_every_s))),
         ping_every_s=ping_every_s,
         wait_s=trip_s + 0.3,
-        warm_s=min(1.0 + 12 * trip_s, 5.0),  # congestion control finds the rate
-        count_s=min(max(1.5, _STREAM_PACKETS * 1514 / slower, 4 * trip_s), 5.0),
+        warm_s=0.5 + (doublings + 4) * trip_s,  # congestion control finds the rate
+        count_s=min(max(3.0 if link.loss else 1.5, _STREAM_PACKETS * 1514 / slower, 4 * trip_s), 4.0),
+        streams=_STREAMS,
     )
 
 
 def _row(name: str, link: Link, trips: dict[str, float], up: float, down: float) -> LinkCheck:
     """Jitter makes each way longer by half of it on average; that is not the delay that was asked for."""
+    if trips["lost"] == 1:
+        raise RunError(f"The line of {name} carries nothing at all.")
     return LinkCheck(
         peer=name,
         asked_up_mbit=link.up_mbit,
@@ -98,7 +105,8 @@ def phase(programs: Mapping[str, subprocess.Popen[bytes]], word: str) -> dict[st
 
 def answer(program: subprocess.Popen[bytes], name: str) -> bytes:
     """Its next line. Raises RunError."""
-    if select.select([program.stdout], [], [], _ANSWER_TIMEOUT_S)[0] and (line := _pipe(program.stdout).readline()):
+    stdout = _pipe(program.stdout)
+    if select.select([stdout], [], [], _ANSWER_TIMEOUT_S)[0] and (line := stdout.readline()):
         return line
     program.kill()
     errors = program.communicate()[1].decode(errors="replace").strip().splitlines()

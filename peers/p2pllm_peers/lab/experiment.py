@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError, UsageError
 from p2pllm.settings import PeerSettings
@@ -30,6 +32,8 @@ from p2pllm_peers.lab.timeline import timeline
 TICK_S = 0.1
 SAMPLE_EVERY_S = 1.0
 MAX_STRIKES_AT_ONCE = 32
+OTHERS_CORES = 0.25
+"""Cores in use by other programs from which on a run says so; the kernel's own work for the links is below."""
 
 
 class Watcher(Protocol):
@@ -111,14 +115,17 @@ class Experiment:
         facts, scenario = self.facts, self._scenario
         first = [spec.name for spec in machines.specs.values() if not spec.start_s]
         life = _Life(self._watcher, machines, swarm, facts, self._out)
+        busy = _Busy(machines)
         try:
             swarm.start(first, self._watcher.say)
             for spec in machines.specs.values():
                 machines.limit(spec.name, spec.cores)
             facts.began_unix = time.time()
             self._write()
+            busy = _Busy(machines)
             life.until(scenario.duration_s)
         finally:
+            facts.notes += busy.note()
             facts.ended_s = time.time() - facts.began_unix
             self._watcher.say("ending the peers")
             for spec in machines.specs.values():
@@ -144,6 +151,31 @@ class Experiment:
 
     def _write(self) -> None:
         (self._out / "lab.json").write_text(self.facts.model_dump_json(indent=1))
+
+
+class _Busy:
+    """Watches what the machine does besides the lab: where others take the CPU, no budget is kept."""
+
+    def __init__(self, machines: Machines) -> None:
+        self._machines = machines
+        self._began = self._now()
+
+    def note(self) -> list[str]:
+        """A sentence if others took so much that times and efficiency do not hold."""
+        wall, all_s, ours = (now - then for now, then in zip(self._now(), self._began, strict=True))
+        others = max(0.0, all_s - ours) / max(wall, 1e-3)
+        if others < OTHERS_CORES or not self._machines.budgeted:
+            return []
+        return [
+            f"Other programs used {others:.2f} of {psutil.cpu_count()} cores meanwhile: times and speeds do not hold."
+        ]
+
+    def _now(self) -> tuple[float, float, float]:
+        """Wall seconds; CPU seconds of the whole machine; and of them those of the peers, the links and the lab."""
+        host, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        ours = sum(self._machines.cpu_s(name) or 0.0 for name in self._machines.specs)
+        ours += self._machines.emulator().cpu_s + own.user + own.system
+        return time.monotonic(), host.user + host.nice + host.system + host.softirq, ours
 
 
 class _Life:

@@ -20,6 +20,9 @@ SOURCE, DESTINATION = slice(IP_AT + 12, IP_AT + 16), slice(IP_AT + 16, IP_AT + 2
 ETHERNET_BYTES = 14
 """Each packet is counted with an Ethernet header, as the kernel's own counters and shapers count it."""
 
+PLAIN = ETHERNET_BYTES - IP_AT
+"""What a frame of one packet is longer on the wire than here."""
+
 LARGEST_FRAME = IP_AT + 0xFFFF
 
 TCP, UDP = 6, 17
@@ -33,7 +36,7 @@ Flow = tuple[int, bytes, bytes]
 def packets(frame: bytes) -> tuple[int, int]:
     """(packets, bytes) that a frame is on the wire, with Ethernet, IP and TCP headers of each packet."""
     if not frame[1]:
-        return 1, len(frame) - IP_AT + ETHERNET_BYTES
+        return 1, len(frame) + PLAIN
     size = frame[4] | frame[5] << 8
     header = _header_bytes(frame)
     count = -(-(len(frame) - IP_AT - header) // size) or 1
@@ -65,7 +68,7 @@ def checksum(data: bytes, start: int = 0) -> int:
     """The sum of 16-bit words of RFC 1071, folded, before the final complement."""
     if len(data) % 2:
         data += b"\0"
-    total = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total
@@ -108,8 +111,8 @@ def _run(frame: bytes, first: int, last: int, count: int) -> bytes:
 
 def _header_bytes(frame: bytes) -> int:
     """Length of the IP and TCP headers; the hdr_len of the virtio-net header is only a hint."""
-    tcp = IP_AT + (frame[IP_AT] & 15) * 4
-    return tcp - IP_AT + (frame[tcp + 12] >> 4) * 4
+    ip_bytes = (frame[IP_AT] & 15) * 4
+    return ip_bytes + (frame[IP_AT + ip_bytes + 12] >> 4) * 4
 
 
 def _flow(frame: bytes, other: bytes, *, own_first: bool) -> Flow | None:

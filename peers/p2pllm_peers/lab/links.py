@@ -112,7 +112,7 @@ class Links:
     # -- figures -----------------------------------------------------------------------------------------------
 
     def counters(self) -> dict[str, tuple[int, int]]:
-        """Bytes on the wire so far, up and down, by peer: up before losses, down after them.
+        """Bytes on the wire so far, up and down, by peer: up before losses (with netem after them), down after them.
 
         Every packet counts with its Ethernet (14 bytes), IP and TCP or UDP headers, at an MTU of 1500; preamble and
         checksum of the Ethernet frame are not counted. Costs about a millisecond.

@@ -62,7 +62,7 @@ class Machines:
         self._out = out
         self._seed = scenario.seed
         self._shaped = all(spec.link is not None for spec in self.specs.values())
-        self._budgeted = any(spec.cores for spec in self.specs.values())
+        self.budgeted = any(spec.cores for spec in self.specs.values())
         self._check(scenario)
         self._machines: dict[str, Machine] = {}
         self._disks: dict[str, Path] = {}
@@ -80,8 +80,8 @@ class Machines:
             self.notes.append(f"All peers are on loopback with no shaping: {reason}.")
         if not self._shaped and kinds & _NEED_LINKS:
             raise UsageError(f"The scenario {scenario.name} has {sorted(kinds & _NEED_LINKS)[0]}, but no links.")
-        if self._budgeted and (reason := budgets.why_not()):
-            self._budgeted = False
+        if self.budgeted and (reason := budgets.why_not()):
+            self.budgeted = False
             self.notes.append(f"No peer has a CPU budget, so one that waits speeds up the others: {reason}.")
         if any(spec.disk_mb for spec in self.specs.values()) and os.geteuid() != 0:
             raise UsageError(
@@ -111,7 +111,7 @@ class Machines:
             (self._runtime / name).mkdir(parents=True, mode=0o700)
         lines = {name: spec.link for name, spec in self.specs.items() if spec.link}
         self.links = Links(self._claims, lines, self._seed) if self._shaped else None
-        self._budgets = Budgets(self._claims) if self._budgeted else None
+        self._budgets = Budgets(self._claims) if self.budgeted else None
         if self.links is not None:
             self.links.start()
         if self._budgets is not None:
@@ -133,6 +133,11 @@ class Machines:
             self.links.stop()
         self._claims.release()
         self.left_over = self._claims.left_over()
+
+    @property
+    def lab_id(self) -> str:
+        """Part of the name of everything that this lab makes on the machine."""
+        return self._claims.id
 
     def offline(self, peer: str) -> Machine:
         """The same machine with another disk and no network but its own loopback's."""

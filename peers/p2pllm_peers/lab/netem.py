@@ -43,8 +43,10 @@ class KernelWires:
     def start(self) -> None:
         """Make bridge, pairs and neighbour entries."""
         ip(self._hub, hub_commands(self._namespaces))
+        peers = range(len(self._namespaces))
+        batch("bridge", self._hub, (f"fdb add {mac(peer)} dev v{peer} master static" for peer in peers))
         for peer, (name, address) in enumerate(zip(self._namespaces, self._addresses, strict=True)):
-            ip(name, [f"link set eth0 address {mac(peer)} gso_max_segs 1 gso_max_size 1514", *peer_commands(address)])
+            ip(name, [f"link set eth0 address {mac(peer)} gso_max_segs 1", *peer_commands(address)])
             ip(name, self._neighbours(peer, (other for other in range(len(self._namespaces)) if other != peer)))
         # its only use is that /proc/<pid>/net/dev shows the hub's counters without a program started each time
         self._holder = subprocess.Popen([*in_namespace(self._hub), "cat"], stdin=subprocess.PIPE)
@@ -106,13 +108,13 @@ class KernelWires:
 
 def hub_commands(namespaces: Sequence[str]) -> list[str]:
     """Commands of `ip` in the hub's namespace that make the star."""
-    commands = ["link add br0 type bridge", "link set br0 addrgenmode none", "link set br0 up"]
+    commands = ["link add br0 type bridge mcast_snooping 0", "link set br0 addrgenmode none", "link set br0 up"]
     for peer, name in enumerate(namespaces):
         commands += [
             f"link add v{peer} type veth peer name eth0 netns {name}",
-            f"link set v{peer} addrgenmode none gso_max_segs 1 gso_max_size 1514",
+            f"link set v{peer} addrgenmode none gso_max_segs 1",
             f"link set v{peer} master br0 up",
-            f"link set v{peer} type bridge_slave flood off",
+            f"link set v{peer} type bridge_slave flood off learning off",
         ]
     return commands
 

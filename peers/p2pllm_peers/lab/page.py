@@ -155,7 +155,7 @@ def _peers(report: Report) -> list[Table]:
                                    "CPU time", "rounds behind"), work, words=3
         ),
         Table(
-            "traffic", "Bytes of each peer",
+            "traffic", "Bytes of each peer, in numbers",
             "On the wire: counters of the interface, with all headers. The others: payload, as the peer counts it.",
             ("peer", "up on the wire", "control up", "updates up", "states up", "down on the wire", "control down",
              "updates down", "states down", "up, a round", "up, a token it gave"), traffic,

@@ -44,6 +44,7 @@ PART_COLOURS = dict(zip(PARTS, (BLUE, AMBER, VERMILION, PINK, GREEN, SKY, GREY),
 KIND_COLOURS = dict(zip(KINDS, (AMBER, BLUE, GREEN), strict=True))
 STATE_COLOURS = {"up": GREEN, "starting": SKY, "frozen": BLUE, "cut": VERMILION, "down": GRID}
 
+TIME_LABEL = "time since the first peers were ready, s"
 MAX_POINTS = 1200
 MAX_BARS = 240
 MAX_ROWS = 24
@@ -100,7 +101,7 @@ def _thin(rows: Sequence[Any]) -> list[Any]:
 def _loss_by_time(report: Report, width: float) -> tuple[Figure, str]:
     figure, axes = new_figure(width, 300)
     says = _losses(report, axes, "time_s", 1.0)
-    axes.set_xlabel("time, s")
+    axes.set_xlabel(TIME_LABEL)
     legend_above(figure, axes.lines, width)
     return figure, says + _mark_faults(report, axes)
 
@@ -111,6 +112,7 @@ def _loss_by_tokens(report: Report, width: float) -> tuple[Figure, str]:
     scale, unit = (1e9, "thousand million") if most >= 1e10 else (1e6, "million") if most >= 1e7 else (1e3, "thousand")
     says = _losses(report, axes, "tokens_so_far", scale)
     axes.set_xlabel(f"tokens that the swarm trained on, {unit}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     legend_above(figure, axes.lines, width)
     return figure, says
 
@@ -139,7 +141,7 @@ def _speed(report: Report, width: float) -> tuple[Figure, str]:
     times = [first + (end_s - first) * step / 400 for step in range(401)] if end_s > first else [first]
     rates = [_tokens(rounds, time_s - window, time_s) / window for time_s in times]
     axes.plot(times, rates, color=BLUE)
-    axes.set_xlabel("time, s")
+    axes.set_xlabel(TIME_LABEL)
     axes.set_ylabel(f"tokens/s, mean of {window:.0f} s")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylim(0, 1.2 * max([*rates, alone or 0.0, 1.0]))
@@ -171,9 +173,10 @@ def _mark_faults(report: Report, axes: Axes) -> str:
     return f"; shaded: from each fault{numbered} until it was undone" if rows else ""
 
 
-def _shown(report: Report) -> list[str]:
-    """Names of the peers that fit into a chart, the first at the top."""
-    return [row["name"] for row in report["peers"]][:MAX_ROWS]
+def _shown(report: Report) -> tuple[list[str], str]:
+    """Names of the peers that fit into a chart, the first at the top, and what to say of the others."""
+    names = [row["name"] for row in report["peers"]]
+    return names[:MAX_ROWS], f"; the first {MAX_ROWS} of {len(names)} peers" if len(names) > MAX_ROWS else ""
 
 
 def _rows_of_peers(axes: Axes, names: Sequence[str]) -> None:
@@ -184,7 +187,7 @@ def _rows_of_peers(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _timeline(report: Report, width: float) -> tuple[Figure, str]:
-    names = _shown(report)
+    names, more = _shown(report)
     figure, axes = new_figure(width, 120 + 30 * len(names))
     for place, name in enumerate(names):
         for state in report["timeline"][name]:
@@ -203,18 +206,19 @@ def _timeline(report: Report, width: float) -> tuple[Figure, str]:
         axes.scatter(times, places, marker="^", s=46, color=INK, edgecolor=PAPER, linewidth=0.8, zorder=3)
     _rows_of_peers(axes, names)
     axes.set_ylim(len(names) - 0.5, -1.1)
-    axes.set_xlabel("time, s")
+    axes.set_xlabel(TIME_LABEL)
     marked = _mark_faults(report, axes)
     used = {state["state"] for name in names for state in report["timeline"][name]}
     handles: list[Any] = [Patch(color=STATE_COLOURS[state], label=state) for state in STATE_COLOURS if state in used]
     if backs:
         handles += axes.plot([], [], "^", color=INK, label="commits again")
     legend_above(figure, handles, width)
-    return figure, f"when each of {len(names)} peers was up, and {len(report['recoveries'])} faults{marked}"
+    return figure, f"when each peer was up, and {len(report['recoveries'])} faults{marked}{more}"
 
 
 def _bytes(report: Report, width: float) -> tuple[Figure, str]:
-    rows = [row for row in report["peers"] if row["name"] in _shown(report)]
+    shown, more = _shown(report)
+    rows = [row for row in report["peers"] if row["name"] in shown]
     figure, axes = new_figure(width, 120 + 44 * len(rows))
     most = max([1, *(value or 0 for row in rows for value in (*row["wire"].values(), *row["payload"].values()))])
     scale, unit = (1e9, "GB") if most >= 1e9 else (1e6, "MB") if most >= 1e6 else (1e3, "kB")
@@ -236,17 +240,17 @@ def _bytes(report: Report, width: float) -> tuple[Figure, str]:
     axes.set_xlabel(f"bytes, {unit}")
     names = {"control": "control calls", "updates": "updates", "state": "states"}
     handles: list[Any] = [Patch(color=KIND_COLOURS[kind], label=names[kind]) for kind in KINDS]
-    handles += axes.plot([], [], "|", color=INK, markersize=12, markeredgewidth=2.2, label="on the wire")
+    if measured := any(row["wire"]["up"] is not None for row in rows):
+        handles += axes.plot([], [], "|", color=INK, markersize=12, markeredgewidth=2.2, label="on the wire")
     legend_above(figure, handles, width)
-    return (
-        figure,
-        "bytes up and down of each peer, by its own counters and on the wire; the peers' table has the numbers",
-    )
+    marks = "marks: on the wire, with all headers" if measured else "bytes on the wire were not measured"
+    return figure, f"bars: payload as each peer counts it, up and down; {marks}{more}"
 
 
 def _parts_by_peer(report: Report, width: float) -> tuple[Figure, str]:
     found = report["anatomy"]["peers"]
-    names = [name for name in _shown(report) if found.get(name)]
+    shown, more = _shown(report)
+    names = [name for name in shown if found.get(name)]
     figure, axes = new_figure(width, 120 + 30 * len(names))
     left = [0.0] * len(names)
     for part in PARTS:
@@ -258,7 +262,7 @@ def _parts_by_peer(report: Report, width: float) -> tuple[Figure, str]:
     axes.set_xlabel("mean seconds of a round")
     legend_above(figure, [Patch(color=PART_COLOURS[part], label=part) for part in PARTS], width)
     told = ", ".join(f"{part} {row['mean']:.3f} s" for part, row in report["anatomy"]["swarm"].items())
-    return figure, f"mean over all peers and rounds: {told}"
+    return figure, f"mean over all peers and rounds: {told}{more}"
 
 
 def _parts_by_round(report: Report, width: float) -> tuple[Figure, str]:

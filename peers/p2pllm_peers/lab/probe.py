@@ -18,13 +18,19 @@ import struct
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
 
 PORT = 7
-PIECE = bytes(1 << 16)
+_PIECE = bytes(1 << 16)
 _SILENCE_S = 15.0
 """A stream that stands still for so long measures nothing any more."""
+
+_TICK_S = 0.01
+"""How exactly a window of counting is kept when nothing can be sent."""
+
+_SND_MSS_AT, _SACKED_AT, _BYTES_ACKED_AT = 16, 28, 120
+"""Places in Linux's struct tcp_info."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Plan:
     wait_s: float  # for the last answers
     warm_s: float  # before a stream is counted
     count_s: float
+    streams: int  # at once on a line
 
 
 def ping(address: str, plan: Plan) -> dict[str, float]:
@@ -58,50 +65,75 @@ def ping(address: str, plan: Plan) -> dict[str, float]:
     return {"trip_ms": median * 1e3, "lost": 1 - len(trips) / plan.pings}
 
 
-def pull(line: socket.socket, plan: Plan) -> float:
-    """Bytes of payload a second that come in, over `count_s` once `warm_s` have passed."""
-    line.settimeout(_SILENCE_S)
-    buffer = bytearray(1 << 20)
-    begin = time.perf_counter()
-    since, total, last = 0.0, 0, 0.0
-    while not since or last - since < plan.count_s:
-        if not (got := line.recv_into(buffer)):
-            break
-        last = time.perf_counter()
-        if since:
-            total += got
-        elif last - begin >= plan.warm_s:
-            since = last
-    return total / (last - since) if last > since > 0 else 0.0
+def push(line: socket.socket, plan: Plan) -> float:
+    """Send as fast as it goes; returns the bytes of payload a second that arrived, in whatever order.
 
-
-def push(line: socket.socket) -> None:
-    """Send until the other side has had enough."""
-    with contextlib.suppress(AttributeError, OSError):  # other systems; a kernel without it
+    Counted from acknowledgements, over `count_s` once `warm_s` have passed: what waits behind a lost packet has crossed
+    the line all the same.
+    """
+    with contextlib.suppress(OSError):  # a kernel without it
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")  # losses shall not hide the rate
+    line.setblocking(False)
+    begin, since, first = time.perf_counter(), 0.0, 0
+    while (now := time.perf_counter()) < (since or begin + plan.warm_s) + plan.count_s:
+        if not since and now - begin >= plan.warm_s:
+            since, first = now, _delivered(line)
+        if select.select([], [line], [], _TICK_S)[1]:
+            with contextlib.suppress(BlockingIOError):
+                line.send(_PIECE)
+    return (_delivered(line) - first) / (now - since)
+
+
+def _delivered(line: socket.socket) -> int:
+    """Bytes of payload that the other side has acknowledged, in order or selectively."""
+    info = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    packet_bytes, sacked = (struct.unpack_from("=I", info, place)[0] for place in (_SND_MSS_AT, _SACKED_AT))
+    return int(struct.unpack_from("=Q", info, _BYTES_ACKED_AT)[0] + sacked * packet_bytes)
+
+
+def sink(line: socket.socket) -> None:
+    """Read until the other side has gone."""
+    line.settimeout(_SILENCE_S)
     with contextlib.suppress(OSError):
-        while True:
-            line.sendall(PIECE)
+        while line.recv(1 << 20):
+            pass
 
 
 def measure(address: str, plan: Plan) -> None:
     """Do what standard input says, one answer a line."""
+    pool = ThreadPoolExecutor(plan.streams)
     for word in sys.stdin:
-        answer: Any
-        if word.strip() == "ping":
-            answer = ping(address, plan)
+        do = word.strip()
+        if do == "ping":
+            answer: object = ping(address, plan)
         else:
-            with socket.create_connection((address, PORT), timeout=_SILENCE_S) as line:
-                line.sendall(json.dumps({"do": word.strip(), **asdict(plan)}).encode() + b"\n")
-                if word.strip() == "down":
-                    answer = pull(line, plan)
-                    _reset(line)
-                else:
-                    threading.Thread(target=push, args=(line,), daemon=True).start()
-                    answer = json.loads(line.makefile("rb").readline() or b"0")
-                    _reset(line)
+            answer = sum(map(Future.result, [pool.submit(stream, address, do, plan) for _ in range(plan.streams)]))
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
+
+
+def stream(address: str, do: str, plan: Plan) -> float:
+    """One TCP stream, "up" from here or "down" to here; bytes of payload a second."""
+    with _ask(address, {"do": do, **asdict(plan)}) as line:
+        key = _key(line.getsockname())
+        if do == "up":
+            rate = push(line, plan)
+            _reset(line)
+            return rate
+        sink(line)
+    with _ask(address, {"do": "rate", "key": key}) as line, line.makefile("rb") as lines:
+        return float(json.loads(lines.readline()))
+
+
+def _ask(address: str, order: dict[str, object]) -> socket.socket:
+    line = socket.create_connection((address, PORT), timeout=_SILENCE_S)
+    line.sendall(json.dumps(order).encode() + b"\n")
+    return line
+
+
+def _key(name: tuple[str, int]) -> str:
+    """A connection is known by its asker's end."""
+    return f"{name[0]}:{name[1]}"
 
 
 def serve() -> None:
@@ -123,21 +155,25 @@ def _echo(line: socket.socket) -> None:
 
 
 def _accept(listener: socket.socket) -> None:
+    rates: dict[str, float] = {}
     while True:
-        line, _ = listener.accept()
-        threading.Thread(target=_stream, args=(line,), daemon=True).start()
+        line, name = listener.accept()
+        threading.Thread(target=_stream, args=(line, _key(name), rates), daemon=True).start()
 
 
-def _stream(line: socket.socket) -> None:
+def _stream(line: socket.socket, key: str, rates: dict[str, float]) -> None:
+    """Do what the other side asks for in its first line. The rate of a stream down is asked for afterwards: on the
+    stream itself it would wait behind all that is still to be sent."""
     with line, line.makefile("rb") as lines, contextlib.suppress(OSError):
         order = json.loads(lines.readline())
-        if order.pop("do") == "down":
-            push(line)
-        else:
-            rate = pull(line, Plan(**order))
-            line.sendall(json.dumps(rate).encode() + b"\n")
-            while line.recv(1 << 20):  # to close now could overtake the answer
-                pass
+        match order.pop("do"):
+            case "down":
+                rates[key] = push(line, Plan(**order))
+                _reset(line)
+            case "rate":
+                line.sendall(json.dumps(rates.pop(order["key"])).encode() + b"\n")
+            case _:
+                sink(line)
 
 
 def _reset(line: socket.socket) -> None:

@@ -16,7 +16,7 @@ from p2pllm_peers.lab.evidence import Facts
 from p2pllm_peers.lab.history import History
 
 WARM_UP_ROUNDS = 3
-"""Rounds that the steady span leaves out, if there are more than twice as many."""
+"""Rounds that the steady span leaves out at first, if there are more than twice as many."""
 
 Row = dict[str, Any]
 
@@ -72,8 +72,12 @@ def reached(rounds: Sequence[Row]) -> list[Row]:
 
 
 def speed(rounds: Sequence[Row], facts: Facts) -> Row:
-    """Tokens a second of the steady span, and its share of what the peers make alone."""
-    steady = _steady(rounds)
+    """Tokens a second of the steady span, and its share of what the peers make alone.
+
+    What was committed before the clock began does not count: not all peers were there, and none had its limits.
+    """
+    timed = [row for row in rounds if row["time_s"] >= 0]
+    steady = _steady(timed)
     rate = steady["tokens"] / (steady["to_s"] - steady["from_s"]) if steady else None
     alone = [peer.alone_tokens_per_s for peer in facts.peers]
     known = [value for value in alone if value]
@@ -82,8 +86,8 @@ def speed(rounds: Sequence[Row], facts: Facts) -> Row:
     if total is None:
         why = "the scenario has no alone_s" if not facts.scenario.alone_s else "not every peer was measured alone"
     elif rate is None:
-        why = "fewer than two rounds were committed"
-    gaps = [after["time_s"] - before["time_s"] for before, after in itertools.pairwise(rounds)]
+        why = "fewer than two rounds were committed on the clock"
+    gaps = [after["time_s"] - before["time_s"] for before, after in itertools.pairwise(timed)]
     return {
         "round_interval_s": statistics.median(gaps) if gaps else None,
         "steady": steady,

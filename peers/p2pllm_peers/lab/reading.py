@@ -65,7 +65,12 @@ def read_scenario(name_or_path: str, *, short: bool, seed: int | None) -> Scenar
 
 def describe() -> list[tuple[str, str, str]]:
     """See `scenario.describe`."""
-    rows = [*_rows("", Scenario), ("[run]", "the default run", "sections of a run file, see p2pllm new")]
+    (place, _, meaning), *others = _rows("", Scenario)
+    rows = [
+        (place, "the file's", meaning),
+        *others,
+        ("[run]", "the default run", "sections of a run file, see p2pllm new"),
+    ]
     rows.append(("[run] file", "none", "path of a run file for what is not said here, relative to the scenario"))
     rows += _rows("[links.NAME] ", Link) + _rows("[[peers]] ", Peers) + _rows("[[events]] ", Event)
     rows += [("[[events]] do", f'"{do}"', fields.sentence()) for do, fields in FIELDS.items()]

@@ -153,7 +153,8 @@ def _is_there(peer: PeerFacts, time_s: float) -> bool:
 
 def _state_at(peer: PeerFacts, mine: list[Fault], starts: list[float], time_s: float) -> str:
     if not _is_there(peer, time_s):
-        ended = max((at for at in peer.ended_s if at <= time_s), default=float("-inf"))
-        return "starting" if any(ended <= at <= time_s for at in starts) else "down"
+        # a restart may be due before the peer has left
+        ready = max((at for at in peer.ready_s if at <= time_s), default=float("-inf"))
+        return "starting" if any(ready < at <= time_s for at in starts) else "down"
     active = {fault.do for fault in mine if fault.active(time_s)}
     return "frozen" if "freeze" in active else "cut" if active else "up"

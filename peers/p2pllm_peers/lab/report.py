@@ -60,6 +60,9 @@ NETWORK_PARTS = ("roster", "exchange", "vote", "outer_step", "digest")
 SETTLE_S = 30.0
 """A peer whose trouble ended so short before the end may still be catching up."""
 
+START_S = 120.0
+"""A slow machine may take so long from the start of a process until it takes part."""
+
 RATE_TOLERANCE = 0.05
 DELAY_TOLERANCE_MS = 2.0
 
@@ -77,6 +80,7 @@ def report(evidence: Evidence) -> Row:
     struck, names = faults(facts), _names(facts)
     states = timeline(facts, struck, end_s)
     living = [name for name, row in states.items() if row and row[-1]["state"] in ("up", "starting")]
+    there = [name for name, row in states.items() if row and row[-1]["state"] != "down"]
     history = trace(seen, living, struck, names)
     rounds = rounds_of(commits, history, names)
     completed = history.head >= facts.scenario.run.round.rounds
@@ -102,7 +106,7 @@ def report(evidence: Evidence) -> Row:
         "recoveries": recoveries(
             struck, commits, history.main, min(end_s, rounds[-1]["time_s"]) if completed and rounds else end_s
         ),
-        "branches": [_branch(branch, living) for branch in history.branches],
+        "branches": [_branch(branch, there) for branch in history.branches],
         "diverged": _rounds(history, lambda branch: branch.kind == "divergence"),
         "lost": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is None),
         "abandoned": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is not None),
@@ -118,7 +122,7 @@ def report(evidence: Evidence) -> Row:
 
 def summary_lines(report: Row) -> list[str]:
     """What a run did and whether its verdict holds, in about ten lines of plain text."""
-    run, swarm = report["run"], report["swarm"]
+    run = report["run"]
     ended = ", interrupted" if run["interrupted"] else ""
     lines = [f"{run['name']}: {duration(run['ended_s'])}, {count(len(report['peers']), 'peer')}{ended}"]
     if report["rounds"]:
@@ -142,13 +146,13 @@ def _achieved(report: Row) -> list[str]:
     alone = swarm["efficiency"] is not None and f", {share(swarm['efficiency'])} of what the peers make alone"
     losses = f"{amount(report['rounds'][0]['loss'], '')} -> {amount(swarm['final_loss'], '')}"
     apart = [branch_in_words(branch) for branch in report["branches"]]
-    parts = report["anatomy"]["swarm"].items()
+    parts = [f"{part} {row['mean']:.2f} s" for part, row in report["anatomy"]["swarm"].items()]
     return [
         f"rounds: {swarm['rounds']}, one in {amount(swarm['round_interval_s'], 's')} (median); {rate}{alone or ''}",
         f"training loss: {losses}; validation loss: {amount(swarm['final_validation_loss'], '')} nats a token",
         f"bytes sent ({source(swarm)}): {size(spent['total'])}, {size(spent['per_round'])} a round, "
         f"{size(spent['per_token'])} a token",
-        f"a round (mean): {', '.join(f'{part} {row["mean"]:.2f} s' for part, row in parts)}",
+        f"a round (mean): {', '.join(parts)}",
         f"states: {'; '.join(apart) or 'equal after every round'}",
     ]
 
@@ -247,9 +251,9 @@ def _link(link: LinkCheck) -> list[Row]:
     ]
 
 
-def _branch(branch: Branch, living: list[str]) -> Row:
+def _branch(branch: Branch, there: list[str]) -> Row:
     """Repaired: whoever of its peers is still there was seen on the history again, after a divergence at once."""
-    back = all(branch.rejoined[peer] is not None for peer in branch.peers if peer in living)
+    back = all(branch.rejoined[peer] is not None for peer in branch.peers if peer in there)
     return {
         "kind": branch.kind,
         "cause": branch.cause,
@@ -273,11 +277,12 @@ def _at_end(name: str, states: list[State], seen: list[Sight], history: History,
     common = [sight.node[0] for sight in seen if history.main.get(sight.node[0]) == sight.node[1]]
     last = seen[-1].node if seen else (0, "")
     on_main = bool(common) and history.main.get(last[0]) == last[1]
+    state, since_s = (states[-1]["state"], states[-1]["from_s"]) if states else ("never there", 0.0)
     return {
         "name": name,
-        "state": states[-1]["state"] if states else "never there",
+        "state": state,
         "round": last[0],
         "digest": last[1],
         "behind": history.head - (last[0] if on_main else max(common, default=0)),
-        "settling": bool(states) and states[-1]["from_s"] > 0 and end_s - states[-1]["from_s"] < SETTLE_S,
+        "settling": since_s > 0 and end_s - since_s < (START_S if state == "starting" else SETTLE_S),
     }

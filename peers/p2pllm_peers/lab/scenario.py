@@ -60,6 +60,9 @@ class Peers(_Section):
     link: str = Field("", description="name of a [links.NAME]; left out: loopback")
     start_s: Seconds = Field(0.0, description="when it joins; those at 0 are there before the clock starts")
     disk_mb: int = Field(0, ge=0, le=10_000, description="size of its disk; 0: that of this machine")
+    micro_batch: int = Field(
+        4, ge=0, le=65536, description="samples computed at once; 0: found by each peer, so that runs differ"
+    )
 
     def names(self) -> list[str]:
         """Each one's name."""
@@ -129,12 +132,13 @@ class PeerSpec:
     link_name: str
     start_s: float
     disk_mb: int
+    micro_batch: int
 
 
 class Scenario(_Section):
     """A whole experiment."""
 
-    name: PeerName = Field(description="1 to 12 of a-z, 0-9 and -; left out: that of the file")
+    name: PeerName = Field(description="1 to 12 of a-z, 0-9 and -")
     about: str = Field("", max_length=200, description="one line for `p2pllm lab scenarios`")
     seed: int = Field(0, ge=0, lt=2**32, description="of delays, churn and 'any'; the run has one of its own")
     duration_s: Seconds = Field(0.0, description="seconds from when the first peers are ready; 0: the run's rounds")
@@ -153,7 +157,15 @@ class Scenario(_Section):
     def peer_specs(self) -> list[PeerSpec]:
         """All peers, in the order of the file; delays are drawn from the seed and the peer's name."""
         return [
-            PeerSpec(name, peers.cores, self._line(peers.link, name), peers.link, peers.start_s, peers.disk_mb)
+            PeerSpec(
+                name=name,
+                cores=peers.cores,
+                link=self._line(peers.link, name),
+                link_name=peers.link,
+                start_s=peers.start_s,
+                disk_mb=peers.disk_mb,
+                micro_batch=peers.micro_batch,
+            )
             for peers in self.peers
             for name in peers.names()
         ]

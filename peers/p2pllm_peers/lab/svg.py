@@ -22,13 +22,14 @@ VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
     colour: f"c{number}" for number, colour in enumerate(SERIES, 1)
 }
 BLUE, VERMILION, GREEN, PINK, SKY, AMBER, GREY = SERIES
-WIDE, NARROW = 860.0, 400.0
+WIDE, NARROW = 860.0, 360.0
 """Widths that charts are drawn for, in units that are about one pixel of the page each."""
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "p2pllm",
     "font.size": 13,
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that every machine measures text alike
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,

@@ -51,7 +51,10 @@ class SwarmPeer:
         self.crashes: list[str] = []
         self.frozen = False
         self.left_in_order = True  # as far as its newest life has ended
-        self._settings = settings.model_copy(update={"home": machine.home, "listen_host": machine.host})
+        changes: dict[str, Any] = {"home": machine.home, "listen_host": machine.host}
+        if machine.spec.micro_batch:
+            changes["micro_batch"] = machine.spec.micro_batch
+        self._settings = settings.model_copy(update=changes)
         self._pids = pids
         self._process: DaemonProcess | None = None
         self._expected_end = True
@@ -252,7 +255,9 @@ class Swarm:
 
 def plain_scenario(draft: RunDraft, count: int) -> Scenario:
     """Peers on loopback, without links, budgets and faults, until the run's last round."""
-    return Scenario(name="swarm", run=draft, peers=(Peers(count=count),), verdict=Verdict(max_rounds_behind=None))
+    return Scenario(
+        name="swarm", run=draft, peers=(Peers(count=count, micro_batch=0),), verdict=Verdict(max_rounds_behind=None)
+    )
 
 
 @contextlib.contextmanager

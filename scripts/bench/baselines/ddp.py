@@ -21,6 +21,7 @@ import inspect
 import itertools
 import os
 import socket
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -57,7 +58,8 @@ def wrap(peer: Peer) -> DistributedDataParallel:
     """The model under DDP. Its buffers never change, so they need not travel with each batch."""
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.13 renamed it
-    model = DistributedDataParallel(peer.model, **{name: False})
+    keywords: dict[str, Any] = {name: False}
+    model = DistributedDataParallel(peer.model, **keywords)
     if peer.draft.round.codec == "fp16":
         model.register_comm_hook(None, fp16_compress_hook)
     return model
@@ -65,11 +67,8 @@ def wrap(peer: Peer) -> DistributedDataParallel:
 
 def interface_of(host: str) -> str:
     """Name of the interface that has this address."""
-    return next(
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(address.address == host for address in addresses)
-    )
+    found = psutil.net_if_addrs()
+    return next(str(name) for name, addresses in found.items() if any(each.address == host for each in addresses))
 
 
 def free_port(host: str) -> int:

@@ -14,18 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from baselines.peer import Order, Row
+from baselines.messages import Order, Row
 from p2pllm.errors import RunError
 from p2pllm.manifest import RunDraft
 from p2pllm_peers.lab.evidence import read_lines
 from p2pllm_peers.lab.machines import Machines
 
 SCRIPTS = Path(__file__).parents[1]
+START_S = 180.0
 LEAVE_S = 5.0
 """For a process to end by itself when its standard input has closed."""
 
@@ -50,7 +51,11 @@ class Fleet:
         self._system = system
         self._machines = machines
         self._folder = folder
-        self._order = {"draft": draft.model_dump(mode="json"), "cache": str(cache), "micro_batch": micro_batch}
+        self._order: dict[str, Any] = {
+            "draft": draft.model_dump(mode="json"),
+            "cache": str(cache),
+            "micro_batch": micro_batch,
+        }
         self._processes: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Fleet:
@@ -70,8 +75,16 @@ class Fleet:
             for name in others:
                 self._tell(name, contact=contact)
         with ThreadPoolExecutor(len(self.names)) as pool:
-            for name, _ in zip(self.names, pool.map(lambda name: self._wait(name, "ready"), self.names), strict=True):
-                progress(f"{name}: ready")
+            waiting = {pool.submit(self._wait, name, "ready"): name for name in self.names}
+            try:
+                for done in as_completed(waiting, START_S):
+                    done.result()
+                    progress(f"{waiting[done]}: ready")
+            except TimeoutError:
+                raise RunError(f"{self._system.module} was not ready on all machines after {START_S:g} s.") from None
+            finally:
+                if not all(done.done() for done in waiting):
+                    self.stop()  # the others may wait for the one that failed for ever
 
     def go(self, seconds: float) -> None:
         """Let all train for so long from now on; they then end by themselves."""
@@ -148,7 +161,8 @@ class Fleet:
 
     def _kill(self, name: str, process: subprocess.Popen[str]) -> None:
         """End a process and all that it started, those included that its own death left behind."""
-        while pids := self._machines.pids(name, process.pid):
+        end = time.monotonic() + LEAVE_S
+        while (pids := self._machines.pids(name, process.pid)) and time.monotonic() < end:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

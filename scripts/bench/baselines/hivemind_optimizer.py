@@ -27,7 +27,9 @@ from functools import partial
 from typing import Any
 
 import hivemind
+from hivemind.compression import Float16Compression
 from hivemind.optim.grad_averager import GradientAverager
+from hivemind.p2p import P2P
 
 from baselines.peer import ClippedAdamW, Peer, groups, schedule
 
@@ -52,9 +54,9 @@ def settings(kind: str, peers: int) -> dict[str, Any]:
     group = {"target_group_size": peers, "request_timeout": MATCHMAKING_S / 2}  # must be below the matchmaking time
     return {
         **common,
-        "grad_compression": hivemind.Float16Compression(),
-        "state_averaging_compression": hivemind.Float16Compression(),
-        "load_state_compression": hivemind.Float16Compression(),
+        "grad_compression": Float16Compression(),
+        "state_averaging_compression": Float16Compression(),
+        "load_state_compression": Float16Compression(),
         "offload_optimizer": True,
         "delay_optimizer_step": True,
         "delay_grad_averaging": True,
@@ -109,7 +111,7 @@ class Training:
 def find_peers(peer: Peer) -> hivemind.DHT:
     """A DHT that knows the first peer. There is no router here that could forward ports."""
     # p2pd's sockets go where the rest of this machine's go, so that a killed one leaves nothing in /tmp.
-    hivemind.P2P._UNIX_SOCKET_PREFIX = f"/unix{os.environ['TMPDIR']}/hivemind-"
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{os.environ['TMPDIR']}/hivemind-"
     start = partial(
         hivemind.DHT,
         host_maddrs=[f"/ip4/{peer.order.host}/tcp/0"],

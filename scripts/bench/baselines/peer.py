@@ -1,13 +1,8 @@
-"""What every baseline shares: its order, the model, the data, the optimizer's settings, evaluating and recording.
+"""What every baseline shares: the model, the data, the optimizer's settings, evaluating, recording, and its end.
 
-The program talks with `fleet` in lines of JSON:
-
-    in       the order (fields of `Order`), {"contact": ...} to all but the first, {"go": seconds}
-    out      {"event": "contact", "contact": ...} from the first, {"event": "ready"}
-
-and writes one `Row` for each update of its model into a file. It ends after so many seconds, or at once when its
-standard input closes: then its parent is gone, however it died. What does not live here: how peers find each other
-and exchange anything, which is what tells the systems apart.
+A program ends after the seconds that it was given, or at once when its standard input closes: then its parent is
+gone, however it died. What does not live here: what it hears and says (`messages`), and how peers find each other and
+exchange anything, which is what tells the systems apart.
 """
 
 from __future__ import annotations
@@ -16,12 +11,11 @@ import contextlib
 import json
 import os
 import queue
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +23,7 @@ import psutil
 import torch
 from torch import nn
 
+from baselines.messages import Order, Row
 from p2pllm.manifest import OptimizerSection, RunDraft
 from p2pllm.state.outer import learning_rate
 from p2pllm.training.data import Corpus
@@ -40,37 +35,14 @@ from p2pllm.training.tokenizer import load_tokenizer
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Order:
-    """What one process shall do. `host`: its machine's address. `rows`: the file to write."""
-
-    draft: dict[str, Any]
-    rank: int
-    peers: int
-    host: str
-    cache: str
-    micro_batch: int
-    rows: str
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One update of one peer's model. `tokens`: this peer's own in it. Losses in nats a token."""
-
-    unix_time: float
-    round: int
-    tokens: int
-    loss: float  # mean over `tokens`
-    validation_loss: float | None
-
-
 class Peer:
     """One process of a baseline: everything but the exchange."""
 
     def __init__(self) -> None:
         """Wait for the order, then build what it names and compute once, as the first pass is a slow one."""
         torch.set_num_threads(1)
+        self._events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)  # a library that prints must not break the protocol
         # Sockets and whatever else libraries leave go with the machine's own folder.
         os.environ["TMPDIR"] = tempfile.tempdir = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
         self._lines: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -81,7 +53,6 @@ class Peer:
         self.model = build(self.draft, tokenizer)
         self._corpus = Corpus.open(self.draft.data, tokenizer, Path(self.order.cache))
         self._held_out = self._corpus.validation_windows()
-        self._rows = Path(self.order.rows).open("a", buffering=1, encoding="utf-8")
         self._drawn = 0
         for windows in self.micro_batches(self.order.micro_batch):
             torch.autograd.grad(sum_of_losses(self.model, windows), list(self.model.parameters()))
@@ -93,16 +64,20 @@ class Peer:
         if self.order.rank:
             return str(self._lines.get()["contact"])
         contact = announce()
-        _emit("contact", contact=contact)
+        self._emit("contact", contact=contact)
         return contact
 
     def wait_go(self) -> None:
         """Say that all is ready; returns when all others are, too."""
-        _emit("ready")
+        self._emit("ready")
         seconds = self._lines.get()["go"]
         timer = threading.Timer(seconds, _end)
         timer.daemon = True
         timer.start()
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        self._events.write(json.dumps({"event": event, **fields}) + "\n")
+        self._events.flush()
 
     def _listen(self) -> NoReturn:
         """Take lines until there are no more. Not sys.stdin: a forked child would wait for its lock for ever."""
@@ -137,7 +112,8 @@ class Peer:
         due = number == 1 or number % data.validation_every == 0
         held_out = validation_loss(self.model, self._held_out, CPU, self.order.micro_batch) if due else None
         row = Row(now, number, samples * data.context_length, loss, held_out)
-        self._rows.write(json.dumps(asdict(row)) + "\n")
+        with Path(self.order.rows).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
 
 
 class ClippedAdamW(torch.optim.AdamW):
@@ -178,14 +154,9 @@ def schedule(optimizer: torch.optim.Optimizer, draft: RunDraft) -> torch.optim.l
     )
 
 
-def _emit(event: str, **fields: Any) -> None:
-    print(json.dumps({"event": event, **fields}), flush=True)
-
-
 def _end() -> NoReturn:
     """End with all that we started, whatever other threads are doing; a library's own farewell may hang."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
-    sys.stdout.flush()
     os._exit(0)

@@ -1,4 +1,6 @@
-"""The same examples on every run, as for the rounds."""
+"""Property tests draw the same examples in every run."""
+
+from __future__ import annotations
 
 from hypothesis import settings
 

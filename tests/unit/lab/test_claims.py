@@ -93,8 +93,9 @@ def test_a_process_of_the_same_id_but_another_birth_is_left_alone(claims):
         assert process.poll() is None
 
 
-def test_what_cannot_be_undone_is_said_and_stays_in_the_ledger(claims, tmp_path):
+def test_what_cannot_be_undone_is_said_and_stays_in_the_ledger(claims, tmp_path, monkeypatch):
     """A claimed cgroup that is an ordinary folder with a file in it cannot be removed as a cgroup."""
+    monkeypatch.setattr("p2pllm_peers.lab.undo.PATIENCE_S", 0.1)
     (tmp_path / "not-a-group").mkdir()
     (tmp_path / "not-a-group" / "file").write_text("x")
     claims.note("cgroup", str(tmp_path / "not-a-group"))

@@ -203,6 +203,16 @@ def test_a_slowed_machine_gets_back_the_share_that_it_began_with() -> None:
         strikes(slowed, Event(at_s=2, do="slow_machine", peer="a-0", cores=0.2))
 
 
+def test_events_that_have_no_end() -> None:
+    corrupt = Event(at_s=2, do="corrupt", peer="a-0", file="state/*")
+    down, up = Event(at_s=1, do="kill", peer="a-0"), Event(at_s=3, do="restart", peer="a-0", keep_disk=False)
+    assert strikes(down, corrupt, up) == [
+        (1.0, "kill", "a-0", {}),
+        (2.0, "corrupt", "a-0", {"file": "state/*"}),
+        (3.0, "restart", "a-0", {"keep_disk": False}),
+    ]
+
+
 def test_a_partition_names_everybody() -> None:
     split = Event(at_s=1, do="partition", groups=(("a-1",),), for_s=2)
     assert strikes(split) == [(1.0, "partition", "", {"groups": [["a-1"], ["a-0", "a-2"]]}), (3.0, "heal", "", {})]

@@ -1,0 +1,272 @@
+"""What a simulated peer is made of beside the real protocol: compute that waits, an exchange of a few floats, the
+directory in memory, and paths with delays.
+
+What does not live here: running a swarm of them (`simulator`) and what was measured (`simulator_ledger`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from p2pllm.averaging import ExchangeResult, Group
+from p2pllm.averaging.attempt import ACCEPTED, FINISHED, MAGIC, STREAM_METHOD
+from p2pllm.averaging.dense import NOTICE_METHOD, NOTICE_SECONDS
+from p2pllm.averaging.mean import weighted_mean
+from p2pllm.errors import NetworkError
+from p2pllm.network.transport import Transport
+from p2pllm.rounds.round import Update
+from p2pllm.state import Layout
+from p2pllm.testing.host import MemoryHost
+from p2pllm.testing.network import MemoryNetwork
+from p2pllm.testing.swarm import MemoryPeer
+
+LAYOUT = Layout.of([("weights", (4,))])
+"""Of the model that nobody trains: 4 floats, so that a round costs its messages and nothing else."""
+
+COMPUTE_S = 10.0
+"""Virtual seconds of compute a round."""
+
+STEP_S = 5.0
+"""Virtual seconds of one micro-batch; a peer says how many samples it has after each."""
+
+SPEEDS = (0.9, 1.1)
+"""Peers differ: a micro-batch takes between these times STEP_S."""
+
+STALL_S = 5.0
+"""As the all-reduce: silence in an exchange after which a member has failed."""
+
+MAX_RECORDS, RECORD_S, ANNOUNCE_S = 1024, 60.0, 20.0
+"""Of the directory in the DHT, as in `p2pllm.network.dht`, which is not imported because that takes seconds."""
+
+LOOK_UP_HOPS = 6
+"""Messages one after the other in a lookup: three steps of Kademlia there and back, as with thousands of nodes."""
+
+_MASK = (1 << 64) - 1
+
+
+class PathNetwork(MemoryNetwork):
+    """Every path has a delay of its own, drawn once: the order of what is sent changes nothing."""
+
+    def __init__(self, low_s: float, high_s: float, seed: int) -> None:
+        """low_s, high_s: seconds one way."""
+        super().__init__(latency_s=low_s, seed=seed)
+        self.mean_s = (low_s + high_s) / 2
+        self._low, self._range = low_s, (high_s - low_s) / (1 << 32)
+        self._seed = random.Random(seed).getrandbits(64)  # noqa: S311 - the same in every run
+
+    def delay(self, sender: MemoryHost, receiver: MemoryHost) -> float:
+        """See MemoryNetwork."""
+        # splitmix64, a good hash in few operations: this is asked for with every message
+        mixed = ((sender.number << 32 | receiver.number) + self._seed) & _MASK
+        mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+        mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & _MASK
+        return self._low + self._range * (mixed >> 32) + sender.extra_s + receiver.extra_s
+
+
+# -- the directory -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    peer: str
+    addresses: tuple[str, ...]
+    until: float
+
+
+class MemoryDirectory:
+    """What the DHT holds of the run: at most MAX_RECORDS records, each for RECORD_S after it was announced."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+
+    def announce(self, peer: str, addresses: Sequence[str], now: float) -> None:
+        """Store a record, if there is room."""
+        if peer not in self._entries and len(self._entries) >= MAX_RECORDS:
+            self._entries = {entry.peer: entry for entry in self.entries(now)}
+            if len(self._entries) >= MAX_RECORDS:
+                return
+        self._entries[peer] = _Entry(peer, tuple(addresses), now + RECORD_S)
+
+    def entries(self, now: float) -> list[_Entry]:
+        """All that have not expired."""
+        return [entry for entry in self._entries.values() if entry.until > now]
+
+
+class DirectoryClient:
+    """The directory as one peer sees it: announcing and looking up. Implements membership's Lookup."""
+
+    def __init__(self, host: MemoryHost, directory: MemoryDirectory, look_up_s: float) -> None:
+        self._host, self._directory, self._look_up_s = host, directory, look_up_s
+
+    async def members(self) -> Sequence[_Entry]:
+        """See Lookup."""
+        await asyncio.sleep(self._look_up_s)
+        return self._directory.entries(asyncio.get_running_loop().time())
+
+    async def announce_forever(self) -> None:
+        """As a real node does."""
+        while True:
+            await asyncio.sleep(self._look_up_s)
+            self._directory.announce(self._host.peer_id, [self._host.address], asyncio.get_running_loop().time())
+            await asyncio.sleep(ANNOUNCE_S - self._look_up_s)
+
+
+# -- compute and exchange ----------------------------------------------------------------------------------------------
+
+
+class WaitingCompute:
+    """Compute that only takes time: a sample every STEP_S times the peer's own speed. See `rounds.loop.Compute`."""
+
+    def __init__(self, peer: MemoryPeer, seed: int) -> None:
+        self.ready = True
+        self.samples = 0
+        self.own_steps: list[int] = []
+        self._peer = peer
+        self._step_s = STEP_S * random.Random(f"{seed}/{peer.number}").uniform(*SPEEDS)  # noqa: S311 - reproducible
+        self._gradient = np.full(LAYOUT.size, 1.0 + peer.number, np.float32)
+        self._work: asyncio.Task[None] | None = None
+
+    async def begin(self, round_number: int) -> None:
+        """See Compute."""
+        self._end()
+        self.samples = 0
+        self._work = self._peer.host.spawn(self._gather())
+
+    async def _gather(self) -> None:
+        while True:
+            await asyncio.sleep(self._step_s)
+            self.samples += 1
+            self._peer.view.notify()
+
+    def _end(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+
+    async def finish(self) -> Update | None:
+        """See Compute."""
+        self._end()
+        self.own_steps = [1] * self.samples
+        return Update(self.samples, 1.0, self._gradient)
+
+    async def abandon(self) -> None:
+        """See Compute."""
+        self._end()
+
+    async def evaluate(self) -> float | None:
+        """See Compute."""
+        return None
+
+
+@dataclass
+class _Attempt:
+    """One exchange that is under way here."""
+
+    group: Group
+    come: dict[str, bytes]  # member -> its floats
+    failed: set[str] = field(default_factory=set)
+    accused: dict[str, frozenset[str]] = field(default_factory=dict)  # who gave up -> whom it named
+    is_over: bool = False  # a member had ended it before we came
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_lost(self) -> bool:
+        return bool(self.failed or self.accused or self.is_over)
+
+
+class FewFloats:
+    """The exchange with as many messages as the all-reduce opens streams: each member sends its few floats to every
+    other one, and all work out the same mean. Streams of thousands of peers would not fit into memory.
+    """
+
+    def __init__(self, transport: Transport, on_attempt: Callable[[Group], None]) -> None:
+        """on_attempt: called with the group of every attempt."""
+        self._transport = transport
+        self._on_attempt = on_attempt
+        self._open: dict[bytes, _Attempt] = {}
+        self._early: dict[bytes, dict[str, bytes]] = {}  # of faster members, before we have begun
+        self._ended: set[bytes] = set()
+
+    async def start(self) -> None:
+        """Take what the others send."""
+        await self._transport.serve_call(STREAM_METHOD, self._on_floats)
+        await self._transport.serve_call(NOTICE_METHOD, self._on_notice)
+
+    async def run(self, group: Group, vector: np.ndarray, deadline: float) -> ExchangeResult:
+        """See `rounds.round.AllReduce`."""
+        self._on_attempt(group)
+        others = [member for member in group.members if member != self._transport.peer_id]
+        attempt = self._open[group.group_id] = _Attempt(group, self._early.pop(group.group_id, {}))
+        payload = MAGIC + group.group_id + bytes(32) + vector.tobytes()
+        sending = asyncio.gather(*(self._send(peer, payload, attempt) for peer in others))
+        sending.add_done_callback(lambda _: attempt.news.set())
+        try:
+            async with asyncio.timeout(min(deadline, STALL_S)):
+                while not attempt.is_lost and not (sending.done() and len(attempt.come) == len(others)):
+                    attempt.news.clear()
+                    await attempt.news.wait()
+        except TimeoutError:
+            attempt.failed.update(peer for peer in others if peer not in attempt.come)
+        finally:
+            sending.cancel()
+            del self._open[group.group_id]
+            self._ended.add(group.group_id)
+        if attempt.is_lost:
+            await self._give_up(attempt, others)
+            return ExchangeResult(None, frozenset(attempt.failed), "A member failed.", 0, 0, attempt.accused)
+        floats = {**attempt.come, self._transport.peer_id: vector.tobytes()}
+        return ExchangeResult(_mean(group, floats), frozenset(), "", 0, 0)
+
+    async def _send(self, peer: str, payload: bytes, attempt: _Attempt) -> None:
+        try:
+            attempt.is_over |= await self._transport.call(peer, STREAM_METHOD, payload, STALL_S) == FINISHED
+        except NetworkError:
+            attempt.failed.add(peer)
+        if attempt.is_lost:
+            attempt.news.set()
+
+    async def _give_up(self, attempt: _Attempt, others: list[str]) -> None:
+        """Tell the others whom we hold responsible, so that nobody waits for them, too."""
+        members = attempt.group.members
+        mask = sum(1 << index for index, member in enumerate(members) if member in attempt.failed)
+        notice = attempt.group.group_id + mask.to_bytes(32, "little")
+
+        async def tell(peer: str) -> None:
+            with contextlib.suppress(NetworkError):
+                await self._transport.call(peer, NOTICE_METHOD, notice, NOTICE_SECONDS)
+
+        await asyncio.gather(*(tell(peer) for peer in others if peer not in attempt.failed))
+
+    async def _on_floats(self, peer: str, payload: bytes) -> bytes:
+        group_id, floats = payload[len(MAGIC) : len(MAGIC) + 32], payload[len(MAGIC) + 64 :]
+        if group_id in self._ended:
+            return FINISHED
+        attempt = self._open.get(group_id)
+        if attempt is None:
+            self._early.setdefault(group_id, {})[peer] = floats
+        else:
+            attempt.come[peer] = floats
+            attempt.news.set()
+        return ACCEPTED
+
+    async def _on_notice(self, peer: str, payload: bytes) -> bytes:
+        attempt = self._open.get(payload[:32])
+        if attempt is not None:
+            mask = int.from_bytes(payload[32:], "little")
+            named = (member for index, member in enumerate(attempt.group.members) if mask >> index & 1)
+            attempt.accused.setdefault(peer, frozenset(named))
+            attempt.news.set()
+        return b""
+
+
+def _mean(group: Group, floats: dict[str, bytes]) -> np.ndarray:
+    """The weighted mean in roster order, the same bits at every member."""
+    terms = [np.frombuffer(floats[member], np.float32).copy() for member in group.members]
+    out = np.empty(group.size, np.float32)
+    weighted_mean(terms, group.shares(), out)
+    return out

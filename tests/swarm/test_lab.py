@@ -1,0 +1,223 @@
+"""The lab as its users run it: shipped scenarios in short, every kind of fault, and an end at any moment."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from p2pllm.testing.plugin import Lab, LabResult, Machine, lab
+from p2pllm_peers.lab import budgets, links
+from p2pllm_peers.lab.claims import ledger_folder, sweep
+from p2pllm_peers.lab.scenario import load_scenario
+from p2pllm_peers.lab.timeline import timeline
+
+__all__ = ["lab"]
+
+SCENARIOS = Path(str(resources.files("p2pllm_peers.lab") / "scenarios"))
+
+cannot = links.why_not() or budgets.why_not()
+pytestmark = [
+    pytest.mark.swarm,
+    pytest.mark.alone,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(cannot != "", reason=cannot),
+]
+
+SMALL = """
+name = "small"
+duration_s = {duration_s}
+
+[run.model.config]
+hidden_size = 32
+intermediate_size = 80
+num_hidden_layers = 1
+num_attention_heads = 2
+num_key_value_heads = 2
+
+[run.data]
+context_length = 32
+validation_samples = 4
+validation_every = 1000
+
+[run.round]
+rounds = 1000000
+samples = 200
+roster_wait_s = 2
+
+[links.line]
+up_mbit = 50
+down_mbit = 50
+delay_ms = 2
+
+[[peers]]
+count = {count}
+cores = 0.5
+link = "line"
+disk_mb = {disk_mb}
+"""
+"""A run whose rounds take a second. It never ends by itself."""
+
+EVERYTHING = """
+[[events]]
+at_s = 1
+do = "cut"
+peer = "peer-0"
+other = "peer-1"
+for_s = 2
+
+[[events]]
+at_s = 4
+do = "slow_link"
+peer = "peer-1"
+link = { up_mbit = 5, delay_ms = 30 }
+for_s = 2
+
+[[events]]
+at_s = 7
+do = "slow_machine"
+peer = "peer-1"
+cores = 0.2
+for_s = 2
+
+[[events]]
+at_s = 10
+do = "fill_disk"
+peer = "peer-1"
+for_s = 3
+
+[[events]]
+at_s = 14
+do = "kill"
+peer = "peer-2"
+
+[[events]]
+at_s = 15
+do = "corrupt"
+peer = "peer-2"
+file = "state/*.safetensors"
+
+[[events]]
+at_s = 16
+do = "restart"
+peer = "peer-2"
+
+[verdict]
+min_rounds = 10
+"""
+
+
+def passed(result: LabResult) -> None:
+    assert result.code == 0, result.output[-4000:]
+    assert result.report["passed"] and result.report["left_over"] == []
+
+
+def test_home_lines(lab: Lab) -> None:
+    path = SCENARIOS / "home-lines.toml"
+    result = lab(path, short=True)
+    passed(result)
+    report = result.report
+    assert len(report["links"]) >= 12 and all(row["passed"] for row in report["links"]), (
+        "lines differ from what was asked"
+    )
+    assert all(peer["alone_tokens_per_s"] > 0 for peer in report["peers"])
+    page = (result.out / "report.html").read_text()
+    assert "<svg" in page and not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+def test_churn(lab: Lab) -> None:
+    path = SCENARIOS / "churn.toml"
+    result = lab(path, short=True)
+    passed(result)
+    planned = timeline(load_scenario(str(path), short=True))
+    assert result.report["events"] == [strike.model_dump() for strike in planned], "another timeline than the seed's"
+    assert len(result.report["recoveries"]) >= 3
+
+
+def test_every_kind_of_fault(lab: Lab) -> None:
+    result = lab(SMALL.format(duration_s=45, count=3, disk_mb=200) + EVERYTHING)
+    passed(result)
+    struck = [result.report["events"][row["event"]]["do"] for row in result.report["struck"]]
+    assert {"cut", "slow_link", "slow_machine", "fill_disk", "corrupt", "kill", "restart"} <= set(struck)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
+def test_an_end_at_any_moment_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    machine, output = Machine(tmp_path), tmp_path / "output.txt"
+    (tmp_path / "small.toml").write_text(SMALL.format(duration_s=600, count=2, disk_mb=50))
+    process = machine.start("lab", "run", tmp_path / "small.toml", "--out", tmp_path / "out", output=output)
+    try:
+        until(lambda: "\nround " in output.read_text() or process.poll() is not None, "a round is shown", 120)
+        assert process.poll() is None, output.read_text()
+        lab_id = lab_of(process.pid)
+        kinds = {line.split()[0] for line in made_by(lab_id)}
+        assert kinds == {"ledger", "namespace", "group", "mount", "folder"}
+        process.send_signal(number)
+        code = process.wait(30)
+        until(lambda: not made_by(lab_id) and not machine.processes(), "everything is gone", 20)
+    finally:
+        process.kill()
+        machine.clean()
+    if number == signal.SIGINT:
+        assert code == 130, output.read_text()
+        assert (tmp_path / "out" / "report.json").exists()
+        assert (tmp_path / "out" / "peers" / "peer-0" / "runs").is_dir(), "the files of a disk in memory are kept"
+
+
+def test_what_a_killed_guard_left_is_removed_by_the_next_lab(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from p2pllm_peers.lab.machines import Machines\n"
+        "from p2pllm_peers.lab.scenario import load_scenario\n"
+        "with Machines(load_scenario(sys.argv[1]), Path(sys.argv[2])) as machines:\n"
+        "    print(machines.lab_id, flush=True)\n"
+        "    os.kill(machines._claims._guard.pid, signal.SIGKILL)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL.format(duration_s=5, count=2, disk_mb=0))
+    command = [sys.executable, "-c", program, path, tmp_path / "out"]
+    lab_id = subprocess.run(command, check=False, timeout=60, stdout=subprocess.PIPE, text=True).stdout.strip()
+    assert lab_id and made_by(lab_id)
+    assert any(lab_id in line for line in sweep())
+    assert made_by(lab_id) == []
+
+
+def lab_of(owner: int) -> str:
+    """The id of the lab that the process `owner` runs."""
+    for ledger in ledger_folder().glob("*.jsonl"):
+        if json.loads(ledger.read_text().splitlines()[0])["owner"] == owner:
+            return ledger.stem
+    pytest.fail(f"process {owner} has no ledger")
+
+
+def made_by(lab_id: str) -> list[str]:
+    """What is there of one lab: other labs may run beside it."""
+    name = f"p2pllm-{lab_id}"
+    mounts = Path("/proc/mounts").read_text().splitlines()
+    return [
+        *(f"ledger {path}" for path in ledger_folder().glob(f"{lab_id}.jsonl")),
+        *(f"namespace {path}" for path in Path("/run/netns").glob(f"{name}*")),
+        *(f"group {path}" for path in budgets.ROOT.glob(f"**/{name}")),
+        *(f"mount {line.split()[1]}" for line in mounts if line.startswith(name)),
+        *(f"folder {path}" for path in Path(tempfile.gettempdir()).glob(f"{name}*")),
+    ]
+
+
+def until(condition: Callable[[], bool], what: str, limit: float) -> None:
+    """Poll until the condition holds; fail after `limit` seconds."""
+    end = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() >= end:
+            pytest.fail(f"not within {limit:.0f} s: {what}")
+        time.sleep(0.1)

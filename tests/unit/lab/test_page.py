@@ -1,0 +1,175 @@
+"""The page of a report: one file, nothing from outside, no name that becomes markup, and every window's charts."""
+
+import builtins
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fake_runs import evidence, long_run, peer, record, strikes
+
+from p2pllm.errors import UsageError
+from p2pllm_peers.lab.evidence import Evidence
+from p2pllm_peers.lab.page import headline, tables, write_page
+from p2pllm_peers.lab.report import report
+
+VOID = {"meta", "br", "use", "path", "rect", "line"}
+
+
+class Reader(HTMLParser):
+    """Checks that elements close in order; keeps ids, references, and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "xlink:href", "srcset", "data", "action"):
+                self.links.append(value or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def page_of(made: Evidence, tmp_path: Path) -> str:
+    path = tmp_path / "report.html"
+    write_page(report(made), path)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the long run."""
+    folder = tmp_path_factory.mktemp("long")
+    return page_of(long_run(folder), folder)
+
+
+def test_nothing_comes_from_outside(page: str) -> None:
+    read = Reader(page)
+    assert all(link.startswith("#") for link in read.links), read.links
+    assert {link[1:] for link in read.links} <= set(read.ids)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", page)
+    assert not read.tags & {"script", "link", "iframe", "img", "object", "image"}
+    assert len(page) < 2_000_000
+
+
+def test_ids_are_unique_and_each_clip_is_in_the_page(page: str) -> None:
+    ids = Reader(page).ids
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+
+
+def test_colours_are_those_of_the_style_sheet(page: str) -> None:
+    charts = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert set(re.findall(r"var\(--([a-z0-9]+)\)", charts)) <= set(re.findall(r"--([a-z0-9]+):", page))
+    assert not re.search(r"#[0-9a-f]{6}\b", charts), "a colour that does not follow light and dark"
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_it_says_what_the_report_says(page: str) -> None:
+    text = " ".join(Reader(page).text.split())
+    for words in (
+        "Failed 1 of 11 checks failed", "efficiency: 23", "Loss against tokens", "loss, nats a token",
+        "time since the first peers were ready, s", "bytes, MB", "mean seconds of a round",
+        "partition adsl-0, adsl-1 | fibre-0", "fork of adsl-0, adsl-1", "OUTSIDE", "tokens/s, mean of",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def test_each_chart_is_there_for_wide_and_for_narrow_windows(page: str) -> None:
+    assert page.count('<div class="wide"><svg viewBox="0 0 860 ') == page.count('<div class="narrow"><svg ') == 7
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:[a-z0-9]+ )*([0-9.]+)px", page)]
+    assert sizes and min(sizes) >= 12
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>&\"id="
+    peers = [peer("a", link=evil, crashes=[evil]), peer(evil, records="b.jsonl", peer_id="id-b")]
+    planned = strikes((5.0, "kill", evil), (6.0, evil, "a"))
+    planned["struck"][1].error = evil
+    rows = [record(n, 2.0 * n) for n in range(1, 5)]
+    made = evidence(tmp_path, {"a": rows, "b": rows}, peers=peers, notes=[evil], left_over=[evil],
+                    scenario={"about": evil}, **planned)  # fmt: skip
+    page = page_of(made, tmp_path)
+    read = Reader(page)
+    assert "<script" not in page and "script" not in read.tags
+    assert read.text.count(evil) > 8, "it is shown as it is"
+    assert all(link.startswith("#") for link in read.links)
+
+
+def test_a_run_without_anything(tmp_path: Path) -> None:
+    page = page_of(evidence(tmp_path, {"a": []}, ended_s=0.0), tmp_path)
+    assert "no round was committed" in Reader(page).text
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_run_that_is_too_short_for_a_speed(tmp_path: Path, rounds: int) -> None:
+    rows = [record(n, 2.0 * n, loss=float("nan")) for n in range(1, rounds + 1)]
+    assert "Tokens a second" in page_of(evidence(tmp_path, {"a": rows}), tmp_path)
+
+
+def test_a_run_of_many_rounds_faults_and_peers_stays_light(tmp_path: Path) -> None:
+    names = [f"peer-{number}" for number in range(40)]
+    rows = [record(n, 0.05 * n, names[:4], validation_loss=3.0) for n in range(1, 3001)]
+    planned = strikes(*((2.0 * n, "kill", names[n]) for n in range(1, 40)))
+    made = evidence(tmp_path, {name: rows if name in names[:2] else [] for name in names}, ended_s=150.0, **planned)
+    page = page_of(made, tmp_path)
+    assert len(page) < 2_000_000
+    assert "the first 24 of 40 peers" in Reader(page).text
+
+
+def test_the_same_report_gives_the_same_page(tmp_path: Path) -> None:
+    rows = {"a": [record(n, 2.0 * n) for n in range(1, 9)]}
+    first, second = (page_of(evidence(tmp_path / name, rows), tmp_path / name) for name in ("1", "2"))
+    assert first == second
+
+
+def test_every_row_fits_its_heading_and_units_are_told(tmp_path: Path) -> None:
+    found = report(long_run(tmp_path))
+    for table in tables(found):
+        assert table.rows, table.title
+        assert all(len(row) == len(table.head) for row in table.rows), table.title
+    shown = {what: value for what, value, _ in headline(found)}
+    assert shown["speed"].endswith(" tokens/s") and shown["time"] == "5 min 0 s"
+    assert shown["bytes a round"].endswith(" MB") and shown["recovery"].endswith(" s")
+
+
+def test_without_the_extra_it_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str, *rest: object) -> object:
+        if name == "jinja2":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    real = builtins.__import__
+    found = report(evidence(tmp_path, {"a": [record(1, 2.0)]}))
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UsageError, match=r"pip install 'p2pllm\[lab\]'\.$"):
+        write_page(found, tmp_path / "report.html")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written: No such file or directory; name another folder"):
+        write_page(report(evidence(tmp_path, {"a": []})), tmp_path / "none" / "report.html")

@@ -1,0 +1,158 @@
+"""The verdict over reports of made-up runs: what holds, what does not, and what cannot be told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_runs import digest, evidence, long_run, peer, record, strikes
+
+from p2pllm_peers.lab.evidence import Evidence
+from p2pllm_peers.lab.report import report
+from p2pllm_peers.lab.scenario import Verdict
+from p2pllm_peers.lab.verdict import Check, judge
+
+NOTHING = Verdict(
+    no_divergence=False, agree_at_end=False, nothing_lost=False, nothing_left=False, max_rounds_behind=None
+)
+
+
+def check(made: Evidence, **limits: Any) -> Check:
+    """The one check that `limits` asks for."""
+    checks = judge(report(made), NOTHING.model_copy(update=limits))
+    assert [row.name for row in checks[:2]] == ["events carried out", "crashes"]
+    (found,) = checks[2:]
+    return found
+
+
+def good(tmp_path: Path, **facts: Any) -> Evidence:
+    """Two peers that agree on twenty rounds of 2 s."""
+    rows = [record(n, 2.0 * n, validation_loss=3.0) for n in range(1, 21)]
+    return evidence(tmp_path, {"a": rows, "b": rows}, **facts)
+
+
+def test_a_good_run_passes_the_usual_checks(tmp_path: Path) -> None:
+    checks = judge(report(good(tmp_path)), Verdict())
+    assert [row.passed for row in checks] == [True] * 7
+    assert all(row.line.startswith("passed  ") and row.name in row.line and row.wanted in row.line for row in checks)
+
+
+def test_a_run_without_rounds_passes_none_of_what_it_was_for(tmp_path: Path) -> None:
+    made = evidence(tmp_path, {"a": [], "b": []})
+    limits = Verdict(max_validation_loss=9.0, min_rounds=1, min_efficiency=0.0, max_recovery_s=1e6)
+    failed = {row.name: row for row in judge(report(made), limits) if not row.passed}
+    assert failed.keys() == {
+        "no divergence", "agreement at the end", "nothing lost", "distance from the head", "rounds",
+        "validation loss", "efficiency", "recovery",
+    }  # fmt: skip
+    assert failed["no divergence"].measured == "no round was committed"
+    assert failed["no divergence"].line.startswith("FAILED  no divergence: no round was committed (wanted: ")
+
+
+@pytest.mark.parametrize(
+    ("limits", "passed", "words"),
+    [
+        ({"min_rounds": 20}, True, "20"),
+        ({"min_rounds": 21}, False, "20"),
+        ({"max_validation_loss": 3.0}, True, "3.0000 nats"),
+        ({"max_validation_loss": 2.9}, False, "3.0000 nats"),
+        ({"nothing_left": True}, True, "nothing"),
+        ({"nothing_lost": True}, True, "none of 20 rounds"),
+        ({"no_divergence": True}, True, "equal in 20 of 20"),
+        ({"max_recovery_s": 5.0}, False, "no fault was struck"),
+        ({"min_efficiency": 0.5}, False, "not measured: the scenario has no alone_s"),
+        ({"max_rounds_behind": 0}, True, "all are at the head"),
+        ({"agree_at_end": True}, True, "2 peers agree"),
+    ],
+)
+def test_limits(tmp_path: Path, limits: dict, passed: bool, words: str) -> None:
+    found = check(good(tmp_path), **limits)
+    assert found.passed == passed and words in found.measured, found.line
+
+
+@pytest.mark.parametrize(
+    ("alone", "passed", "words"), [(100.0, True, "64.0%"), (150.0, False, "42.7%"), (20.0, False, "measured wrong")]
+)
+def test_efficiency(tmp_path: Path, alone: float, passed: bool, words: str) -> None:
+    peers = [peer(name, alone_tokens_per_s=alone) for name in ("a", "b")]
+    made = good(tmp_path, peers=peers, scenario={"alone_s": 5})
+    found = check(made, min_efficiency=0.5)
+    assert found.passed == passed and words in found.measured, found.line
+
+
+def test_what_was_left_over(tmp_path: Path) -> None:
+    found = check(good(tmp_path / "1", left_over=["process 7 (p2pd)"]), nothing_left=True)
+    assert not found.passed and found.measured == "process 7 (p2pd)"
+    assert not check(good(tmp_path / "2", ended_s=0.0), nothing_left=True).passed, "nobody looked"
+
+
+def test_crashes_and_failed_events_are_always_told(tmp_path: Path) -> None:
+    planned = strikes((5.0, "fill_disk", "b"), (6.0, "free_disk", "b"))
+    planned["struck"][0].error = "b has no disk of its own"
+    made = good(tmp_path, peers=[peer("a", crashes=["no memory"]), peer("b")], **planned)
+    events, crashes = judge(report(made), NOTHING)
+    assert not events.passed and "1 of 2 failed, first fill disk b at 5 s: b has no disk" in events.measured
+    assert not crashes.passed and crashes.measured == "1, first a: no memory"
+
+
+def test_divergence(tmp_path: Path) -> None:
+    rows = {name: [record(n, 2.0 * n) for n in range(1, 6)] for name in ("a", "b", "c")}
+    rows["c"][1]["state_digest"] = digest(2, "flipped")
+    found = check(evidence(tmp_path / "1", rows), no_divergence=True)
+    assert found.passed and "equal in 4 of 5 shared rounds; divergence of c at round 2 (repaired)" in found.measured
+    rows["c"][2]["state_digest"] = digest(3, "flipped")
+    found = check(evidence(tmp_path / "2", rows), no_divergence=True)
+    assert not found.passed and "divergence of c at rounds 2-3 (not repaired)" in found.measured
+
+
+def test_nobody_to_compare_with(tmp_path: Path) -> None:
+    alone = {"a": [record(1, 2.0, ["a"])]}
+    assert check(evidence(tmp_path / "1", alone), no_divergence=True).passed, "there is but one peer"
+    found = check(evidence(tmp_path / "2", alone | {"b": []}), no_divergence=True)
+    assert not found.passed and "nothing to compare" in found.measured
+
+
+def test_a_fork_without_a_cut_is_lost_and_diverged(tmp_path: Path) -> None:
+    names = ("a", "b", "c")
+    rows = {name: [record(1, 2.0, names), record(2, 4.0, ("a", "b"))] for name in ("a", "b")}
+    rows["c"] = [record(1, 2.0, names), record(2, 4.0, ["c"], state_digest=digest(2, "c"))]
+    lost = check(evidence(tmp_path / "1", rows), nothing_lost=True)
+    assert not lost.passed and lost.measured == "lost: round 2"
+    assert not check(evidence(tmp_path / "2", rows), no_divergence=True).passed
+    split = check(evidence(tmp_path / "3", rows), agree_at_end=True)
+    assert not split.passed and split.measured == "round 2: a, b / c"
+    cut = strikes((3.0, "cut", "c", {"other": ""}), (9.0, "mend", "c", {"other": ""}))
+    allowed = check(evidence(tmp_path / "4", rows, **cut), nothing_lost=True)
+    assert allowed.passed and "1 round abandoned after a cut" in allowed.measured
+    stuck = check(evidence(tmp_path / "5", rows, **cut), no_divergence=True)
+    assert not stuck.passed, "the cut was over long ago, and c did not come back"
+
+
+def test_distance_from_the_head(tmp_path: Path) -> None:
+    rows = {"a": [record(n, 2.0 * n) for n in (1, 2, 3)], "b": [record(1, 2.0)]}
+    assert check(evidence(tmp_path / "1", rows), max_rounds_behind=2).passed
+    found = check(evidence(tmp_path / "2", rows), max_rounds_behind=1)
+    assert not found.passed and found.measured == "b is 2 rounds behind"
+    frozen = evidence(tmp_path / "3", rows, **strikes((3.0, "freeze", "b")))
+    found = check(frozen, max_rounds_behind=1)
+    assert found.passed and found.measured == "all are at the head; not counted: b"
+
+
+def test_recovery(tmp_path: Path) -> None:
+    rows = {"a": [record(1, 2.0), record(2, 10.0, ["a"])], "b": [record(1, 2.0)]}
+    planned = strikes((4.0, "freeze", "b"))
+    assert check(evidence(tmp_path / "1", rows, **planned), max_recovery_s=6.0).passed
+    found = check(evidence(tmp_path / "2", rows, **planned), max_recovery_s=5.9)
+    assert not found.passed and found.measured == "6.0 s at most, after freeze b at 4 s; 1 fault"
+    never = strikes((4.0, "freeze", "b"), (50.0, "kill", "b"))
+    found = check(evidence(tmp_path / "3", rows, **never), max_recovery_s=8.0)
+    assert not found.passed and found.measured == "never after kill b at 50 s"
+    late = strikes((4.0, "freeze", "b"), (95.0, "kill", "b"))
+    assert check(evidence(tmp_path / "4", rows, **late), max_recovery_s=8.0).passed, "it ended too soon to tell"
+    only = strikes((95.0, "kill", "b"))
+    assert not check(evidence(tmp_path / "5", rows, **only), max_recovery_s=8.0).passed
+
+
+def test_the_long_run(tmp_path: Path) -> None:
+    found = report(long_run(tmp_path))
+    assert [row["name"] for row in found["checks"] if not row["passed"]] == ["efficiency"]
+    assert not found["passed"]

@@ -1,0 +1,136 @@
+"""MemorySwarm itself: parts that are replaced, peers that come back or leave, and checks that can fail."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from p2pllm.averaging import ExchangeResult, Group
+from p2pllm.rounds.round import AllReduce
+from p2pllm.state import Layout
+from p2pllm.testing import FakeCompute, MemoryNetwork, MemoryPeer, MemorySwarm, Parts, make_state, run, virtual
+
+TINY = Layout.of([("x", (8,))])
+
+
+class NoExchange:
+    """All members get ones."""
+
+    async def run(self, group: Group, vector: np.ndarray, deadline: float) -> ExchangeResult:
+        await asyncio.sleep(0.05)
+        return ExchangeResult(np.ones_like(vector), frozenset(), "", 0, 0)
+
+
+def no_exchange(peer: MemoryPeer) -> AllReduce:
+    return NoExchange()
+
+
+def slow_compute(peer: MemoryPeer) -> FakeCompute:
+    compute = FakeCompute(peer.number, peer.keeper, peer.view.notify)
+    compute.step_s = 5.0
+    return compute
+
+
+@virtual
+async def test_parts_can_be_replaced() -> None:
+    parts = Parts(layout=TINY, allreduce=no_exchange, compute=slow_compute)
+    network = MemoryNetwork(latency_s=0.02, jitter_s=0.01)
+    swarm = MemorySwarm(network=network, parts=parts, rounds=3, samples=24, deadline_s=60.0)
+    peers = swarm.add(6)
+    begin = asyncio.get_running_loop().time()
+    await swarm.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    assert asyncio.get_running_loop().time() - begin > 10.0
+    for peer in peers:
+        assert peer.keeper.layout is TINY
+        assert "allreduce/1" not in peer.host.sent
+        assert peer.host.sent["beat"].bytes > 0
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    async def times() -> list[float]:
+        swarm = MemorySwarm(network=MemoryNetwork(latency_s=0.01, jitter_s=0.01, seed=4), rounds=4)
+        first, *_ = swarm.add(2)
+        await swarm.start()
+        await swarm.finish()
+        return list(first.committed_at.values())
+
+    assert run(times()) == run(times())
+
+
+@pytest.mark.parametrize("keep_disk", [True, False])
+@virtual
+async def test_a_killed_peer_is_restarted_with_or_without_its_disk(keep_disk: bool) -> None:
+    swarm = MemorySwarm(rounds=10**6)
+    _, _, third = swarm.add(3)
+    await swarm.start()
+    await swarm.until(lambda: third.keeper.head[0] == 3)
+    third.kill()
+    assert swarm.alive == swarm.peers[:2]
+    await asyncio.sleep(1.0)
+    again = swarm.restart(third, keep_disk=keep_disk)
+    assert again.keeper.head == (third.keeper.head if keep_disk else (0, bytes.fromhex(make_state().digest())))
+    assert not np.shares_memory(again.keeper.state.params, third.keeper.state.params)
+    await swarm.start(again)
+    await swarm.until(lambda: bool(again.records) and len(again.records[-1].members) == 3)
+    swarm.check_states()
+    swarm.check_rounds()
+
+
+@virtual
+async def test_who_leaves_is_missed_by_nobody() -> None:
+    swarm = MemorySwarm(rounds=8)
+    first, second, third = swarm.add(3)
+    await swarm.start()
+    await swarm.until(lambda: first.keeper.head[0] == 3)
+    await third.leave()
+    assert first.membership.alive() == {second.id}
+    assert swarm.alive == [first, second]
+    await swarm.finish()
+    assert len(first.records) == 8
+
+
+@virtual
+async def test_peers_may_begin_at_another_state() -> None:
+    swarm = MemorySwarm(rounds=10)
+    state = make_state(7)
+    first, second = swarm.add(2, state)
+    await swarm.start()
+    await swarm.finish()
+    assert [record.round for record in first.records] == [8, 9, 10]
+    assert state.round == 7
+    assert not np.shares_memory(first.keeper.state.params, second.keeper.state.params)
+
+
+@virtual
+async def test_a_peer_that_fails_fails_the_test_at_once() -> None:
+    swarm = MemorySwarm(rounds=10**6)
+    first, second = swarm.add(2)
+
+    async def broken(round_number: int) -> None:
+        raise ZeroDivisionError
+
+    second.compute.begin = broken
+    await swarm.start()
+    with pytest.raises(ZeroDivisionError):
+        await swarm.until(lambda: first.keeper.head[0] == 10**6)
+
+
+@virtual
+async def test_the_checks_can_fail() -> None:
+    swarm = MemorySwarm(rounds=3)
+    first, second = swarm.add(2)
+    await swarm.start()
+    await swarm.finish()
+    with pytest.raises(TimeoutError):
+        await swarm.until(lambda: False, 1.0)
+    first.keeper.state.params[0] += 1.0
+    with pytest.raises(AssertionError, match="Peer 0 says"):
+        swarm.check_states()
+    swarm.check_rounds()
+    second.records[1] = first.records[1].__class__(**{**vars(first.records[1]), "state_digest": "other"})
+    with pytest.raises(AssertionError, match="Round 2 was committed with 2 outcomes"):
+        swarm.check_rounds()
