@@ -62,7 +62,7 @@ class Box:
         self._began = time.monotonic()
 
     def obey(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one order and answer it."""
+        """Carry out one order; returns the answer. Raises OSError."""
         do = order.pop("do")
         if do == "open":
             addresses = [socket.inet_aton(address) for address in order["addresses"]]
@@ -93,9 +93,7 @@ class Box:
                     return
                 *orders, pending = (pending + data).split(b"\n")
                 for order in orders:
-                    answer = self.obey(json.loads(order))
-                    sys.stdout.write(json.dumps(answer) + "\n")
-                    sys.stdout.flush()
+                    _answer(self, json.loads(order))
                 index_of = {device: index for index, device in enumerate(self._devices)}
                 watched = [control, *self._devices]
             time.sleep(_PAUSE_S)
@@ -129,6 +127,17 @@ class Box:
             "late_max_ms": lines.late_max_ms,
             "wire": [(line.sent, line.received) for line in lines.lines],
         }
+
+
+def _answer(box: Box, order: dict[str, Any]) -> None:
+    """Carry out one order and say so."""
+    number = order.pop("number")
+    try:
+        answer = box.obey(order)
+    except OSError as error:
+        answer = {"error": error.strerror or str(error)}
+    sys.stdout.write(json.dumps({"number": number, **answer}) + "\n")
+    sys.stdout.flush()
 
 
 def _be_prompt() -> None:

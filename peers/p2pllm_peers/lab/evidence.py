@@ -148,7 +148,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file; one that is being written, or was torn, is left out."""
     rows = []
     try:
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     for line in lines:

@@ -35,9 +35,10 @@ class Check:
 def judge(report: Report, limits: Verdict) -> list[Check]:
     """All checks of a scenario, in a fixed order; those whose limit is left out are not made.
 
-    Two are always made: a fault that could not be struck, or a peer that crashed by itself, is not what was asked for.
+    Three are always made: lines other than asked for, a fault that could not be struck, or a peer that crashed by
+    itself, and this was not the scenario.
     """
-    checks = [_events(report), _crashes(report)]
+    checks = [_links(report), _events(report), _crashes(report)]
     if limits.no_divergence:
         checks.append(_divergence(report))
     if limits.agree_at_end:
@@ -57,6 +58,19 @@ def judge(report: Report, limits: Verdict) -> list[Check]:
     if limits.nothing_left:
         checks.append(_left(report))
     return checks
+
+
+def _links(report: Report) -> Check:
+    name, wanted = "links", "measured as asked for, rates within 5 %, delays within 2 ms or 5 %"
+    if not report["links"]:
+        return Check(name, wanted, "none", True)
+    judged = [row for row in report["links"] if row["passed"] is not None]
+    wrong = [row for row in judged if not row["passed"]]
+    if wrong:
+        first = wrong[0]
+        what = f"{first['peer']} {first['what']} {first['measured']:.1f} for {first['asked']:g} {first['unit']}"
+        return Check(name, wanted, f"{len(wrong)} of {len(judged)} differ, first {what}", False)
+    return Check(name, wanted, f"{len(judged)} of {len(judged)}", True)
 
 
 def _events(report: Report) -> Check:

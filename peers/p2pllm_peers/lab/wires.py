@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from p2pllm.errors import RunError
 from p2pllm_peers.lab.evidence import Emulator
@@ -66,6 +67,7 @@ class BoxWires:
         self._seed = seed
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._number, self._unread = 0, b""
         self._last: dict[str, Any] = {"wire": [(0, 0) for _ in namespaces]}
 
     def start(self) -> None:
@@ -123,22 +125,37 @@ class BoxWires:
         with self._lock:
             if self._process is None:
                 raise RunError("The lab's network has been stopped.")
-            assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101 - asked for
+            self._number += 1
             with contextlib.suppress(OSError):  # it has ended; the missing answer says so
-                self._process.stdin.write(json.dumps(order).encode() + b"\n")
-                self._process.stdin.flush()
-            line = b""
-            if select.select([self._process.stdout], [], [], ANSWER_TIMEOUT_S)[0]:
-                line = self._process.stdout.readline()
-            if not line:
+                line = json.dumps({"number": self._number, **order}).encode() + b"\n"
+                os.write(_fileno(self._process.stdin), line)
+            answer = self._await(self._process, self._number)
+            if answer is None:
                 self._process.kill()
                 errors = self._process.communicate()[1].decode(errors="replace").strip().splitlines()
                 self._process = None
                 raise RunError(f"The lab's network box has failed: {errors[-1] if errors else 'it does not answer'}.")
-        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RunError(f"The lab's network box cannot {order['do']}: {answer['error']}.")
+            raise RunError(f"The lab's network box cannot {order['do']} its lines: {answer['error']}.")
         return answer
+
+    def _await(self, process: subprocess.Popen[bytes], number: int) -> dict[str, Any] | None:
+        """The answer to the order of that number; one that Ctrl+C left unread is passed over. None if none comes."""
+        handle = _fileno(process.stdout)
+        while True:
+            while b"\n" in self._unread:
+                line, _, self._unread = self._unread.partition(b"\n")
+                answer: dict[str, Any] = json.loads(line)
+                if answer["number"] == number:
+                    return answer
+            if not select.select([handle], [], [], ANSWER_TIMEOUT_S)[0] or not (data := os.read(handle, 1 << 16)):
+                return None
+            self._unread += data
+
+
+def _fileno(pipe: IO[bytes] | None) -> int:
+    assert pipe is not None  # noqa: S101 - it was asked for
+    return pipe.fileno()
 
 
 def in_namespace(name: str) -> list[str]:

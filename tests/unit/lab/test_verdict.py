@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fake_runs import digest, evidence, long_run, peer, record, strikes
 
-from p2pllm_peers.lab.evidence import Evidence
+from p2pllm_peers.lab.evidence import Evidence, LinkCheck
 from p2pllm_peers.lab.report import report
 from p2pllm_peers.lab.scenario import Verdict
 from p2pllm_peers.lab.verdict import Check, judge
@@ -19,8 +19,8 @@ NOTHING = Verdict(
 def check(made: Evidence, **limits: Any) -> Check:
     """The one check that `limits` asks for."""
     checks = judge(report(made), NOTHING.model_copy(update=limits))
-    assert [row.name for row in checks[:2]] == ["events carried out", "crashes"]
-    (found,) = checks[2:]
+    assert [row.name for row in checks[:3]] == ["links", "events carried out", "crashes"]
+    (found,) = checks[3:]
     return found
 
 
@@ -32,8 +32,20 @@ def good(tmp_path: Path, **facts: Any) -> Evidence:
 
 def test_a_good_run_passes_the_usual_checks(tmp_path: Path) -> None:
     checks = judge(report(good(tmp_path)), Verdict())
-    assert [row.passed for row in checks] == [True] * 7
+    assert [row.passed for row in checks] == [True] * 8
     assert all(row.line.startswith("passed  ") and row.name in row.line and row.wanted in row.line for row in checks)
+
+
+def test_lines_other_than_asked_for_are_no_scenario(tmp_path: Path) -> None:
+    line = {"asked_up_mbit": 20, "asked_down_mbit": 100, "asked_delay_ms": 30}
+    fine = LinkCheck(peer="a", measured_up_mbit=19.2, measured_down_mbit=104, measured_delay_ms=31.9, **line)
+    slow = LinkCheck(peer="b", measured_up_mbit=18.9, measured_down_mbit=100, measured_delay_ms=30, **line)
+    (tmp_path / "fine").mkdir()
+    (tmp_path / "slow").mkdir()
+    assert judge(report(good(tmp_path / "fine", links=[fine])), NOTHING)[0].measured == "3 of 3"
+    found = judge(report(good(tmp_path / "slow", links=[fine, slow])), NOTHING)[0]
+    assert not found.passed
+    assert found.measured == "1 of 6 differ, first b up 18.9 for 20 Mbit/s"
 
 
 def test_a_run_without_rounds_passes_none_of_what_it_was_for(tmp_path: Path) -> None:
@@ -89,7 +101,7 @@ def test_crashes_and_failed_events_are_always_told(tmp_path: Path) -> None:
     planned = strikes((5.0, "fill_disk", "b"), (6.0, "free_disk", "b"))
     planned["struck"][0].error = "b has no disk of its own"
     made = good(tmp_path, peers=[peer("a", crashes=["no memory"]), peer("b")], **planned)
-    events, crashes = judge(report(made), NOTHING)
+    _, events, crashes = judge(report(made), NOTHING)
     assert not events.passed and "1 of 2 failed, first fill disk b at 5 s: b has no disk" in events.measured
     assert not crashes.passed and crashes.measured == "1, first a: no memory"
 
@@ -154,5 +166,5 @@ def test_recovery(tmp_path: Path) -> None:
 
 def test_the_long_run(tmp_path: Path) -> None:
     found = report(long_run(tmp_path))
-    assert [row["name"] for row in found["checks"] if not row["passed"]] == ["efficiency"]
+    assert [row["name"] for row in found["checks"] if not row["passed"]] == ["links", "efficiency"]
     assert not found["passed"]
