@@ -38,7 +38,6 @@ class Pipe(asyncio.Transport):
         self._loop = asyncio.get_running_loop()
         self._sent: deque[tuple[float, bytes | None]] = deque()  # when it arrives, and what; None is the end
         self._size = 0
-        self._last_due = 0.0
         self._closing = False
         self._full = False  # our writer waits
         self._reading = True
@@ -103,16 +102,18 @@ class Pipe(asyncio.Transport):
 
     def _send(self, data: bytes | None) -> None:
         network = self.host.network
-        # Jitter must not let later bytes overtake earlier ones.
-        self._last_due = max(self._last_due, self._loop.time() + network.delay(self.host, self.other.host))
+        due = self._loop.time() + network.delay(self.host, self.other.host)
         if data is None:
-            self._sent.append((self._last_due, None))
+            self._sent.append((due, None))
         else:
-            self._sent.extend((self._last_due, data[at : at + _SEGMENT]) for at in range(0, len(data), _SEGMENT))
-        network.later(self._last_due, Pipe.deliver, self)
+            self._sent.extend((due, data[at : at + _SEGMENT]) for at in range(0, len(data), _SEGMENT))
+        network.later(due, Pipe.deliver, self)
 
     def deliver(self) -> None:
-        """Hand over what has arrived, unless the path hangs or the far end does not read."""
+        """Hand over what has arrived, unless the path hangs or the far end does not read.
+
+        What jitter would let overtake waits for what was written before it.
+        """
         far, now = self.other, self._loop.time() + TICK_S
         while self._sent and self._sent[0][0] <= now:
             data = self._sent[0][1]

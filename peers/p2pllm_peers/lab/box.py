@@ -1,11 +1,12 @@
-"""The box in the middle of the lab's network, where the kernel has no netem: one process, tun devices, pure Python.
+"""The box in the middle of the lab's network, for kernels without netem and for NAT: one process, tun devices.
 
     python -m p2pllm_peers.lab.box        told what to do by JSON lines on standard input, answers each with one
 
 Each peer's eth0 is a tun device whose other end is here: the box reads what a peer sends, holds it as long as its
 lines say (`lines`), and writes it to another peer's device. No bridge, no ARP, no second queue: every delay and every
 drop of the network is in this one place, where it is counted. The box ends when its standard input does, and the
-devices go with it. What does not live here: namespaces and addresses (`wires`).
+devices go with it. How much it holds: `scripts/bench/box.py`. What does not live here: namespaces and addresses
+(`wires`).
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +34,11 @@ def why_not() -> str:
         return "links need network namespaces, which this system does not have"
     if os.geteuid() != 0:
         return "links need root"
-    if not shutil.which("ip"):
-        return "links need the program `ip`, which the package iproute2 brings"
+    for program, package in (("ip", "iproute2"), ("unshare", "util-linux")):
+        if not shutil.which(program):
+            return f"links need the program `{program}`, which the package {package} brings"
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        return "links need the right to make network namespaces, which root does not have in this container"
     if not Path("/dev/net/tun").exists() and not has_netem():
         return "links need /dev/net/tun, which `modprobe tun` makes"
     return ""
@@ -88,16 +92,27 @@ class Links:
 
     def cut(self, peer: str, other: str | None = None) -> None:
         """Let the peer's packets vanish, both ways, or only those between it and `other`. Nobody is told."""
-        self._update(lambda: self._cut_pairs.add(frozenset((peer, other))) if other else self._cut.add(peer))
+        with self._lock:
+            if other:
+                self._cut_pairs.add(frozenset((peer, other)))
+            else:
+                self._cut.add(peer)
+            self._wires.block(self._blocked())
 
     def mend(self, peer: str, other: str | None = None) -> None:
         """Undo `cut` of the same arguments."""
-        self._update(lambda: self._cut_pairs.discard(frozenset((peer, other))) if other else self._cut.discard(peer))
+        with self._lock:
+            if other:
+                self._cut_pairs.discard(frozenset((peer, other)))
+            else:
+                self._cut.discard(peer)
+            self._wires.block(self._blocked())
 
     def partition(self, groups: Collection[Collection[str]]) -> None:
         """Only peers of one group reach each other; those in no group make one more together. Replaces the last."""
-        side = {peer: number for number, group in enumerate(groups) for peer in group}
-        self._update(lambda: setattr(self, "_side", side))
+        with self._lock:
+            self._side = {peer: number for number, group in enumerate(groups) for peer in group}
+            self._wires.block(self._blocked())
 
     def heal(self) -> None:
         """Undo `partition`; cuts stay."""
@@ -143,11 +158,6 @@ class Links:
         if kind == "kernel":
             return KernelWires(self._claims.name(HUB), namespaces, addresses)
         return BoxWires(self._claims.name(HUB), namespaces, addresses, seed)
-
-    def _update(self, change: Callable[[], object]) -> None:
-        with self._lock:
-            change()
-            self._wires.block(self._blocked())
 
     def _blocked(self) -> Pairs:
         """All (from, to) whose packets vanish; the probe's number is the one after the last peer's."""

@@ -49,20 +49,24 @@ class KernelWires:
             ip(name, [f"link set eth0 address {mac(peer)} gso_max_segs 1", *peer_commands(address)])
             ip(name, self._neighbours(peer, (other for other in range(len(self._namespaces)) if other != peer)))
         # its only use is that /proc/<pid>/net/dev shows the hub's counters without a program started each time
-        self._holder = subprocess.Popen([*in_namespace(self._hub), "cat"], stdin=subprocess.PIPE)
+        self._holder = subprocess.Popen(
+            [*in_namespace(self._hub), "sh", "-c", "echo; exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._holder.stdout is not None  # noqa: S101 - it was asked for
+        self._holder.stdout.readline()  # it is in the namespace
 
     def change(self, peer: int, link: Link | None) -> None:
         """Replaces the qdiscs: what waits in them is lost, as when a modem connects anew."""
         if link is not None and link.nat:
             raise RunError("A line without NAT cannot get it while the lab runs; give it nat from the start.")
-        device, namespace = f"v{peer}", self._namespaces[peer]
-        for where, name, rate in (
-            (namespace, "eth0", link and link.up_mbit),
-            (self._hub, device, link and link.down_mbit),
-        ):
-            subprocess.run(["tc", "-n", where, "qdisc", "del", "dev", name, "root"], capture_output=True)
+        for namespace, device in ((self._namespaces[peer], "eth0"), (self._hub, f"v{peer}")):
+            subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], capture_output=True)
             if link is not None:
-                batch("tc", where, qdisc_commands(name, rate or 0.0, link))
+                mbit = link.up_mbit if device == "eth0" else link.down_mbit
+                batch("tc", namespace, qdisc_commands(device, mbit, link))
 
     def block(self, pairs: Pairs) -> None:
         """Change the neighbour entries of those pairs alone that change."""
@@ -71,7 +75,7 @@ class KernelWires:
             ip(self._namespaces[peer], self._neighbours(peer, (other for source, other in changed if source == peer)))
 
     def counters(self) -> list[tuple[int, int]]:
-        """The counters of the hub's ends: what left a peer after its shaping, what it was sent before the last one."""
+        """The counters of the hub's ends: what came out of a peer's line, and what went into it."""
         return [(got, sent) for got, _, sent, _ in self._devices()]
 
     def emulator(self) -> Emulator:

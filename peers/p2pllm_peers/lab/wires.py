@@ -80,17 +80,16 @@ class BoxWires:
             start_new_session=True,
         )
         self._ask({"do": "open", "addresses": self._addresses, "seed": self._seed})
-        moves = (f"link set t{i} netns {name} name eth0" for i, name in enumerate(self._namespaces))
-        ip(self._hub, moves)
+        ip(self._hub, (f"link set t{peer} netns {name} name eth0" for peer, name in enumerate(self._namespaces)))
         for name, address in zip(self._namespaces, self._addresses, strict=True):
             ip(name, peer_commands(address))
 
     def change(self, peer: int, link: Link | None) -> None:
         """Frames that are under way keep their times."""
-        order: dict[str, Any] = {"up_mbit": 0, "down_mbit": 0, "delay_ms": 0, "jitter_ms": 0, "loss": 0, "nat": False}
+        line = dict.fromkeys(("up_mbit", "down_mbit", "delay_ms", "jitter_ms", "loss", "nat"), 0)
         if link is not None:
-            order = link.model_dump()
-        self._ask({"do": "line", "peer": peer, **order})
+            line = {name: getattr(link, name) for name in line}
+        self._ask({"do": "line", "peer": peer, **line})
 
     def block(self, pairs: Pairs) -> None:
         """Packets that are under way still arrive."""
@@ -179,7 +178,7 @@ def ip(namespace: str, commands: Iterable[str]) -> None:
 
 
 def batch(program: str, namespace: str, commands: Iterable[str]) -> None:
-    """Commands of `ip` or `tc` in one namespace. Raises RunError."""
+    """Commands of one of iproute2's programs in one namespace. Raises RunError."""
     arguments = [program, *(["-n", namespace] if namespace else []), "-batch", "-"]
     result = subprocess.run(arguments, input="\n".join(commands), capture_output=True, text=True)
     if result.returncode:

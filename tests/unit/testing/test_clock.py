@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import random
 import socket
 import time
 
@@ -142,6 +143,23 @@ async def test_a_part_stands_still_and_goes_on_with_what_is_overdue():
     await asyncio.sleep(1.2)
     assert ticks["a"] == [1.0, 2.0, 5.5, 6.5]
     assert ticks["b"] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+@virtual
+async def test_the_others_keep_their_order_while_a_part_stands_still():
+    loop, draw = asyncio.get_running_loop(), random.Random(1)
+    assert isinstance(loop, VirtualLoop)
+    context = contextvars.copy_context()
+    context.run(WHO.set, "a")
+    seen: list[float] = []
+    for _ in range(500):
+        loop.call_later(draw.random() * 100, lambda: None, context=context)
+        when = loop.time() + draw.random() * 100
+        loop.call_at(when, seen.append, when)
+    loop.freeze("key", lambda context: context.get(WHO) == "a")
+    await asyncio.sleep(101.0)
+    assert len(seen) == 500
+    assert seen == sorted(seen)
 
 
 def test_what_stands_still_can_be_ended():

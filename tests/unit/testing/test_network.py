@@ -186,6 +186,16 @@ async def test_calls_to_the_dead_are_refused_and_those_under_way_break():
 
 
 @virtual
+async def test_who_is_killed_gets_no_more_replies():
+    one, two = await make_hosts(2)
+    waiting = asyncio.ensure_future(ask(one, two, "slow"))  # a task of the test's, which goes on
+    await asyncio.sleep(0.5)
+    one.kill()
+    with pytest.raises(UnreachableError, match="was lost"):
+        await waiting
+
+
+@virtual
 async def test_the_dead_come_back_with_their_counters_and_nothing_else():
     one, two = await make_hosts(2)
     await ask(one, two)

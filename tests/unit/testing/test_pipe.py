@@ -121,6 +121,7 @@ async def test_a_writer_that_waits_learns_that_the_far_end_is_gone():
     draining = await waits(1.0, writer.drain())
     far_writer.transport.abort()
     await asyncio.wait([draining], timeout=1.0)
+    assert draining.done()
     writer.write(b"more")
     with pytest.raises(ConnectionError):
         await writer.drain()
