@@ -5,6 +5,7 @@ What does not live here: when it is sent (`membership`) and what the status mean
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass, field
 
@@ -62,6 +63,16 @@ class Beat:
 
 
 def _hint(value: object) -> tuple[str, tuple[str, ...]]:
-    if not isinstance(value, list) or len(value) != 2 or not is_peer_id(value[0]):
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], list):
         raise ValueError("a hint is not a peer id and addresses")
-    return str(value[0]), tuple(checked_addresses(value[1])[:MAX_HINT_ADDRESSES])
+    try:
+        return _checked(value[0], tuple(value[1]))
+    except TypeError:  # not even text
+        raise ValueError("a hint is not a peer id and addresses") from None
+
+
+@functools.lru_cache(maxsize=16384)  # everybody tells of the same few hundred members, all the time
+def _checked(peer: object, addresses: tuple[object, ...]) -> tuple[str, tuple[str, ...]]:
+    if not is_peer_id(peer):
+        raise ValueError("a hint is not a peer id and addresses")
+    return str(peer), tuple(checked_addresses(list(addresses))[:MAX_HINT_ADDRESSES])

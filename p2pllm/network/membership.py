@@ -247,8 +247,10 @@ class Membership:
             raise NetworkError("no room for another member")
         if beat.addresses:
             self._transport.learn(peer, beat.addresses)
+        alive = self.alive()
         for other, addresses in beat.hints.items():
-            self._hearsay(other, addresses)
+            if other not in alive:  # their own word counts
+                self._hearsay(other, addresses)
         self._notice()
         try:
             self._on_status(peer, beat.status)

@@ -30,7 +30,12 @@ CLOSING: frozenset[Phase] = frozenset({"roster", "exchange", "vote"})
 
 def at_head(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
     """Peers that work on the round after `head`: one of them leads it."""
-    return frozenset(peer for peer, status in statuses.items() if status.head == head and status.phase in TAKING_PART)
+    round_, digest = head
+    return frozenset(
+        peer
+        for peer, status in statuses.items()
+        if status.round == round_ and status.digest == digest and status.phase in TAKING_PART
+    )
 
 
 def taking_part(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
@@ -138,7 +143,7 @@ def head_to_follow(own: Head | None, statuses: Mapping[str, Status]) -> Head | N
     round 0, and whoever is at round 0 goes to any later round.
     """
     support = Counter(
-        status.head
+        (status.round, status.digest)  # in full, not `status.head`: hundreds of times a second for hundreds of peers
         for status in statuses.values()
         if status.phase not in ("starting", "joining") and (own is None or status.round != own[0] - 1)
     )

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.lab.machines import Machines
-from p2pllm_peers.lab.swarm import LEAVE_TIMEOUT_S, Progress, SwarmPeer
+from p2pllm_peers.lab.swarm import LEAVE_TIMEOUT_S, Progress, SwarmPeer, start_together
 
 SETTLE_S = 3.0
 """The first micro-batches of a worker are slower; they are not counted."""
@@ -33,9 +32,7 @@ def measure_alone(
     settings = settings.model_copy(update={"nat": False, "threads": 1})
     peers = [SwarmPeer(machines.offline(name), settings, partial(machines.pids, name)) for name in machines.specs]
     try:
-        with ThreadPoolExecutor(len(peers)) as pool:
-            for _ in pool.map(lambda peer: peer.start(progress, draft=alone), peers):
-                pass
+        start_together(peers, lambda peer: peer.start(progress, draft=alone))
         for peer in peers:
             machines.limit(peer.name, peer.machine.spec.cores)
         wait(SETTLE_S)

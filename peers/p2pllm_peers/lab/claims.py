@@ -17,6 +17,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,9 @@ import platformdirs
 
 from p2pllm.errors import RunError
 from p2pllm_peers.lab.undo import Claim, Kind, alive, birth, still_there, undo
+
+SECOND_LOOK_S = 0.5
+"""How long a command of the kind of `ip` may still run when whoever started it is dead."""
 
 _ID_BYTES = 3
 
@@ -128,6 +132,17 @@ def release(ledger: Path) -> list[str]:
         if not failed:
             ledger.unlink(missing_ok=True)
         return failed
+
+
+def release_after_death(ledger: Path) -> None:
+    """For the guard: undo the claims of a lab that has just died.
+
+    A command that it had just started may do its work only now, so what carries the lab's id is looked for again.
+    """
+    claims = _read(ledger)
+    release(ledger)
+    time.sleep(SECOND_LOOK_S)
+    undo([claim for claim in claims if ledger.stem in claim.what])
 
 
 @contextlib.contextmanager

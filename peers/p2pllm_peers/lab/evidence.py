@@ -95,7 +95,6 @@ class Facts(_Row):
     ended_s: float = 0.0
     interrupted: bool = False
     cpus: int = 0
-    initial_alone_s: float = 0.0  # how long the peers trained alone
     links: list[LinkCheck] = []
     emulator: Emulator = Emulator(kind="none")
     peers: list[PeerFacts] = []

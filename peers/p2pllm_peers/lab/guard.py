@@ -19,9 +19,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # it ends with its lab, not before
     if sys.stdin.buffer.readline() == b"done\n":
         return
-    from p2pllm_peers.lab.claims import release  # only now: a lab shall not wait for the imports of its guard
+    from p2pllm_peers.lab.claims import (
+        release_after_death,
+    )  # only now: a lab shall not wait for the imports of its guard
 
-    release(Path(sys.argv[1]))
+    release_after_death(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from p2pllm.averaging import Group
 from p2pllm.errors import RunError, UsageError
@@ -35,7 +35,6 @@ from p2pllm.network.membership import Membership
 from p2pllm.network.table import MAX_MEMBERS
 from p2pllm.rounds.messages import Status
 from p2pllm.state import SharedState
-from p2pllm.testing.clock import run
 from p2pllm.testing.fakes import copy_state
 from p2pllm.testing.swarm import MemoryPeer, MemorySwarm, Parts
 from p2pllm_peers.lab.simulator_ledger import Ledger, Traffic, islands, notes
@@ -44,6 +43,7 @@ from p2pllm_peers.lab.simulator_parts import (
     LAYOUT,
     LOOK_UP_HOPS,
     STEP_S,
+    CoarseLoop,
     DirectoryClient,
     FewFloats,
     MemoryDirectory,
@@ -296,14 +296,19 @@ def simulate(setting: Setting, progress: Progress = lambda text: None) -> dict[s
     """
 
     async def whole() -> dict[str, Any]:
-        return await Simulation(setting).run(progress)
+        try:
+            return await Simulation(setting).run(progress)
+        finally:
+            loop.thaw_all()  # what is frozen could not be cancelled
 
     real, cpu = time.perf_counter(), time.process_time()
     before, thresholds = random.getstate(), gc.get_threshold()
     random.seed(setting.seed)  # hearsay is a random choice
     gc.set_threshold(100_000, 50, 100)  # millions of objects, hardly any in circles
     try:
-        result = run(whole())
+        with asyncio.Runner(loop_factory=CoarseLoop) as runner:
+            loop = cast(CoarseLoop, runner.get_loop())
+            result = runner.run(whole())
     finally:
         random.setstate(before)
         gc.set_threshold(*thresholds)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,8 @@ from p2pllm.errors import NetworkError
 from p2pllm.network.transport import Transport
 from p2pllm.rounds.round import Update
 from p2pllm.state import Layout
-from p2pllm.testing.host import MemoryHost
+from p2pllm.testing.clock import VirtualLoop
+from p2pllm.testing.host import Call, MemoryHost
 from p2pllm.testing.network import MemoryNetwork
 from p2pllm.testing.swarm import MemoryPeer
 
@@ -47,7 +50,41 @@ MAX_RECORDS, RECORD_S, ANNOUNCE_S = 1024, 60.0, 20.0
 LOOK_UP_HOPS = 6
 """Messages one after the other in a lookup: three steps of Kademlia there and back, as with thousands of nodes."""
 
+GRID_S = 0.001
+"""Virtual times are rounded up to multiples of this."""
+
+_ROUNDING = 1e-6
 _MASK = (1 << 64) - 1
+
+
+class CoarseLoop(VirtualLoop):
+    """Virtual time in steps of GRID_S: what thousands of peers do in one of them is done in one turn of the loop."""
+
+    def call_at(self, when: float, *args: Any, **kwargs: Any) -> asyncio.TimerHandle:
+        """See asyncio: no earlier than `when`."""
+        return super().call_at(math.ceil(when / GRID_S - _ROUNDING) * GRID_S, *args, **kwargs)
+
+
+class QuickHost(MemoryHost):
+    """A host that answers at once where the handler does not wait, without a task for each call."""
+
+    __slots__ = ()
+
+    def take(self, call: Call) -> None:
+        """See MemoryHost."""
+        handler = None if call.is_stream else self.calls.get(call.method)
+        if handler is None:
+            return super().take(call)
+        self.got(call.method, len(call.payload), 1)
+        try:
+            self.context.run(handler(call.caller.peer_id, call.payload).send, None)  # type: ignore[attr-defined]
+        except StopIteration as answer:
+            call.answer = answer.value
+        except Exception as error:  # noqa: BLE001 - whatever it is, its caller gets it as over a real network
+            call.error = NetworkError(f"Peer {self.peer_id[-8:]}: {error}.")
+        else:
+            raise RuntimeError(f"The handler of {call.method} waits; serve it by a task.")
+        return self.network.reply(call)
 
 
 class PathNetwork(MemoryNetwork):
@@ -59,6 +96,12 @@ class PathNetwork(MemoryNetwork):
         self.mean_s = (low_s + high_s) / 2
         self._low, self._range = low_s, (high_s - low_s) / (1 << 32)
         self._seed = random.Random(seed).getrandbits(64)  # noqa: S311 - the same in every run
+
+    def host(self, who: int | str) -> MemoryHost:
+        """See MemoryNetwork."""
+        made = super().host(who)
+        made.__class__ = QuickHost
+        return made
 
     def delay(self, sender: MemoryHost, receiver: MemoryHost) -> float:
         """See MemoryNetwork."""

@@ -88,7 +88,8 @@ class SwarmPeer:
         order = Order(self._settings, draft=draft.model_dump(mode="json") if draft else None, invite=invite)
         if not draft and not invite:
             order = Order(self._settings, run_id=facts["run_id"], name=facts["name"])
-        self.ready, self.frozen, self._expected_end, self.left_in_order = {}, False, False, True
+        self.ready, self.last, self.frozen = {}, {}, False
+        self._expected_end, self.left_in_order = False, True
         process = self._process = DaemonProcess(order, self.machine.prefix)
         try:
             ready = process.wait_ready(lambda text: progress(f"{self.name}: {text}"))
@@ -221,9 +222,7 @@ class Swarm:
         founder.start(progress, draft=self._draft)
         self._founded = founder.ready["invite"]
         progress(f"{founder.name}: takes part")
-        with ThreadPoolExecutor(len(names)) as pool:
-            for _ in pool.map(lambda name: self.join(name, progress), names[1:]):
-                pass
+        start_together([self.peers[name] for name in names[1:]], lambda peer: self.join(peer.name, progress))
 
     def join(self, name: str, progress: Progress) -> None:
         """Start a peer with an invite, and wait until it takes part."""
@@ -251,6 +250,19 @@ class Swarm:
             for peer in self.peers.values():
                 peer.kill()
         return stuck
+
+
+def start_together(peers: list[SwarmPeer], start: Callable[[SwarmPeer], None]) -> None:
+    """Start peers at the same time and wait for all. If one fails, or we are interrupted, none goes on starting."""
+    with ThreadPoolExecutor(max(1, len(peers))) as pool:
+        try:
+            for _ in pool.map(start, peers):
+                pass
+        except BaseException:
+            for peer in peers:
+                if not peer.ready:
+                    peer.kill()
+            raise
 
 
 def plain_scenario(draft: RunDraft, count: int) -> Scenario:

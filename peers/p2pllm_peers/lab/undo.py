@@ -138,12 +138,17 @@ def _remove_cgroup(path: str) -> None:
 
 
 def _unmount(path: str) -> None:
-    def once() -> None:
-        result = subprocess.run(["umount", path], capture_output=True, text=True)
+    """Who still holds a file there keeps it until it ends, but nobody else sees the mount any more."""
+
+    def once(*how: str) -> None:
+        result = subprocess.run(["umount", *how, path], capture_output=True, text=True)
         if result.returncode and Path(path).is_mount():
             raise OSError(0, result.stderr.strip())
 
-    _patiently(once)
+    try:
+        _patiently(once)
+    except OSError:
+        once("--lazy")
 
 
 def _remove_folder(path: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +28,10 @@ from p2pllm_peers.lab.machines import Machines
 
 SCRIPTS = Path(__file__).parents[1]
 START_S = 180.0
+POLL_S = 0.01
+_MOUNT = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
 LEAVE_S = 5.0
-"""For a process to end by itself when its standard input has closed."""
+"""For processes to end by themselves when the standard input of the first has closed."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,10 @@ class Fleet:
                 process.stdin.close()  # type: ignore[union-attr]  # it was asked for
         end = time.monotonic() + LEAVE_S
         try:
-            for process in self._processes.values():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, end - time.monotonic()))
+            for name, process in self._processes.items():
+                while self._machines.pids(name, process.pid) and time.monotonic() < end:
+                    process.poll()
+                    time.sleep(POLL_S)
         finally:  # an impatient Ctrl+C, too, leaves nothing behind
             for name, process in self._processes.items():
                 self._kill(name, process)
@@ -125,7 +129,7 @@ class Fleet:
         order = Order(**self._order, rank=rank, peers=peers, host=machine.host, rows=rows, options=options)
         with (self._folder / f"{name}.log").open("w") as log:
             process = self._processes[name] = subprocess.Popen(
-                [*machine.prefix, sys.executable, "-m", self._system.module],
+                [*machine.prefix, *_own_shared_memory(), sys.executable, "-m", self._system.module],
                 cwd=SCRIPTS,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -167,7 +171,16 @@ class Fleet:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.poll()
-            time.sleep(0.01)
+            time.sleep(POLL_S)
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def _own_shared_memory() -> list[str]:
+    """Words before a command that give it a /dev/shm which goes with its last process; none where that needs root.
+
+    hivemind puts hundreds of files there, which nobody removes if all its processes are killed at once.
+    """
+    able = sys.platform == "linux" and os.geteuid() == 0 and shutil.which("unshare")
+    return ["unshare", "--mount", "sh", "-c", _MOUNT, "sh"] if able else []

@@ -34,6 +34,9 @@ from p2pllm.training.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 
+TORCH_SHM = "torch_shm_manager"
+"""torch's helper that removes the shared memory of dead processes, and then ends by itself."""
+
 
 class Peer:
     """One process of a baseline: everything but the exchange."""
@@ -158,5 +161,6 @@ def _end() -> NoReturn:
     """End with all that we started, whatever other threads are doing; a library's own farewell may hang."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            child.kill()
+            if child.name() != TORCH_SHM:
+                child.kill()
     os._exit(0)

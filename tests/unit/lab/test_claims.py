@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from p2pllm.errors import RunError
-from p2pllm_peers.lab.claims import Claims, sweep
+from p2pllm_peers.lab.claims import Claims, release, release_after_death, sweep
 from p2pllm_peers.lab.undo import PATIENCE_S, alive, birth
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -140,6 +140,35 @@ def test_a_folder_that_cannot_hold_ledgers_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file"):
         Claims.open(tmp_path / "file" / "below")
+
+
+@pytest.mark.swarm
+@needs_root
+def test_what_appears_while_its_lab_dies_is_removed_at_the_second_look(claims, monkeypatch):
+    name = claims.note("namespace", claims.name("late"))
+
+    def release_then_appear(ledger: Path) -> list[str]:
+        failed = release(ledger)
+        subprocess.run(["ip", "netns", "add", name], check=True)
+        return failed
+
+    monkeypatch.setattr("p2pllm_peers.lab.claims.release", release_then_appear)
+    monkeypatch.setattr("p2pllm_peers.lab.claims.SECOND_LOOK_S", 0)
+    release_after_death(claims.ledger)
+    assert claims.left_over() == []
+
+
+@pytest.mark.swarm
+@needs_root
+def test_a_mount_that_somebody_holds_goes_all_the_same(claims, tmp_path, monkeypatch):
+    monkeypatch.setattr("p2pllm_peers.lab.undo.PATIENCE_S", 0.1)
+    folder = Path(claims.note("folder", str(tmp_path / "disk")))
+    folder.mkdir()
+    claims.note("mount", str(folder))
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=True)
+    with (folder / "file").open("w"):
+        assert claims.release() == []
+        assert claims.left_over() == []
 
 
 OWNER = """
