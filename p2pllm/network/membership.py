@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import is_peer_id
@@ -61,6 +61,14 @@ class Lookup(Protocol):
         ...
 
 
+class _Told(NamedTuple):
+    """What a member has heard from us: hearsay up to a version of the table, our addresses, and when it heard all."""
+
+    version: int
+    own: tuple[str, ...]
+    at: float
+
+
 class Membership:
     """Who takes part in the run, and who of them is alive. `start` it, then ask or wait for changes."""
 
@@ -89,7 +97,7 @@ class Membership:
         self._saved = saved
         self._clock = clock
         self._table = MemberTable(transport.peer_id)
-        self._told: dict[str, tuple[object, float]] = {}
+        self._told: dict[str, _Told] = {}
         self._in_flight: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -208,16 +216,19 @@ class Membership:
         self._notice()
 
     def _message(self, peer: str) -> bytes:
-        """Our status; and addresses and hearsay if they changed or 10 s have passed."""
+        """Our status; what is new of addresses and hearsay; and all of that every 10 s."""
         now = self._clock()
-        own = tuple(self._addresses())
-        state = (self._table.version, own)
-        told, at = self._told.get(peer, (None, float("-inf")))
-        if told == state and now - at < _HINTS_EVERY_S:
+        version, own = self._table.version, tuple(self._addresses())
+        told = self._told.get(peer)
+        if told is None or now - told.at >= _HINTS_EVERY_S:
+            told = _Told(-1, (), now)
+        if (told.version, told.own) == (version, own):
             return Beat(self._status()).encode()
-        self._told[peer] = (state, now)
-        hints = self._table.hints(now)
+        self._told[peer] = _Told(version, own, told.at)
+        hints = self._table.hints(now, told.version)
         hints.pop(peer, None)
+        if not hints and told.own == own:
+            return Beat(self._status()).encode()
         return Beat(self._status(), own, hints).encode()
 
     async def _say_goodbye(self, peer: str) -> None:

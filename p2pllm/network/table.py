@@ -53,6 +53,7 @@ class Member:
     next_beat: float = 0.0
     last_beat: float = float("-inf")
     pushed: float = float("-inf")
+    news: int = 0  # the table's version since which we can tell others of it
 
     def is_alive(self, now: float) -> bool:
         """Heard of directly within ALIVE_S, and not failing since."""
@@ -91,10 +92,13 @@ class MemberTable:
             self._oldest = min((member.heard for member in living if member.heard is not None), default=math.inf)
         return self._alive
 
-    def hints(self, now: float) -> dict[str, tuple[str, ...]]:
-        """Addresses by peer id of the living, in the order in which they became known."""
+    def hints(self, now: float, since: int) -> dict[str, tuple[str, ...]]:
+        """Addresses by peer id of the living of whom there is news since a `version`, in the order in which they became
+        known.
+        """
         alive = self.alive(now)
-        return {peer: member.addresses for peer, member in self._members.items() if peer in alive}
+        members = self._members.items()
+        return {peer: member.addresses for peer, member in members if member.news > since and peer in alive}
 
     def known(self) -> dict[str, tuple[str, ...]]:
         """Addresses by peer id."""
@@ -148,6 +152,7 @@ class MemberTable:
         was_alive = member.is_alive(now)
         if not was_alive or (known and known != member.addresses):
             self.version += 1
+            member.news = self.version
         if not was_alive:
             self._alive = None
         member.addresses = known or member.addresses

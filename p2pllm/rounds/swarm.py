@@ -80,7 +80,10 @@ class SwarmView:
         self._liveness = liveness
 
     def statuses(self) -> dict[str, Status]:
-        """Last status of every living peer, without ourselves; of a doubted one, that it is joining. Not to be changed."""
+        """Last status of every living peer, without ourselves; of a doubted one, that it is joining.
+
+        Not to be changed by the caller.
+        """
         alive = self._liveness.alive() if self._liveness else frozenset()
         if self._living is None or (self._living[0] is not alive and self._living[0] != alive):
             self._living = (alive, {peer: status for peer, status in self._heard.items() if peer in alive})

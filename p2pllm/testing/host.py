@@ -46,10 +46,25 @@ class Call:
     def __init__(self, caller: MemoryHost, peer: str, method: str, payload: bytes, is_stream: bool = False) -> None:
         self.caller, self.peer, self.method, self.payload, self.is_stream = caller, peer, method, payload, is_stream
         self.callee: MemoryHost | None = None
-        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.future: asyncio.Future[Any] | None = asyncio.get_running_loop().create_future()
         self.answered = False
         self.answer: Any = None
         self.error: NetworkError | None = None
+
+    @property
+    def done(self) -> bool:
+        """The caller has its answer, or gave up."""
+        return self.future is None or self.future.done()
+
+    def end(self, error: NetworkError | None, answer: Any = None) -> None:
+        """Give the caller its answer and forget all that was said: the network looks at it until its time-out."""
+        if self.future is not None:
+            if error is None:
+                self.future.set_result(answer)
+            else:
+                self.future.set_exception(error)
+        self.future = self.answer = self.callee = None
+        self.payload = b""
 
 
 class MemoryHost:
@@ -72,7 +87,7 @@ class MemoryHost:
         self.peer_id = peer_id
         self.calls: dict[str, CallHandler] = {}
         self.streams: dict[str, StreamHandler] = {}
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: dict[asyncio.Task[Any], None] = {}  # in the order in which they began, the same in every run
         self.pipes: dict[Any, None] = {}  # open ends of streams, in the order in which they were opened
         self.sent: dict[str, Count] = {}
         self.received: dict[str, Count] = {}
@@ -103,15 +118,17 @@ class MemoryHost:
         if len(payload) > MAX_CALL_BYTES:
             raise NetworkError(f"A call of {method} has {len(payload)} bytes; {MAX_CALL_BYTES} are allowed.")
         call = Call(self, peer, method, payload)
+        future: Any = call.future
         self.network.send(call, timeout)
-        reply: bytes = await call.future
+        reply: bytes = await future
         return reply
 
     async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
         """See Transport. Raises UnreachableError where nobody is there, NetworkError otherwise."""
         call = Call(self, peer, method, b"", is_stream=True)
+        future: Any = call.future
         self.network.send(call, OPEN_STREAM_S)
-        ends: tuple[StreamReader, StreamWriter] = await call.future
+        ends: tuple[StreamReader, StreamWriter] = await future
         return ends
 
     async def serve_call(self, method: str, handler: CallHandler) -> None:
@@ -127,8 +144,8 @@ class MemoryHost:
     def spawn(self, work: Coroutine[Any, Any, Any], name: str | None = None) -> asyncio.Task[Any]:
         """Start a task that belongs to this host: it stops while the host is frozen and ends when it is killed."""
         task = asyncio.Task(work, loop=asyncio.get_running_loop(), name=name, context=self.context)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard, context=self.network.context)
+        self.tasks[task] = None
+        task.add_done_callback(self._forget, context=self.network.context)
         return task
 
     def take(self, call: Call) -> None:
@@ -139,14 +156,20 @@ class MemoryHost:
         self.got(call.method, len(call.payload), 1)
         # As `spawn`, but without a callback: there are many of these.
         loop = asyncio.get_running_loop()
-        self.tasks.add(asyncio.Task(self._serve(call), loop=loop, name=call.method, context=self.context))
+        self.tasks[asyncio.Task(self._serve(call, call.payload), loop=loop, name=call.method, context=self.context)] = (
+            None
+        )
 
-    async def _serve(self, call: Call) -> None:
+    def _forget(self, task: asyncio.Task[Any] | None) -> None:
+        if task is not None:
+            self.tasks.pop(task, None)
+
+    async def _serve(self, call: Call, payload: bytes) -> None:
         try:
             handler = self.calls.get(call.method)
             if handler is None:
                 raise NetworkError(f"it does not offer {call.method}")
-            call.answer = await handler(call.caller.peer_id, call.payload)
+            call.answer = await handler(call.caller.peer_id, payload)
             if len(call.answer) > MAX_CALL_BYTES:
                 raise NetworkError(f"its reply to {call.method} has {len(call.answer)} bytes")
         except asyncio.CancelledError:
@@ -155,7 +178,7 @@ class MemoryHost:
         except Exception as error:  # noqa: BLE001 - whatever it is, its caller gets it as over a real network
             call.error = NetworkError(f"Peer {self.peer_id[-8:]}: {error}.")
         finally:
-            self.tasks.discard(asyncio.current_task())
+            self._forget(asyncio.current_task())
             self.network.reply(call)
 
     async def _accept(self, call: Call) -> None:

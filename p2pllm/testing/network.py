@@ -49,7 +49,9 @@ def peer_number(number: int) -> str:
 
 
 class MemoryNetwork:
-    """All hosts by peer id, and what lies between them."""
+    """All hosts by peer id, and what lies between them. host_class: what `host` makes; a subclass may have its own."""
+
+    host_class: type[MemoryHost] = MemoryHost
 
     def __init__(
         self, latency_s: float = LATENCY_S, jitter_s: float = 0.0, seed: int = 0, *, needs_addresses: bool = False
@@ -83,7 +85,7 @@ class MemoryNetwork:
         old = self.hosts.get(peer_id)
         if old is not None and not old.dead:
             raise ValueError(f"There is a host {peer_id} already; kill it first, or choose another number.")
-        host = MemoryHost(self, who if isinstance(who, int) else len(self.hosts), peer_id)
+        host = self.host_class(self, who if isinstance(who, int) else len(self.hosts), peer_id)
         if old is not None:
             host.sent, host.received, host.written = old.sent, old.received, old.written
         self.hosts[peer_id] = host
@@ -203,7 +205,7 @@ class MemoryNetwork:
         queue.append((now + timeout, call))
 
     def _arrive(self, call: Call) -> None:
-        if call.future.done():
+        if call.done:
             return
         callee = call.callee = self.hosts.get(call.peer)
         if callee is None or callee.dead:
@@ -218,7 +220,7 @@ class MemoryNetwork:
     def reply(self, call: Call) -> None:
         """The callee has answered."""
         callee, caller = call.callee, call.caller
-        if callee is None or call.future.done():
+        if callee is None or call.done:
             return
         call.answered = True
         if call.is_stream:  # it may be written to at once
@@ -229,19 +231,19 @@ class MemoryNetwork:
             self.later(due, self._return, call)
 
     def _return(self, call: Call) -> None:
-        if call.future.done():
+        if call.done:
             return
         callee, caller = call.callee, call.caller
         if caller.dead:
-            call.future.set_exception(caller.lost())
+            call.end(caller.lost())
         elif caller.frozen or (callee is not None and self.hangs(callee, caller)):
             self._hold(call)
         elif call.error is not None:
-            call.future.set_exception(call.error)
+            call.end(call.error)
         else:
             if not call.is_stream:
                 caller.got(call.method, len(call.answer), 1)
-            call.future.set_result(call.answer)
+            call.end(None, call.answer)
 
     def _fail(self, call: Call, error: NetworkError) -> None:
         """The caller learns it without anything having to reach it."""
@@ -251,15 +253,15 @@ class MemoryNetwork:
     def _hold(self, call: Call) -> None:
         self._held.append(call)
         if len(self._held) > self._room:
-            self._held = [held for held in self._held if not held.future.done()]
+            self._held = [held for held in self._held if not held.done]
             self._room = max(64, 2 * len(self._held))
 
     def _expire(self, timeout: float) -> None:
         loop, queue = asyncio.get_running_loop(), self._expiring[timeout]
         now = loop.time() + TICK_S
-        while queue and (queue[0][0] <= now or queue[0][1].future.done()):
+        while queue and (queue[0][0] <= now or queue[0][1].done):
             call = queue.popleft()[1]
-            if not call.future.done() and not (call.answered and call.caller.frozen):
+            if not call.done and not (call.answered and call.caller.frozen):
                 name = call.peer[-8:]
                 self._fail(call, NetworkError(f"Peer {name} did not answer {call.method} within {timeout:g} s."))
         if queue:

@@ -16,14 +16,14 @@ What does not live here: what strikes when (`faults`) and processes (`p2pllm_pee
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from p2pllm.averaging import DenseAllReduce
 from p2pllm.metrics import RoundRecord
 from p2pllm.network.bulk import BulkServer
-from p2pllm.network.membership import Membership
+from p2pllm.network.membership import Lookup, Membership
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.loop import Compute, TrainingLoop
 from p2pllm.rounds.messages import Phase, Status
@@ -49,6 +49,12 @@ def _dense(peer: MemoryPeer) -> AllReduce:
     return DenseAllReduce(peer.host, part_bytes=256)
 
 
+def _first_hosts(peer: MemoryPeer) -> Sequence[str]:
+    """Of the hosts that were there first."""
+    hosts = peer.swarm.network.first(MAX_BOOTSTRAP + 1)
+    return [host.address for host in hosts if host is not peer.host][:MAX_BOOTSTRAP]
+
+
 def _fake(peer: MemoryPeer) -> Compute:
     return FakeCompute(peer.number, peer.keeper, peer.view.notify)
 
@@ -58,11 +64,14 @@ class Parts:
     """What peers are made of where it is not the default. Each is called once a peer, before it starts.
 
     layout: of the flat vector. allreduce: if it has an async `start`, that is awaited when the peer starts.
+    directory: where membership looks for others. bootstrap: addresses with which the peer starts, as of an invite.
     """
 
     layout: Layout = LAYOUT
     allreduce: Callable[[MemoryPeer], AllReduce] = _dense
     compute: Callable[[MemoryPeer], Compute] = _fake
+    directory: Callable[[MemoryPeer], Lookup | None] = lambda peer: None
+    bootstrap: Callable[[MemoryPeer], Sequence[str]] = _first_hosts
 
 
 class WatchedView(SwarmView):
@@ -99,6 +108,7 @@ class MemoryPeer:
             status=self.view.own_bytes,
             on_status=self.view.hear,
             addresses=lambda: [self.host.address],
+            directory=parts.directory(self),
             clock=clock,
         )
         self.view.attach(self.membership)
@@ -120,12 +130,11 @@ class MemoryPeer:
 
     async def start(self) -> None:
         """Serve, listen for the others, then train; returns when it serves."""
-        network = self.swarm.network
-        others = [host.address for host in network.first(MAX_BOOTSTRAP + 1) if host is not self.host]
-        await self.host.spawn(self._serve(others[:MAX_BOOTSTRAP]), "start")
+        others = self.swarm.parts.bootstrap(self)
+        await self.host.spawn(self._serve(others), "start")
         self.task = self.host.spawn(self._live(bool(others)), f"peer {self.number}")
 
-    async def _serve(self, others: list[str]) -> None:
+    async def _serve(self, others: Sequence[str]) -> None:
         await self.membership.start(others)
         await self.desk.start()
         await self.votes.start()
@@ -196,8 +205,10 @@ class MemorySwarm:
     """Peers of one run.
 
     peers: in the order in which they were added, so that their numbers are their indices. gone: those that are not
-    waited for any more, beside the dead and the frozen.
+    waited for any more, beside the dead and the frozen. peer_class: what `add` makes.
     """
+
+    peer_class: type[MemoryPeer] = MemoryPeer
 
     def __init__(self, *, network: MemoryNetwork | None = None, parts: Parts | None = None, **section: Any) -> None:
         """section: fields of the manifest's [round]; by default 5 rounds of 12 samples, see `make_manifest`."""
@@ -211,7 +222,7 @@ class MemorySwarm:
     def add(self, count: int = 1, state: SharedState | None = None) -> list[MemoryPeer]:
         """More peers, at round 0 or at a copy of `state`; they are not started."""
         states = [copy_state(state) if state else None for _ in range(count)]
-        new = [MemoryPeer(self, len(self.peers) + index, each) for index, each in enumerate(states)]
+        new = [self.peer_class(self, len(self.peers) + index, each) for index, each in enumerate(states)]
         self.peers += new
         return new
 
@@ -222,7 +233,7 @@ class MemorySwarm:
 
     def restart(self, peer: MemoryPeer, *, keep_disk: bool = True) -> MemoryPeer:
         """The killed peer anew, under its old number, at the state that it had or at round 0; it is not started."""
-        again = MemoryPeer(self, peer.number, copy_state(peer.keeper.state) if keep_disk else None)
+        again = self.peer_class(self, peer.number, copy_state(peer.keeper.state) if keep_disk else None)
         self.peers[peer.number] = again
         return again
 

@@ -53,6 +53,8 @@ class ControlServer:
             await self._answer(request if isinstance(request, dict) else {}, writer)
         except (OSError, ValueError, TimeoutError):
             return  # a caller that hung up or spoke nonsense
+        except asyncio.CancelledError:
+            return  # the daemon ends; asyncio would log a cancelled handler as an error
         finally:
             self._open.discard(writer)
             writer.close()

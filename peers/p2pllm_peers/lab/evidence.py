@@ -43,7 +43,7 @@ class LinkCheck(_Row):
 class Emulator(_Row):
     """What made the links, and what it cost."""
 
-    kind: str  # "tap box", "netem", or "none" (loopback)
+    kind: str  # "tun box", "netem", or "none" (loopback)
     cpu_s: float = 0.0
     wall_s: float = 0.0
     frames: int = 0

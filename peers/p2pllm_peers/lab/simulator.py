@@ -87,7 +87,10 @@ class Setting:
             (1 <= self.peers <= MAX_PEERS, f"--peers is {self.peers}, but must be from 1 to {MAX_PEERS}."),
             (1 <= self.rounds <= 1000, f"--rounds is {self.rounds}, but must be from 1 to 1000."),
             (0 <= self.churn <= 3600, f"--churn is {self.churn:g}, but must be from 0 to 3600 faults an hour."),
-            (0 < low <= high <= 2000, f"--delay-ms is {low:g} {high:g}, but must be two rising numbers from 1 to 2000."),
+            (
+                0 < low <= high <= 2000,
+                f"--delay-ms is {low:g} {high:g}, but must be two rising numbers from 1 to 2000.",
+            ),
         ):
             if not holds:
                 raise UsageError(sentence)
@@ -313,3 +316,47 @@ def simulate(setting: Setting, progress: Progress = lambda text: None) -> dict[s
         random.setstate(before)
         gc.set_threshold(*thresholds)
     return {**result, "real_s": round(time.perf_counter() - real, 2), "cpu_s": round(time.process_time() - cpu, 2)}
+
+
+def simulate_apart(setting: Setting, progress: Progress = lambda text: None) -> dict[str, Any]:
+    """Simulate one size in a process of its own, so that `memory_mb`, its largest resident memory, is this size's.
+
+    Raises RunError if that process fails, as for lack of memory.
+    """
+    command = [sys.executable, "-m", __name__, json.dumps(asdict(setting))]
+    # Sets of text would be walked in another order in every process.
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None  # noqa: S101 - it was asked for
+            for line in process.stdout:
+                message = json.loads(line)
+                if "result" in message:
+                    return dict(message["result"])
+                progress(message["progress"])
+        finally:
+            process.kill()
+    raise RunError(
+        f"The simulation of {setting.peers:,} peers ended early with code {process.returncode}; "
+        "try fewer --peers if this machine is short of memory."
+    )
+
+
+def main() -> None:
+    """Run the setting that the command line gives as JSON."""
+    fields = json.loads(sys.argv[1])
+    setting = Setting(**{**fields, "delay_ms": tuple(fields["delay_ms"])})
+    logging.disable(logging.CRITICAL)  # peers that fail are part of what is simulated
+
+    def say(**message: Any) -> None:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+
+    result = simulate(setting, lambda text: say(progress=text))
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    say(result={**result, "memory_mb": round(peak, 1)})
+
+
+if __name__ == "__main__":
+    main()

@@ -165,13 +165,17 @@ def islands(links: Mapping[str, frozenset[str]]) -> list[int]:
     links: whom each peer takes for alive.
     """
     sizes, left = [], dict.fromkeys(links)
+    both_ways: dict[str, set[str]] = {peer: set(others) for peer, others in links.items()}
+    for peer, others in links.items():
+        for other in others & links.keys():
+            both_ways[other].add(peer)
     while left:
         edge = [left.popitem()[0]]
         size = 0
         while edge:
             peer = edge.pop()
             size += 1
-            for other in links[peer]:
+            for other in both_ways[peer]:
                 if other in left:
                     del left[other]
                     edge.append(other)
@@ -185,7 +189,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     found = []
     if peers - 1 > MAX_MEMBERS:
         found.append(
-            f"A peer knows at most {MAX_MEMBERS} others (the member table's bound), so nobody sees all {peers:,}; a peer "
+            f"A peer knows at most {MAX_MEMBERS} others (the member table's bound), so none sees all {peers:,}. A peer "
             "whose table is full of living members refuses further ones and tells them of nobody."
         )
     if peers > MAX_ROSTER and result["rosters_a_round"] > 1:
@@ -195,7 +199,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         )
     if result["most_branches"] > 1:
         found.append(
-            f"Rounds were committed with up to {result['most_branches']} different outcomes. Each peer then follows the "
+            f"Rounds were committed with up to {result['most_branches']} different outcomes. A peer then follows the "
             "state that most of those whom it sees hold, and drops its own."
         )
     if known["share"] < 0.99:
@@ -209,7 +213,5 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             f"{known['largest_island']:.1%} of the peers. Who finds every table full trains alone."
         )
     if not result["complete"]:
-        found.append(
-            f"Stopped after {result['virtual_s']:g} virtual seconds, before all peers had done all rounds."
-        )
+        found.append(f"Stopped after {result['virtual_s']:g} virtual seconds, before all peers had done all rounds.")
     return found

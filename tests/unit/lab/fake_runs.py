@@ -279,7 +279,7 @@ def long_run(out: Path, *, seed: int = 7, **changes: Any) -> Evidence:
         "events": swarm.events,
         "struck": [Struck(event=place, at_s=event.at_s) for place, event in enumerate(swarm.events)],
         "ended_s": scenario.duration_s,
-        "emulator": {"kind": "tap box", "cpu_s": 31.5, "wall_s": 300.0, "frames": 812_345, "bytes": 912_345_678,
+        "emulator": {"kind": "tun box", "cpu_s": 31.5, "wall_s": 300.0, "frames": 812_345, "bytes": 912_345_678,
                      "late_p99_ms": 0.4, "late_max_ms": 3.9},
     }  # fmt: skip
     return evidence(out, swarm.records, peers=peers, samples=swarm.samples, scenario=SCENARIO, **(facts | changes))

@@ -153,6 +153,21 @@ async def test_messages_and_bytes_are_counted_by_method():
 
 
 @virtual
+async def test_a_call_whose_caller_gives_up_as_it_arrives_is_served_as_it_was_sent():
+    one, two = await make_hosts(2, MemoryNetwork(latency_s=1.0))
+    heard = []
+
+    async def hear(peer: str, payload: bytes) -> bytes:
+        heard.append(payload)
+        return b""
+
+    await two.serve_call("hear", hear)
+    await took(ask(one, two, "hear", timeout=1.0))
+    await asyncio.sleep(1.0)
+    assert heard == [b"hello"]
+
+
+@virtual
 async def test_nothing_is_kept_of_calls_that_ended():
     one, two = await make_hosts(2)
     for _ in range(1000):

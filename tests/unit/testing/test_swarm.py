@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,17 @@ import pytest
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.rounds.round import AllReduce
 from p2pllm.state import Layout
-from p2pllm.testing import FakeCompute, MemoryNetwork, MemoryPeer, MemorySwarm, Parts, make_state, run, virtual
+from p2pllm.testing import (
+    FakeCompute,
+    MemoryHost,
+    MemoryNetwork,
+    MemoryPeer,
+    MemorySwarm,
+    Parts,
+    make_state,
+    run,
+    virtual,
+)
 
 TINY = Layout.of([("x", (8,))])
 
@@ -48,6 +59,65 @@ async def test_parts_can_be_replaced() -> None:
         assert peer.keeper.layout is TINY
         assert "allreduce/1" not in peer.host.sent
         assert peer.host.sent["beat"].bytes > 0
+
+
+@dataclass
+class Found:
+    """What a directory finds of a peer."""
+
+    peer: str
+    addresses: tuple[str, ...]
+
+
+class Everybody:
+    """A directory of all hosts."""
+
+    def __init__(self, peer: MemoryPeer) -> None:
+        self.peer = peer
+
+    async def members(self) -> list[Found]:
+        hosts = self.peer.swarm.network.hosts.values()
+        return [Found(host.peer_id, (host.address,)) for host in hosts if host is not self.peer.host]
+
+
+@virtual
+async def test_peers_find_each_other_through_a_directory_alone() -> None:
+    network = MemoryNetwork(needs_addresses=True)
+    swarm = MemorySwarm(network=network, parts=Parts(bootstrap=lambda peer: [], directory=Everybody), rounds=4)
+    first, second, third = swarm.add(3)
+    await swarm.start()
+    await asyncio.sleep(2.0)
+    assert first.membership.alive() == {second.id, third.id}
+    alone = MemorySwarm(network=MemoryNetwork(needs_addresses=True), parts=Parts(bootstrap=lambda peer: []))
+    lonely, _ = alone.add(2)
+    await alone.start()
+    await asyncio.sleep(2.0)
+    assert not lonely.membership.alive()
+
+
+class OwnHost(MemoryHost):
+    """A host of another kind."""
+
+
+class OwnPeer(MemoryPeer):
+    """A peer of another kind."""
+
+
+@virtual
+async def test_hosts_and_peers_may_be_of_another_class() -> None:
+    class OwnNetwork(MemoryNetwork):
+        host_class = OwnHost
+
+    class OwnSwarm(MemorySwarm):
+        peer_class = OwnPeer
+
+    swarm = OwnSwarm(network=OwnNetwork(), rounds=3)
+    first, second = swarm.add(2)
+    await swarm.start()
+    second.kill()
+    again = swarm.restart(second)
+    assert {type(peer) for peer in (first, again)} == {OwnPeer}
+    assert {type(peer.host) for peer in (first, again)} == {OwnHost}
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
