@@ -1,18 +1,16 @@
 """Shared by all tests: a machine of its own for a peer, from which nothing escapes."""
 
-import contextlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
+
+from p2pllm.testing.plugin import Machine
+
+pytest_plugins = ["p2pllm.testing.plugin"]
 
 TINY_RUN = """
 name = "tiny"
@@ -39,25 +37,12 @@ samples = 8
 """A run whose model is built and whose text is read in no time. It never ends by itself."""
 
 
-@dataclass
-class PeerEnv:
-    """What one peer has for itself: home, cache, settings and runtime folder, and the variables that name them."""
+class PeerEnv(Machine):
+    """The machine of one peer that stays on loopback, with the commands of its user."""
 
-    folder: Path
-    runtime: Path
-    variables: dict[str, str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.home = self.folder / "home"
-        self.variables = {name: value for name, value in os.environ.items() if not name.startswith("P2PLLM_")} | {
-            "P2PLLM_HOME": str(self.home),
-            "P2PLLM_CACHE": str(self.folder / "cache"),
-            "P2PLLM_CONFIG": str(self.folder / "config"),
-            "P2PLLM_LISTEN_HOST": "127.0.0.1",
-            "P2PLLM_NAT": "false",
-            "P2PLLM_THREADS": "1",
-            "XDG_RUNTIME_DIR": str(self.runtime),
-        }
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.variables |= {"P2PLLM_LISTEN_HOST": "127.0.0.1", "P2PLLM_NAT": "false", "P2PLLM_THREADS": "1"}
 
     def p2pllm(self, *arguments: object, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run the command line to its end."""
@@ -101,32 +86,6 @@ class PeerEnv:
         kept = [path.name for path in self.home.glob("runs/*")] if self.home.is_dir() else []
         assert runs or kept == [], kept
 
-    def processes(self) -> list[psutil.Process]:
-        """Every process of this peer, whoever its parent is by now."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("XDG_RUNTIME_DIR") == str(self.runtime):
-                    found.append(process)
-        return found
-
-    def left_behind(self, within: float = 5) -> list[str]:
-        """Processes and socket folders that are still there after `within` seconds; usually none at once."""
-        end = time.monotonic() + within
-        while True:
-            left = [str(process) for process in self.processes()] + [str(path) for path in self.runtime.iterdir()]
-            if not left or time.monotonic() > end:
-                return left
-            time.sleep(0.05)
-
-    def clean(self) -> None:
-        """End what is left and remove the sockets."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-                process.wait(5)
-        shutil.rmtree(self.runtime, ignore_errors=True)
-
 
 @pytest.fixture(scope="session")
 def make_peer_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], PeerEnv]:
@@ -134,8 +93,7 @@ def make_peer_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Peer
     made = []
 
     def make() -> PeerEnv:
-        # short, because of the sockets in it; pytest's own folders are too deep on some systems
-        made.append(PeerEnv(tmp_path_factory.mktemp("peer"), Path(tempfile.mkdtemp(prefix="p2pllm-test-"))))
+        made.append(PeerEnv(tmp_path_factory.mktemp("peer")))
         return made[-1]
 
     yield make

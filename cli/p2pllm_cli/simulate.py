@@ -19,7 +19,7 @@ HEADINGS = (
     "peers", "msg/s", "kB/s", "all known s", "know", "first roster s", "in a roster", "rounds", "outside s",
     "rosters", "branches", "failed", "left out", "virtual s", "real s", "MB",
 )  # fmt: skip
-"""Messages and bytes are what one peer sends a second from the first roster on, or before it if none came."""
+"""Messages and bytes are what one peer sends a second after the first round, or up to its end if there is no other."""
 
 
 @click.command(short_help="The protocol with thousands of peers, in virtual time.")

@@ -84,7 +84,7 @@ class Machine:
                     found.append(process)
         return found
 
-    def left_behind(self, within: float) -> list[str]:
+    def left_behind(self, within: float = SETTLE_S) -> list[str]:
         """Processes and sockets that are still there after `within` seconds; usually none at once."""
         end = time.monotonic() + within
         while True:

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from p2pllm.testing.plugin import Lab, LabResult, Machine, lab
+from p2pllm.testing.plugin import Lab, LabResult, Machine
 from p2pllm_peers.lab import budgets, links
 from p2pllm_peers.lab.claims import ledger_folder, sweep
 from p2pllm_peers.lab.scenario import load_scenario
 from p2pllm_peers.lab.timeline import timeline
-
-__all__ = ["lab"]
 
 SCENARIOS = Path(str(resources.files("p2pllm_peers.lab") / "scenarios"))
 

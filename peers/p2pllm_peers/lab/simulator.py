@@ -66,6 +66,7 @@ AWAY_S = (5.0, 15.0)
 MAX_PEERS = 100_000
 
 _LOOK_S = 0.5
+_SETTLED_S = 1.0  # after the first commit the others' votes are still under way
 
 Progress = Callable[[str], None]
 
@@ -246,7 +247,7 @@ class Simulation:
         peers = self.swarm.alive
         self.ledger.present = len(peers)
         self._peer_seconds += _LOOK_S * len(peers)
-        if self._formed is None and self.ledger.first_roster_s is not None:
+        if self._formed is None and self.now >= self.ledger.first_commit_s + _SETTLED_S:
             self._formed = self._traffic()
         if self._all_known_s is None and len(self.swarm.peers) == self.setting.peers:
             most = min(len(peers) - 1, MAX_MEMBERS)

@@ -86,7 +86,6 @@ class Ledger:
 
     def __init__(self, rounds: int) -> None:
         self.tried: dict[bytes, _Tried] = {}
-        self.first_roster: tuple[float, frozenset[str]] | None = None
         self.faults: Counter[str] = Counter()
         self.caught_up = 0
         self.present = 0
@@ -98,6 +97,11 @@ class Ledger:
     def first_roster_s(self) -> float | None:
         """When the first roster of several was used."""
         return min((tried.at for tried in self.tried.values() if tried.size > 1), default=None)
+
+    @property
+    def first_commit_s(self) -> float:
+        """When the first peer had committed a round; infinity if none has."""
+        return min(row.first_commit for row in self._rounds.values())
 
     def attempt(self, group: Group, round_: int, now: float) -> None:
         """A member begins an exchange for the round after `round_`."""

@@ -11,8 +11,9 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVarTuple
 
 import numpy as np
 
@@ -53,6 +54,8 @@ LOOK_UP_HOPS = 6
 GRID_S = 0.001
 """Virtual times are rounded up to multiples of this."""
 
+Ts = TypeVarTuple("Ts")
+
 _ROUNDING = 1e-6
 _MASK = (1 << 64) - 1
 
@@ -60,9 +63,11 @@ _MASK = (1 << 64) - 1
 class CoarseLoop(VirtualLoop):
     """Virtual time in steps of GRID_S: what thousands of peers do in one of them is done in one turn of the loop."""
 
-    def call_at(self, when: float, *args: Any, **kwargs: Any) -> asyncio.TimerHandle:
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
         """See asyncio: no earlier than `when`."""
-        return super().call_at(math.ceil(when / GRID_S - _ROUNDING) * GRID_S, *args, **kwargs)
+        return super().call_at(math.ceil(when / GRID_S - _ROUNDING) * GRID_S, callback, *args, context=context)
 
 
 class QuickHost(MemoryHost):
