@@ -10,8 +10,6 @@ import pytest
 
 from p2pllm.testing.plugin import Machine
 
-pytest_plugins = ["p2pllm.testing.plugin"]
-
 TINY_RUN = """
 name = "tiny"
 
