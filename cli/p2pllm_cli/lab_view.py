@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from p2pllm_cli.view import console, curve, size, status_line
+from p2pllm_cli.view import console, curve, status_line
 from p2pllm_peers.lab.evidence import Sample
 from p2pllm_peers.lab.scenario import PeerSpec, Scenario
 from p2pllm_peers.lab.swarm import Swarm
@@ -72,17 +72,18 @@ class LabView:
                 _line(status_line(ahead))
             return
         left = f" of {self._scenario.duration_s:.0f}" if self._scenario.duration_s else ""
-        self._head = [Text(f"{t:.0f}{left} s  {status_line(ahead)}")]
+        speed = f"{ahead['swarm_tokens_per_s']:,.0f} tokens/s"
+        self._head = [Text(f"{t:.0f}{left} s  round {ahead['recorded_round']}  {losses(ahead)}  {speed}")]
         if len(ahead["losses"]) > 1:
             self._head.append(Text(f"loss {curve(ahead['losses'])}", no_wrap=True, overflow="crop"))
         self._rows = self._table(t, swarm, sample)
 
     def _table(self, t: float, swarm: Swarm, sample: Sample) -> Table:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("peer", "cores", "link", "doing"):
-            table.add_column(heading)
-        for heading in ("round", "tokens/s", "up/s", "down/s", "state"):
-            table.add_column(heading, justify="right")
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # all of it fits into 80 columns
+        for heading in ("peer", "core", "link", "doing"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("round", "tok/s", "up/s", "down/s", "state"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for name, row in sample.peers.items():
             peer, spec = swarm.peers[name], self._specs[name]
             doing = "frozen" if peer.frozen else row.phase or ("starting" if peer.is_running else "down")
@@ -96,7 +97,7 @@ class LabView:
                 f"{row.tokens_per_s:,.0f}",
                 up,
                 down,
-                row.digest[:8],
+                row.digest[:6],
             )
         return table
 
@@ -107,7 +108,7 @@ class LabView:
         before, self._wire[name] = self._wire.get(name), (t, up, down)
         if before is None or t <= before[0]:
             return "-", "-"
-        return size((up - before[1]) / (t - before[0])), size((down - before[2]) / (t - before[0]))
+        return compact((up - before[1]) / (t - before[0])), compact((down - before[2]) / (t - before[0]))
 
     def _render(self) -> Panel:
         with self._lock:
@@ -115,6 +116,19 @@ class LabView:
         body = [*self._head, self._rows] if self._rows is not None else [Text(self._step)]
         bottom = self._step if self._rows is not None and self._step == "ending the peers" else "Ctrl+C ends it"
         return Panel(Group(*body, *events), title=Text(f"lab: {self._scenario.name}"), subtitle=Text(bottom))
+
+
+def losses(status: dict[str, Any]) -> str:
+    """Training and validation loss, as far as they are known."""
+    known = [("loss", status["loss"]), ("validation", status["validation_loss"])]
+    return "  ".join(f"{name} {value:.4f}" for name, value in known if value is not None)
+
+
+def compact(count: float) -> str:
+    """Bytes in four characters or so: 999, 12k, 1.5M."""
+    if count < 1000:
+        return f"{count:.0f}"
+    return f"{count / 1000:.0f}k" if count < 999_500 else f"{count / 1e6:.1f}M"
 
 
 def link_text(spec: PeerSpec) -> str:

@@ -45,7 +45,8 @@ def simulate(
     an hour or more.
     """
     from p2pllm_cli.lab_view import print_rows
-    from p2pllm_peers.lab.simulator import Setting, simulate_apart
+    from p2pllm_peers.lab.simulator import Setting
+    from p2pllm_peers.lab.simulator_process import simulate_apart
 
     if more and not sizes:
         raise UsageError("Say the sizes of the swarms after --peers, as in --peers 10 100 1000.")

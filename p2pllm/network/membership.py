@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import is_peer_id
@@ -34,6 +34,8 @@ _LOOK_UP_EVERY_S = 30.0
 _LOOK_UP_ALONE_S = 5.0
 _STALL_S = 1.0
 _TIDY_EVERY_S = 1.0
+
+_Told = tuple[int, tuple[str, ...], float]  # hearsay up to a version of the table, our addresses, when all of it
 
 
 class Dialer(Transport, Protocol):
@@ -59,14 +61,6 @@ class Lookup(Protocol):
     async def members(self) -> Sequence[Record]:
         """All that can be found. Never raises NetworkError."""
         ...
-
-
-class _Told(NamedTuple):
-    """What a member has heard from us: hearsay up to a version of the table, our addresses, and when it heard all."""
-
-    version: int
-    own: tuple[str, ...]
-    at: float
 
 
 class Membership:
@@ -97,7 +91,7 @@ class Membership:
         self._saved = saved
         self._clock = clock
         self._table = MemberTable(transport.peer_id)
-        self._told: dict[str, _Told] = {}
+        self._told: dict[str, _Told] = {}  # what members have heard from us
         self._in_flight: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -220,15 +214,12 @@ class Membership:
         now = self._clock()
         version, own = self._table.version, tuple(self._addresses())
         told = self._told.get(peer)
-        if told is None or now - told.at >= _HINTS_EVERY_S:
-            told = _Told(-1, (), now)
-        if (told.version, told.own) == (version, own):
+        since, told_own, at = told if told and now - told[2] < _HINTS_EVERY_S else (-1, (), now)
+        if (since, told_own) == (version, own):
             return Beat(self._status()).encode()
-        self._told[peer] = _Told(version, own, told.at)
-        hints = self._table.hints(now, told.version)
+        self._told[peer] = (version, own, at)
+        hints = self._table.hints(now, since)
         hints.pop(peer, None)
-        if not hints and told.own == own:
-            return Beat(self._status()).encode()
         return Beat(self._status(), own, hints).encode()
 
     async def _say_goodbye(self, peer: str) -> None:

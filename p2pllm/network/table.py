@@ -153,8 +153,9 @@ class MemberTable:
         if not was_alive or (known and known != member.addresses):
             self.version += 1
             member.news = self.version
-        if not was_alive:
-            self._alive = None
+        if not was_alive and self._alive is not None:
+            self._alive |= {peer}
+            self._oldest = min(self._oldest, now)
         member.addresses = known or member.addresses
         member.heard = now
         member.failures = 0

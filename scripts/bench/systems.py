@@ -6,8 +6,9 @@ Each system trains for so many seconds, one after the other, on the machines of 
 CPU budgets, one core's thread a peer. The clock starts, and the budgets begin to hold, when all peers are ready, so
 starting up counts for nobody. tokens/s and bytes are taken from the end of the first round to the end of the last.
 Only tokens that went into an update count. Efficiency is tokens/s by the sum of what each machine does alone, measured
-before with `p2pllm_peers.lab.alone`. Bytes are those on the wire that all peers together sent, with all headers. The
-loss between two evaluations is taken as a straight line. In brackets: multiples of p2pllm's figure.
+before with `p2pllm_peers.lab.alone`. Bytes are those on the wire that all peers together sent, with all headers. All
+peers of all systems evaluate every third round; between two evaluations the loss is taken as a straight line. In
+brackets: multiples of p2pllm's figure.
 
 What does not live here: the other systems, and figures from records (`baselines`).
 """
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,13 @@ HEAD = ("tokens/s", "efficiency", "wire bytes/token", "s to loss {}", "best vali
 MICRO_BATCH = 8
 """Samples that every system computes at once: the fastest for the default model on a core of a 2020s server."""
 
+VALIDATION_EVERY = 3
+"""Rounds. Fewer than the scenarios have, as there are only some ten rounds; it costs each peer 3 % of its time."""
+
 LOOK_EVERY_S = 0.5
+SLACK_S = 10.0
+"""Baselines go on for so long after the clock has stopped, so that none ends while another still counts on it."""
+
 ALONE_S = 15.0
 SHORT_ALONE_S = 8.0
 
@@ -75,7 +82,9 @@ class Contest:
         """folder: for records and logs of the baselines."""
         peers = len(machines.specs)
         # The first round begins when all are there, as it does for the other systems.
-        self._draft = draft.model_copy(update={"round": draft.round.model_copy(update={"min_peers": peers})})
+        rounds = draft.round.model_copy(update={"min_peers": peers})
+        data = draft.data.model_copy(update={"validation_every": VALIDATION_EVERY})
+        self._draft = draft.model_copy(update={"round": rounds, "data": data})
         self._machines = machines
         self._settings = settings
         self._folder = folder
@@ -87,7 +96,9 @@ class Contest:
     def train(self, name: str, seconds: float) -> Trained:
         """One system for so long. Raises P2PLLMError if it fails."""
         say(f"{name}: starting")
-        return self._ours(seconds) if name == OURS else self._baseline(name, seconds)
+        trained = self._ours(seconds) if name == OURS else self._baseline(name, seconds)
+        in_time = [each for each in trained.rounds if each.unix_time <= trained.began + seconds]
+        return replace(trained, rounds=in_time)
 
     def _ours(self, seconds: float) -> Trained:
         with Swarm(self._machines, self._draft, self._settings) as swarm:
@@ -104,7 +115,6 @@ class Contest:
         rounds = [
             Round(number, row["unix_time"], row["tokens"], row["loss"], row["validation_loss"])
             for number, row in sorted(by_number.items())
-            if row["unix_time"] <= began + seconds
         ]
         return Trained(began, rounds, wire)
 
@@ -113,7 +123,7 @@ class Contest:
         folder = self._folder / name.replace(" ", "-").replace(",", "")
         with Fleet(system, self._machines, self._draft, folder, settings.cache, settings.micro_batch) as fleet:
             fleet.start(say)
-            began, wire = self._watch(seconds, fleet.check, lambda: fleet.go(seconds))
+            began, wire = self._watch(seconds, fleet.check, lambda: fleet.go(seconds + SLACK_S))
             rounds = rounds_of(fleet.rows())
         return Trained(began, rounds, wire)
 
@@ -192,6 +202,14 @@ def _values(system: dict[str, Any], alone: float) -> list[float | None]:
     return [found.tokens_per_s, efficiency, found.bytes_per_token, found.seconds_to_loss, found.best_loss]
 
 
+def notes_of(result: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know."""
+    name, emulator = result["scenario"]["name"], result["emulator"]
+    failed = [f"{name}: {system['error']}" for system in result["systems"].values() if "error" in system]
+    late = f"{name}: links made by {emulator['kind']}, 99 % of the frames at most {emulator['late_p99_ms']:.1f} ms late"
+    return [*result["notes"], *failed, late, *result["left_over"]]
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The table as README has it."""
     lines = [head, ["---"] * len(head), *rows]
@@ -250,7 +268,7 @@ def main() -> None:
     head = ["system", *(text.format(options.loss) for text in HEAD)]
     rows = [row for result in results["scenarios"] for row in rows_of(result)]
     print(markdown(head, rows) if options.markdown else table(head, rows))
-    for note in (note for result in results["scenarios"] for note in [*result["notes"], *result["left_over"]]):
+    for note in (note for result in results["scenarios"] for note in notes_of(result)):
         print(note)
 
 

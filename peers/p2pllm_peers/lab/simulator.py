@@ -7,36 +7,29 @@ made for, the result shows what then happens.
 
     result = simulate(Setting(peers=100, rounds=3))
 
-What does not live here: the parts of a simulated peer (`simulator_parts`) and what is counted (`simulator_ledger`).
-`python -m p2pllm_peers.lab.simulator JSON` runs one setting: progress and the result go to stdout as lines of JSON.
+What does not live here: the parts of a simulated peer (`simulator_parts`, `simulator_exchange`), what is counted
+(`simulator_ledger`), and a process for each size (`simulator_process`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import logging
-import os
 import random
-import resource
 import statistics
-import subprocess
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from p2pllm.averaging import Group
-from p2pllm.errors import RunError, UsageError
-from p2pllm.metrics import RoundRecord
-from p2pllm.network.membership import Membership
+from p2pllm.errors import UsageError
+from p2pllm.manifest import RoundSection
 from p2pllm.network.table import MAX_MEMBERS
-from p2pllm.rounds.messages import Status
-from p2pllm.state import SharedState
 from p2pllm.testing.fakes import copy_state
 from p2pllm.testing.swarm import MemoryPeer, MemorySwarm, Parts
+from p2pllm_peers.lab.simulator_exchange import FewFloats
 from p2pllm_peers.lab.simulator_ledger import Ledger, Traffic, islands, notes
 from p2pllm_peers.lab.simulator_parts import (
     COMPUTE_S,
@@ -44,17 +37,16 @@ from p2pllm_peers.lab.simulator_parts import (
     LOOK_UP_HOPS,
     STEP_S,
     CoarseLoop,
-    DirectoryClient,
-    FewFloats,
     MemoryDirectory,
     PathNetwork,
+    SimulatedPeer,
     WaitingCompute,
 )
 
 ARRIVAL_S = 5.0
 """Virtual seconds in which all peers start, evenly."""
 
-PEER_SECONDS = 400_000.0
+PEER_SECONDS = 200_000.0
 """Bound on peers times virtual seconds of one simulation; the largest swarms are simulated for a shorter time."""
 
 LONGEST_ROUND_S = 4 * COMPUTE_S
@@ -90,7 +82,7 @@ class Setting:
             (0 <= self.churn <= 3600, f"--churn is {self.churn:g}, but must be from 0 to 3600 faults an hour."),
             (
                 0 < low <= high <= 2000,
-                f"--delay-ms is {low:g} {high:g}, but must be two rising numbers from 1 to 2000.",
+                f"--delay-ms is {low:g} {high:g}, but must be two rising numbers above 0 and at most 2000.",
             ),
         ):
             if not holds:
@@ -100,40 +92,6 @@ class Setting:
     def limit_s(self) -> float:
         """Virtual seconds after which the simulation ends."""
         return min(ARRIVAL_S + LONGEST_ROUND_S * (1 + self.rounds), PEER_SECONDS / self.peers)
-
-
-class SimulatedPeer(MemoryPeer):
-    """A peer that looks into the directory, and whose rounds go into the ledger."""
-
-    def __init__(self, simulation: Simulation, number: int, state: SharedState | None = None) -> None:
-        """state: where it begins; else at round 0."""
-        super().__init__(simulation.swarm, number, state)
-        self._simulation = simulation
-        self._directory = DirectoryClient(self.host, simulation.directory, simulation.look_up_s)
-        self.membership = Membership(
-            self.host,
-            status=self.view.own_bytes,
-            on_status=self.view.hear,
-            addresses=lambda: (self.host.address,),
-            directory=self._directory,
-            clock=asyncio.get_running_loop().time,
-        )
-        self.view.attach(self.membership)
-        self.view.watchers.append(self._on_phase)
-        self._has_trained = False
-
-    async def start(self) -> None:
-        """See MemoryPeer."""
-        await super().start()
-        self.host.spawn(self._directory.announce_forever())
-
-    def _on_round(self, record: RoundRecord) -> None:
-        self._simulation.ledger.commit(self.number, record, self._simulation.now)
-
-    def _on_phase(self, status: Status) -> None:
-        if status.phase == "joining" and self._has_trained:
-            self._simulation.ledger.caught_up += 1
-        self._has_trained |= status.phase == "collecting"
 
 
 class Simulation:
@@ -153,9 +111,8 @@ class Simulation:
         )
         # A round ends when those whom one peer can see have worked for COMPUTE_S on average.
         samples = round(min(setting.peers, MAX_MEMBERS + 1) * COMPUTE_S / STEP_S)
-        self.swarm = MemorySwarm(
-            network=network, parts=parts, rounds=setting.rounds, samples=samples, deadline_s=1.5 * COMPUTE_S
-        )
+        section = RoundSection(rounds=setting.rounds, samples=samples, deadline_s=1.5 * COMPUTE_S)  # the rest: defaults
+        self.swarm = MemorySwarm(network=network, parts=parts, **section.model_dump())
         self._loop = asyncio.get_running_loop()
         self._begin = self._loop.time()
         self._away: set[int] = set()
@@ -245,6 +202,9 @@ class Simulation:
     def _look(self) -> None:
         """Note what comes about only slowly."""
         peers = self.swarm.alive
+        for peer in peers:
+            if peer.task is not None and peer.task.done():
+                peer.task.result()  # what failed in a peer must not look like a fault of the protocol
         self.ledger.present = len(peers)
         self._peer_seconds += _LOOK_S * len(peers)
         if self._formed is None and self.now >= self.ledger.first_commit_s + _SETTLED_S:
@@ -276,19 +236,19 @@ class Simulation:
     def _result(self) -> dict[str, Any]:
         whole = self._traffic()
         formed = self._formed or whole
-        heads = [peer.keeper.head for peer in self.swarm.alive]
-        common = max(heads.count(head) for head in set(heads))
+        heads = Counter(peer.keeper.head for peer in self.swarm.alive)
         result = {
             **asdict(self.setting),
             "virtual_s": round(self.now, 1),
             "complete": self._is_complete(),
             "started": len(self.swarm.peers),
             "known": self._known(),
+            "messages": sum(messages for messages, _ in whole.kinds.values()),
             "forming": formed.since(Traffic()),
             "training": whole.since(formed),
             **self.ledger.rounds(len(self.swarm.peers)),
-            "heads": len(set(heads)),
-            "main_head": round(common / len(heads), 4),
+            "heads": len(heads),
+            "main_head": round(max(heads.values()) / heads.total(), 4),
         }
         return {**result, "notes": notes(result)}
 
@@ -317,47 +277,3 @@ def simulate(setting: Setting, progress: Progress = lambda text: None) -> dict[s
         random.setstate(before)
         gc.set_threshold(*thresholds)
     return {**result, "real_s": round(time.perf_counter() - real, 2), "cpu_s": round(time.process_time() - cpu, 2)}
-
-
-def simulate_apart(setting: Setting, progress: Progress = lambda text: None) -> dict[str, Any]:
-    """Simulate one size in a process of its own, so that `memory_mb`, its largest resident memory, is this size's.
-
-    Raises RunError if that process fails, as for lack of memory.
-    """
-    command = [sys.executable, "-m", __name__, json.dumps(asdict(setting))]
-    # Sets of text would be walked in another order in every process.
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None  # noqa: S101 - it was asked for
-            for line in process.stdout:
-                message = json.loads(line)
-                if "result" in message:
-                    return dict(message["result"])
-                progress(message["progress"])
-        finally:
-            process.kill()
-    raise RunError(
-        f"The simulation of {setting.peers:,} peers ended early with code {process.returncode}; "
-        "try fewer --peers if this machine is short of memory."
-    )
-
-
-def main() -> None:
-    """Run the setting that the command line gives as JSON."""
-    fields = json.loads(sys.argv[1])
-    setting = Setting(**{**fields, "delay_ms": tuple(fields["delay_ms"])})
-    logging.disable(logging.CRITICAL)  # peers that fail are part of what is simulated
-
-    def say(**message: Any) -> None:
-        sys.stdout.write(json.dumps(message) + "\n")
-        sys.stdout.flush()
-
-    result = simulate(setting, lambda text: say(progress=text))
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    say(result={**result, "memory_mb": round(peak, 1)})
-
-
-if __name__ == "__main__":
-    main()

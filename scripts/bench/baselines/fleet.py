@@ -90,7 +90,7 @@ class Fleet:
                     self.stop()  # the others may wait for the one that failed for ever
 
     def go(self, seconds: float) -> None:
-        """Let all train for so long from now on; they then end by themselves."""
+        """Let all train from now on, for so long at most: they then end by themselves."""
         for name in self.names:
             self._tell(name, go=seconds)
 

@@ -13,9 +13,10 @@ from p2pllm_cli.simulate import simulate as command
 from p2pllm_peers.lab.simulator import PEER_SECONDS, Setting, simulate
 
 FIELDS = {
-    "peers", "rounds", "churn", "delay_ms", "seed", "virtual_s", "complete", "started", "known", "forming", "training",
-    "first_roster_s", "in_first_rosters", "rounds_committed", "outside_s", "rosters_a_round", "most_branches",
-    "failed_attempts", "left_out", "caught_up", "faults", "by_round", "heads", "main_head", "notes", "real_s", "cpu_s",
+    "peers", "rounds", "churn", "delay_ms", "seed", "virtual_s", "complete", "started", "known", "messages", "forming",
+    "training", "first_roster_s", "in_first_rosters", "rounds_committed", "outside_s", "rosters_a_round", "notes",
+    "most_branches", "failed_attempts", "left_out", "caught_up", "faults", "by_round", "heads", "main_head", "real_s",
+    "cpu_s",
 }  # fmt: skip
 KINDS = {"beats", "enrol", "roster", "vote", "exchange control", "catching up"}
 
@@ -27,7 +28,7 @@ def thirty() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def churned() -> dict[str, Any]:
-    return simulate(Setting(peers=10, rounds=4, churn=3600, seed=3))
+    return simulate(Setting(peers=10, rounds=4, churn=3600, seed=8))
 
 
 def timeless(result: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def test_churned_peers_return_and_all_end_alike(churned: dict[str, Any]) -> None
 
 
 def test_the_same_seed_gives_the_same_result(churned: dict[str, Any]) -> None:
-    again = simulate(Setting(peers=10, rounds=4, churn=3600, seed=3))
+    again = simulate(Setting(peers=10, rounds=4, churn=3600, seed=8))
     assert timeless(again) == timeless(churned)
     other = simulate(Setting(peers=10, rounds=1, seed=4))
     assert other["first_roster_s"] != churned["first_roster_s"]

@@ -12,8 +12,9 @@ from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.network import dht
 from p2pllm.testing.host import Count
 from p2pllm_peers.lab import simulator_parts
+from p2pllm_peers.lab.simulator_exchange import FewFloats
 from p2pllm_peers.lab.simulator_ledger import Traffic, islands
-from p2pllm_peers.lab.simulator_parts import CoarseLoop, FewFloats, MemoryDirectory, PathNetwork
+from p2pllm_peers.lab.simulator_parts import CoarseLoop, MemoryDirectory, PathNetwork
 
 
 def run(work: Any) -> Any:
