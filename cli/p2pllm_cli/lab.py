@@ -50,12 +50,11 @@ def report_(folder: Path) -> None:
 @click.argument("folder_b", type=_FOLDER)
 def compare(folder_a: Path, folder_b: Path) -> None:
     """What two runs measured, side by side, with ratios."""
-    from p2pllm_peers.lab.compare import compare as compared
-    from p2pllm_peers.lab.compare import rows
-
     from p2pllm_cli.lab_view import print_rows
     from p2pllm_peers.lab.evidence import Evidence
-    from p2pllm_peers.lab.report import report
+    from p2pllm_peers.lab.reporting.compare import compare as compared
+    from p2pllm_peers.lab.reporting.compare import rows
+    from p2pllm_peers.lab.reporting.report import report
 
     print_rows(rows(compared(report(Evidence(folder_a)), report(Evidence(folder_b)))))
 
@@ -125,10 +124,9 @@ def _written_report(folder: Path) -> dict[str, Any]:
     """The report of a run, worked out and written as report.json and, where the extra is there, report.html."""
     import json
 
-    from p2pllm_peers.lab.page import write_page
-
     from p2pllm_peers.lab.evidence import Evidence
-    from p2pllm_peers.lab.report import report
+    from p2pllm_peers.lab.reporting.page import write_page
+    from p2pllm_peers.lab.reporting.report import report
 
     found = report(Evidence(folder))
     (folder / "report.json").write_text(json.dumps(found, indent=1))
@@ -141,7 +139,7 @@ def _written_report(folder: Path) -> dict[str, Any]:
 
 def _print_summary(report: dict[str, Any], folder: Path) -> None:
     from p2pllm_cli.view import console
-    from p2pllm_peers.lab.report import summary_lines
+    from p2pllm_peers.lab.reporting.report import summary_lines
 
     for line in summary_lines(report):
         console.print(line, highlight=False, soft_wrap=True)

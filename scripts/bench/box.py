@@ -19,9 +19,9 @@ from dataclasses import asdict, replace
 
 from _table import table
 
-from p2pllm_peers.lab import links
-from p2pllm_peers.lab.checking import WIRE_PER_PAYLOAD, answer, phase, plan, program
-from p2pllm_peers.lab.claims import Claims
+from p2pllm_peers.lab.cleanup.claims import Claims
+from p2pllm_peers.lab.network import links
+from p2pllm_peers.lab.network.checking import WIRE_PER_PAYLOAD, answer, phase, plan, program
 from p2pllm_peers.lab.scenario import Link
 
 HEAD = [
@@ -37,7 +37,7 @@ HEAD = [
     "late p99 ms",
     "max ms",
 ]
-PROBE = [sys.executable, "-m", "p2pllm_peers.lab.probe"]
+PROBE = [sys.executable, "-m", "p2pllm_peers.lab.network.probe"]
 
 
 def measure(peers: int, link: Link, streams: int, seconds: float) -> list[str]:

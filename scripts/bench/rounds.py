@@ -18,7 +18,7 @@ from rich.table import Table
 
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import load_settings
-from p2pllm_peers.lab.report import NETWORK_PARTS, overhead
+from p2pllm_peers.lab.reporting.report import NETWORK_PARTS, overhead
 from p2pllm_peers.lab.swarm import swarm_on_loopback
 
 WARM_UP_ROUNDS = 3

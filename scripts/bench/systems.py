@@ -38,7 +38,7 @@ from p2pllm.errors import P2PLLMError, RunError, UsageError
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings, load_settings
 from p2pllm_peers.lab.alone import measure_alone
-from p2pllm_peers.lab.claims import Claims, sweep
+from p2pllm_peers.lab.cleanup.claims import Claims, sweep
 from p2pllm_peers.lab.machines import Machines
 from p2pllm_peers.lab.scenario import Scenario, fits, load_scenario
 from p2pllm_peers.lab.swarm import Swarm

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from p2pllm.testing.plugin import Lab, LabResult, Machine
-from p2pllm_peers.lab import budgets, links
-from p2pllm_peers.lab.claims import ledger_folder, sweep
+from p2pllm_peers.lab import budgets
+from p2pllm_peers.lab.cleanup.claims import ledger_folder, sweep
+from p2pllm_peers.lab.network import links
 from p2pllm_peers.lab.scenario import load_scenario
 from p2pllm_peers.lab.timeline import timeline
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from p2pllm.errors import RunError
-from p2pllm_peers.lab.claims import Claims
+from p2pllm_peers.lab.cleanup.claims import Claims
 
 ROOT = Path("/sys/fs/cgroup")
 

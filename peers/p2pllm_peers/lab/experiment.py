@@ -20,8 +20,8 @@ import psutil
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError, UsageError
 from p2pllm.settings import PeerSettings
-from p2pllm_peers.lab import claims
 from p2pllm_peers.lab.alone import measure_alone
+from p2pllm_peers.lab.cleanup import claims
 from p2pllm_peers.lab.evidence import Facts, PeerFacts, PeerSample, Sample, Strike, Struck
 from p2pllm_peers.lab.faults import Faults
 from p2pllm_peers.lab.machines import Machines

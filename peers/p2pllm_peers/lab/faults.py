@@ -12,8 +12,8 @@ from pathlib import Path
 
 from p2pllm.errors import RunError
 from p2pllm_peers.lab.evidence import Strike
-from p2pllm_peers.lab.links import Links
 from p2pllm_peers.lab.machines import FILLER, Machines
+from p2pllm_peers.lab.network.links import Links
 from p2pllm_peers.lab.scenario import Link
 from p2pllm_peers.lab.swarm import LEAVE_TIMEOUT_S, Swarm, SwarmPeer
 

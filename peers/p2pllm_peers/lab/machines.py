@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2pllm.errors import RunError, UsageError
-from p2pllm_peers.lab import budgets, links
+from p2pllm_peers.lab import budgets
 from p2pllm_peers.lab.budgets import Budgets
-from p2pllm_peers.lab.claims import Claims
+from p2pllm_peers.lab.cleanup.claims import Claims
 from p2pllm_peers.lab.evidence import Emulator, LinkCheck
-from p2pllm_peers.lab.links import Links
+from p2pllm_peers.lab.network import links
+from p2pllm_peers.lab.network.links import Links
 from p2pllm_peers.lab.scenario import PeerSpec, Scenario
 
 GRACE_S = 2.0

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pllm_peers.lab import frames
-from p2pllm_peers.lab.frames import VNET
+from p2pllm_peers.lab.network import frames
+from p2pllm_peers.lab.network.frames import VNET
 
 SOURCE, TARGET = bytes([60, 0, 0, 1]), bytes([60, 0, 0, 2])
 FIN, SYN, PSH, ACK, CWR = 0x01, 0x02, 0x08, 0x10, 0x80

@@ -4,8 +4,8 @@ import struct
 
 import pytest
 
-from p2pllm_peers.lab.frames import VNET
-from p2pllm_peers.lab.lines import EARLY_S, QUEUE_S, Lines
+from p2pllm_peers.lab.network.frames import VNET
+from p2pllm_peers.lab.network.lines import EARLY_S, QUEUE_S, Lines
 
 ADDRESSES = [bytes([60, 0, 0, number]) for number in (1, 2, 3)]
 BYTES = 1250  # 1 ms at 10 Mbit/s, with Ethernet header

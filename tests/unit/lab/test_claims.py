@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from p2pllm.errors import RunError
-from p2pllm_peers.lab.claims import Claims, release, release_after_death, sweep
-from p2pllm_peers.lab.undo import PATIENCE_S, alive, birth
+from p2pllm_peers.lab.cleanup.claims import Claims, release, release_after_death, sweep
+from p2pllm_peers.lab.cleanup.undo import PATIENCE_S, alive, birth
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -95,7 +95,7 @@ def test_a_process_of_the_same_id_but_another_birth_is_left_alone(claims):
 
 def test_what_cannot_be_undone_is_said_and_stays_in_the_ledger(claims, tmp_path, monkeypatch):
     """A claimed cgroup that is an ordinary folder with a file in it cannot be removed as a cgroup."""
-    monkeypatch.setattr("p2pllm_peers.lab.undo.PATIENCE_S", 0.1)
+    monkeypatch.setattr("p2pllm_peers.lab.cleanup.undo.PATIENCE_S", 0.1)
     (tmp_path / "not-a-group").mkdir()
     (tmp_path / "not-a-group" / "file").write_text("x")
     claims.note("cgroup", str(tmp_path / "not-a-group"))
@@ -152,8 +152,8 @@ def test_what_appears_while_its_lab_dies_is_removed_at_the_second_look(claims, m
         subprocess.run(["ip", "netns", "add", name], check=True)
         return failed
 
-    monkeypatch.setattr("p2pllm_peers.lab.claims.release", release_then_appear)
-    monkeypatch.setattr("p2pllm_peers.lab.claims.SECOND_LOOK_S", 0)
+    monkeypatch.setattr("p2pllm_peers.lab.cleanup.claims.release", release_then_appear)
+    monkeypatch.setattr("p2pllm_peers.lab.cleanup.claims.SECOND_LOOK_S", 0)
     release_after_death(claims.ledger)
     assert claims.left_over() == []
 
@@ -161,7 +161,7 @@ def test_what_appears_while_its_lab_dies_is_removed_at_the_second_look(claims, m
 @pytest.mark.swarm
 @needs_root
 def test_a_mount_that_somebody_holds_goes_all_the_same(claims, tmp_path, monkeypatch):
-    monkeypatch.setattr("p2pllm_peers.lab.undo.PATIENCE_S", 0.1)
+    monkeypatch.setattr("p2pllm_peers.lab.cleanup.undo.PATIENCE_S", 0.1)
     folder = Path(claims.note("folder", str(tmp_path / "disk")))
     folder.mkdir()
     claims.note("mount", str(folder))
@@ -174,7 +174,7 @@ def test_a_mount_that_somebody_holds_goes_all_the_same(claims, tmp_path, monkeyp
 OWNER = """
 import subprocess, sys, time
 from pathlib import Path
-from p2pllm_peers.lab.claims import Claims
+from p2pllm_peers.lab.cleanup.claims import Claims
 claims = Claims.open(Path(sys.argv[1]))
 folder = Path(sys.argv[2])
 claims.note("folder", str(folder))

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from fake_runs import evidence, long_run, peer, record, strikes
 
-from p2pllm_peers.lab.compare import MAX_LOSSES, compare, rows
-from p2pllm_peers.lab.report import report
+from p2pllm_peers.lab.reporting.compare import MAX_LOSSES, compare, rows
+from p2pllm_peers.lab.reporting.report import report
 
 
 def made(folder: Path, step_s: float, **facts: Any) -> dict:

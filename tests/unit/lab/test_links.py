@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from p2pllm.errors import RunError
-from p2pllm_peers.lab import links as links_module
-from p2pllm_peers.lab.checking import answer, phase, plan, program
-from p2pllm_peers.lab.claims import Claims
-from p2pllm_peers.lab.links import Links, why_not
-from p2pllm_peers.lab.netem import device_counters, hub_commands, mac, qdisc_commands
-from p2pllm_peers.lab.probe import Plan
+from p2pllm_peers.lab.cleanup.claims import Claims
+from p2pllm_peers.lab.network import links as links_module
+from p2pllm_peers.lab.network.checking import answer, phase, plan, program
+from p2pllm_peers.lab.network.links import Links, why_not
+from p2pllm_peers.lab.network.netem import device_counters, hub_commands, mac, qdisc_commands
+from p2pllm_peers.lab.network.probe import Plan
 from p2pllm_peers.lab.scenario import Link
 
 real = pytest.mark.skipif(why_not() != "", reason=why_not())
-PROBE = [sys.executable, "-m", "p2pllm_peers.lab.probe"]
+PROBE = [sys.executable, "-m", "p2pllm_peers.lab.network.probe"]
 HOME = Link(up_mbit=20, down_mbit=100, delay_ms=20.0)
 
 

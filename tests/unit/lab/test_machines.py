@@ -12,12 +12,12 @@ import pytest
 
 from p2pllm.errors import RunError, UsageError
 from p2pllm.manifest import RunDraft
-from p2pllm_peers.lab import links
 from p2pllm_peers.lab.budgets import Budgets
 from p2pllm_peers.lab.budgets import why_not as no_budgets
 from p2pllm_peers.lab.evidence import Strike
 from p2pllm_peers.lab.faults import Faults
 from p2pllm_peers.lab.machines import FILLER, Machines
+from p2pllm_peers.lab.network import links
 from p2pllm_peers.lab.scenario import Churn, Event, Link, Peers, Scenario
 from p2pllm_peers.lab.swarm import Swarm
 

@@ -10,8 +10,8 @@ from fake_runs import evidence, long_run, peer, record, strikes
 
 from p2pllm.errors import UsageError
 from p2pllm_peers.lab.evidence import Evidence
-from p2pllm_peers.lab.page import headline, tables, write_page
-from p2pllm_peers.lab.report import report
+from p2pllm_peers.lab.reporting.page import headline, tables, write_page
+from p2pllm_peers.lab.reporting.report import report
 
 VOID = {"meta", "br", "use", "path", "rect", "line"}
 

@@ -7,7 +7,7 @@ import pytest
 from fake_runs import digest, evidence, long_run, peer, record, sample, strikes
 
 from p2pllm_peers.lab.evidence import LinkCheck
-from p2pllm_peers.lab.report import report, summary_lines
+from p2pllm_peers.lab.reporting.report import report, summary_lines
 
 TOKENS = 2 * 4 * 32
 """Of one round of two peers."""

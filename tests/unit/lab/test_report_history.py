@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fake_runs import digest, evidence, long_run, peer, record, sample, strikes
 
-from p2pllm_peers.lab.report import report
+from p2pllm_peers.lab.reporting.report import report
 
 ALL = ("a", "b", "c")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fake_runs import digest, evidence, peer, record, sample, strikes
 
-from p2pllm_peers.lab.report import report
+from p2pllm_peers.lab.reporting.report import report
 
 
 def story(tmp_path: Path, planned: dict, gap: tuple[float, float], back_s: float | None = None, **fields) -> dict:

@@ -7,9 +7,9 @@ import pytest
 from fake_runs import digest, evidence, long_run, peer, record, strikes
 
 from p2pllm_peers.lab.evidence import Evidence, LinkCheck
-from p2pllm_peers.lab.report import report
+from p2pllm_peers.lab.reporting.report import report
+from p2pllm_peers.lab.reporting.verdict import Check, judge
 from p2pllm_peers.lab.scenario import Verdict
-from p2pllm_peers.lab.verdict import Check, judge
 
 NOTHING = Verdict(
     no_divergence=False, agree_at_end=False, nothing_lost=False, nothing_left=False, max_rounds_behind=None

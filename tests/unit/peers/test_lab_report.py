@@ -2,7 +2,7 @@
 
 import pytest
 
-from p2pllm_peers.lab.report import anatomy, overhead
+from p2pllm_peers.lab.reporting.report import anatomy, overhead
 
 
 def row(**changes: float) -> dict:

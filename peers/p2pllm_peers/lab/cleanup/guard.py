@@ -1,6 +1,6 @@
 """Waits beside a lab until it has ended, and undoes what it claimed if it ended without doing so, kill -9 included.
 
-    python -m p2pllm_peers.lab.guard LEDGER        standard input: a pipe whose other end only the lab holds
+    python -m p2pllm_peers.lab.cleanup.guard LEDGER        standard input: a pipe whose other end only the lab holds
 
 The end of the pipe is the lab's death; "done" before it means that the lab has released everything itself. What does
 not live here: what is undone and how (`claims`, `undo`).
@@ -19,7 +19,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # it ends with its lab, not before
     if sys.stdin.buffer.readline() == b"done\n":
         return
-    from p2pllm_peers.lab.claims import (
+    from p2pllm_peers.lab.cleanup.claims import (
         release_after_death,
     )  # only now: a lab shall not wait for the imports of its guard
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from p2pllm_peers.lab.commits import Commit
 from p2pllm_peers.lab.evidence import Facts, PeerFacts, Strike
+from p2pllm_peers.lab.reporting.commits import Commit
 from p2pllm_peers.lab.timeline import OPPOSITE
 
 TAKES_AWAY = frozenset({"kill", "stop", "freeze", "cut", "partition"})

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from p2pllm.errors import RunError
 from p2pllm_peers.lab.evidence import Emulator
-from p2pllm_peers.lab.lines import QUEUE_S
+from p2pllm_peers.lab.network.lines import QUEUE_S
+from p2pllm_peers.lab.network.wires import Pairs, batch, in_namespace, ip, peer_commands
 from p2pllm_peers.lab.scenario import Link
-from p2pllm_peers.lab.wires import Pairs, batch, in_namespace, ip, peer_commands
 
 _NOBODY = "02:00:00:00:00:00"
 _BURST_BYTES = 8 * 1514

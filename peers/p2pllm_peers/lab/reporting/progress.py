@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from p2pllm_peers.lab.commits import Commit
 from p2pllm_peers.lab.evidence import Facts
-from p2pllm_peers.lab.history import History
+from p2pllm_peers.lab.reporting.commits import Commit
+from p2pllm_peers.lab.reporting.history import History
 
 WARM_UP_ROUNDS = 3
 """Rounds that the steady span leaves out at first, if there are more than twice as many."""

@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from p2pllm_peers.lab.commits import Commit, Node, Sight
-from p2pllm_peers.lab.recovery import Fault
+from p2pllm_peers.lab.reporting.commits import Commit, Node, Sight
+from p2pllm_peers.lab.reporting.recovery import Fault
 
 
 @dataclass

@@ -44,14 +44,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from p2pllm_peers.lab.commits import PARTS, Commit, Sight, read_commits, sights
-from p2pllm_peers.lab.costs import costs, together
 from p2pllm_peers.lab.evidence import Evidence, Facts, LinkCheck
-from p2pllm_peers.lab.history import Branch, History, trace
-from p2pllm_peers.lab.progress import reached, rounds_of, speed
-from p2pllm_peers.lab.recovery import State, faults, recoveries, timeline
-from p2pllm_peers.lab.verdict import judge
-from p2pllm_peers.lab.words import amount, branch_in_words, count, duration, median_s, share, size, source
+from p2pllm_peers.lab.reporting.commits import PARTS, Commit, Sight, read_commits, sights
+from p2pllm_peers.lab.reporting.costs import costs, together
+from p2pllm_peers.lab.reporting.history import Branch, History, trace
+from p2pllm_peers.lab.reporting.progress import reached, rounds_of, speed
+from p2pllm_peers.lab.reporting.recovery import State, faults, recoveries, timeline
+from p2pllm_peers.lab.reporting.verdict import judge
+from p2pllm_peers.lab.reporting.words import amount, branch_in_words, count, duration, median_s, share, size, source
 
 VERSION = 1
 NETWORK_PARTS = ("roster", "exchange", "vote", "outer_step", "digest")

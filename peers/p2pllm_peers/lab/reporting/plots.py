@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from p2pllm_peers.lab.commits import PARTS
-from p2pllm_peers.lab.costs import KINDS
-from p2pllm_peers.lab.svg import (
+from p2pllm_peers.lab.reporting.commits import PARTS
+from p2pllm_peers.lab.reporting.costs import KINDS
+from p2pllm_peers.lab.reporting.svg import (
     AMBER,
     BLUE,
     GREEN,

@@ -14,12 +14,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
-from p2pllm_peers.lab.checking import measure
-from p2pllm_peers.lab.claims import Claims
+from p2pllm_peers.lab.cleanup.claims import Claims
 from p2pllm_peers.lab.evidence import Emulator, LinkCheck
-from p2pllm_peers.lab.netem import KernelWires, has_netem
+from p2pllm_peers.lab.network.checking import measure
+from p2pllm_peers.lab.network.netem import KernelWires, has_netem
+from p2pllm_peers.lab.network.wires import HUB, BoxWires, Pairs, Wires, in_namespace, ip
 from p2pllm_peers.lab.scenario import Link
-from p2pllm_peers.lab.wires import HUB, BoxWires, Pairs, Wires, in_namespace, ip
 
 _PREFIX = "60.0"
 """libp2p treats private, shared and benchmark ranges as a sign of NAT: it neither announces nor dials them as it does

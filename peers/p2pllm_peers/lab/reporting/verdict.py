@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from p2pllm_peers.lab.reporting.words import branch_in_words, count, fault_in_words, in_words, spans
 from p2pllm_peers.lab.scenario import Verdict
-from p2pllm_peers.lab.words import branch_in_words, count, fault_in_words, in_words, spans
 
 Report = dict[str, Any]
 

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from p2pllm_peers.lab.commits import PARTS
-from p2pllm_peers.lab.words import amount, share, size
+from p2pllm_peers.lab.reporting.commits import PARTS
+from p2pllm_peers.lab.reporting.words import amount, share, size
 
 Report = dict[str, Any]
 MAX_LOSSES = 5

@@ -1,6 +1,6 @@
 """The box in the middle of the lab's network, for kernels without netem and for NAT: one process, tun devices.
 
-    python -m p2pllm_peers.lab.box        told what to do by JSON lines on standard input, answers each with one
+    python -m p2pllm_peers.lab.network.box        told what to do by JSON lines on standard input, answers each with one
 
 Each peer's eth0 is a tun device whose other end is here: the box reads what a peer sends, holds it as long as its
 lines say (`lines`), and writes it to another peer's device. No bridge, no ARP, no second queue: every delay and every
@@ -23,8 +23,8 @@ import sys
 import time
 from typing import Any
 
-from p2pllm_peers.lab.frames import IP_AT, LARGEST_FRAME
-from p2pllm_peers.lab.lines import Lines
+from p2pllm_peers.lab.network.frames import IP_AT, LARGEST_FRAME
+from p2pllm_peers.lab.network.lines import Lines
 
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from p2pllm.errors import RunError
 from p2pllm_peers.lab.evidence import LinkCheck
-from p2pllm_peers.lab.probe import Plan
+from p2pllm_peers.lab.network.probe import Plan
 from p2pllm_peers.lab.scenario import Link
 
 WIRE_PER_PAYLOAD = 1514 / 1448
@@ -42,7 +42,7 @@ def measure(
     peers: words before a command that run it on each peer's machine; probe, address: the same of the namespace
     without shaping, and its address. Raises RunError if a measurement does not end.
     """
-    module = [sys.executable, "-m", "p2pllm_peers.lab.probe"]
+    module = [sys.executable, "-m", "p2pllm_peers.lab.network.probe"]
     plans = {name: plan(link, len(links)) for name, link in links.items()}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(program([*probe, *module, "serve"]))

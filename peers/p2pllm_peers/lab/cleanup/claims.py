@@ -25,7 +25,7 @@ from typing import Any, Self
 import platformdirs
 
 from p2pllm.errors import RunError
-from p2pllm_peers.lab.undo import Claim, Kind, alive, birth, still_there, undo
+from p2pllm_peers.lab.cleanup.undo import Claim, Kind, alive, birth, still_there, undo
 
 SECOND_LOOK_S = 0.5
 """How long a command of the kind of `ip` may still run when whoever started it is dead."""
@@ -180,7 +180,7 @@ def _owner(ledger: Path) -> tuple[int, str] | None:
 def _start_guard(ledger: Path) -> subprocess.Popen[bytes]:
     """Its standard input ends when we do, however we end: nobody else inherits the other end."""
     return subprocess.Popen(
-        [sys.executable, "-m", "p2pllm_peers.lab.guard", str(ledger)],
+        [sys.executable, "-m", "p2pllm_peers.lab.cleanup.guard", str(ledger)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -19,8 +19,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from heapq import heappop, heappush
 
-from p2pllm_peers.lab import frames
-from p2pllm_peers.lab.frames import DESTINATION, PLAIN, packets
+from p2pllm_peers.lab.network import frames
+from p2pllm_peers.lab.network.frames import DESTINATION, PLAIN, packets
 
 QUEUE_S = 0.2
 """What a router holds before a line; a slow home router holds more, a good one less."""

@@ -73,7 +73,7 @@ class BoxWires:
     def start(self) -> None:
         """Start the box and give each peer its device."""
         self._process = subprocess.Popen(
-            [*in_namespace(self._hub), sys.executable, "-m", "p2pllm_peers.lab.box"],
+            [*in_namespace(self._hub), sys.executable, "-m", "p2pllm_peers.lab.network.box"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """The small programs that measure lines from inside namespaces. Told what to do on standard input, one word a line.
 
-    python -m p2pllm_peers.lab.probe serve                   prints "ready", then serves until standard input ends
-    python -m p2pllm_peers.lab.probe measure ADDRESS JSON    for each of "ping", "up", "down" prints one JSON line
+    python -m p2pllm_peers.lab.network.probe serve                 prints "ready", serves until standard input ends
+    python -m p2pllm_peers.lab.network.probe measure ADDRESS JSON  for each of "ping", "up", "down" prints one JSON line
 
 The server stands in a namespace without shaping. What does not live here: who measures when, and what the figures
 mean (`checking`).

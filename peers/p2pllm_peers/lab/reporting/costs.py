@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from p2pllm_peers.lab.commits import STALE_S, Commit
 from p2pllm_peers.lab.evidence import Facts, PeerFacts, PeerSample, Sample
+from p2pllm_peers.lab.reporting.commits import STALE_S, Commit
 
 KINDS = ("control", "updates", "state")
 """Kinds of a peer's own payload: calls, all-reduce, and the states and aggregates of those who catch up."""

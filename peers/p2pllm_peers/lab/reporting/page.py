@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pllm.errors import UsageError
-from p2pllm_peers.lab.words import (
+from p2pllm_peers.lab.reporting.words import (
     amount,
     branch_in_words,
     compact,
@@ -47,7 +47,7 @@ def write_page(report: Report, path: Path) -> None:
     try:
         import jinja2
 
-        from p2pllm_peers.lab.plots import charts
+        from p2pllm_peers.lab.reporting.plots import charts
     except ImportError:
         raise UsageError(
             "The report's page needs matplotlib and jinja2, which are not installed: pip install 'p2pllm[lab]'."
