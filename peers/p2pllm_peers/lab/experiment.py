@@ -15,16 +15,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-import psutil
-
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError, UsageError
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.lab.alone import measure_alone
 from p2pllm_peers.lab.cleanup import claims
+from p2pllm_peers.lab.disturbance import Disturbance
 from p2pllm_peers.lab.evidence import Facts, PeerFacts, PeerSample, Sample, Strike, Struck
 from p2pllm_peers.lab.faults import Faults
 from p2pllm_peers.lab.machines import Machines
+from p2pllm_peers.lab.reporting.report import link_is_right
 from p2pllm_peers.lab.scenario import Scenario
 from p2pllm_peers.lab.swarm import LEAVE_TIMEOUT_S, Swarm
 from p2pllm_peers.lab.timeline import timeline
@@ -32,8 +32,8 @@ from p2pllm_peers.lab.timeline import timeline
 TICK_S = 0.1
 SAMPLE_EVERY_S = 1.0
 MAX_STRIKES_AT_ONCE = 32
-OTHERS_CORES = 0.25
-"""Cores in use by other programs from which on a run says so; the kernel's own work for the links is below."""
+LINK_TRIES = 3
+"""Measurements of the lines, until all are as asked for; the last one counts."""
 
 
 class Watcher(Protocol):
@@ -98,9 +98,11 @@ class Experiment:
 
     def _measure(self, machines: Machines) -> None:
         """Lines and lone speeds, before the swarm runs."""
-        if machines.links is not None:
+        for _ in range(LINK_TRIES if machines.links is not None else 0):
             self._watcher.say("measuring the lines")
             self.facts.links = machines.check_links()
+            if all(link_is_right(link) for link in self.facts.links):
+                break  # else a busy machine may have disturbed it
         self.facts.peers = [
             PeerFacts(name=spec.name, cores=spec.cores, link=spec.link_name) for spec in machines.specs.values()
         ]
@@ -115,17 +117,17 @@ class Experiment:
         facts, scenario = self.facts, self._scenario
         first = [spec.name for spec in machines.specs.values() if not spec.start_s]
         life = _Life(self._watcher, machines, swarm, facts, self._out)
-        busy = _Busy(machines)
+        disturbance = Disturbance(machines)
         try:
             swarm.start(first, self._watcher.say)
             for spec in machines.specs.values():
                 machines.limit(spec.name, spec.cores)
             facts.began_unix = time.time()
             self._write()
-            busy = _Busy(machines)
+            disturbance = Disturbance(machines)
             life.until(scenario.duration_s)
         finally:
-            facts.notes += busy.note()
+            facts.notes += disturbance.notes()
             facts.ended_s = time.time() - facts.began_unix
             self._watcher.say("ending the peers")
             for spec in machines.specs.values():
@@ -151,31 +153,6 @@ class Experiment:
 
     def _write(self) -> None:
         (self._out / "lab.json").write_text(self.facts.model_dump_json(indent=1))
-
-
-class _Busy:
-    """Watches what the machine does besides the lab: where others take the CPU, no budget is kept."""
-
-    def __init__(self, machines: Machines) -> None:
-        self._machines = machines
-        self._began = self._now()
-
-    def note(self) -> list[str]:
-        """A sentence if others took so much that times and efficiency do not hold."""
-        wall, all_s, ours = (now - then for now, then in zip(self._now(), self._began, strict=True))
-        others = max(0.0, all_s - ours) / max(wall, 1e-3)
-        if others < OTHERS_CORES or not self._machines.budgeted:
-            return []
-        return [
-            f"Other programs used {others:.2f} of {psutil.cpu_count()} cores meanwhile: times and speeds do not hold."
-        ]
-
-    def _now(self) -> tuple[float, float, float]:
-        """Wall seconds; CPU seconds of the whole machine; and of them those of the peers, the links and the lab."""
-        host, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        ours = sum(self._machines.cpu_s(name) or 0.0 for name in self._machines.specs)
-        ours += self._machines.emulator().cpu_s + own.user + own.system
-        return time.monotonic(), host.user + host.nice + host.system + host.softirq, ours
 
 
 class _Life:

@@ -23,7 +23,7 @@ from p2pllm.network.membership import Membership
 from p2pllm.rounds.messages import Status
 from p2pllm.rounds.round import Update
 from p2pllm.state import Layout, SharedState
-from p2pllm.testing.clock import VirtualLoop
+from p2pllm.testing.clock import TICK_S, VirtualLoop
 from p2pllm.testing.host import Call, MemoryHost
 from p2pllm.testing.network import MemoryNetwork
 from p2pllm.testing.swarm import MemoryPeer
@@ -64,8 +64,11 @@ class CoarseLoop(VirtualLoop):
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        """See asyncio: no earlier than `when`."""
-        return super().call_at(math.ceil(when / GRID_S - _ROUNDING) * GRID_S, callback, *args, context=context)
+        """See asyncio: no earlier than `when`, and what is for later never now."""
+        due = math.ceil(when / GRID_S - _ROUNDING) * GRID_S
+        if when > (now := self.time()) and due <= now + TICK_S:
+            due += GRID_S  # who waits for the rest of a nanosecond again and again would stop the clock
+        return super().call_at(due, callback, *args, context=context)
 
 
 class QuickHost(MemoryHost):

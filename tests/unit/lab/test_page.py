@@ -92,7 +92,7 @@ def test_colours_are_those_of_the_style_sheet(page: str) -> None:
 def test_it_says_what_the_report_says(page: str) -> None:
     text = " ".join(Reader(page).text.split())
     for words in (
-        "Failed 1 of 11 checks failed", "efficiency: 23", "Loss against tokens", "loss, nats a token",
+        "Failed 2 of 12 checks failed", "efficiency: 23", "Loss against tokens", "loss, nats a token",
         "time since the first peers were ready, s", "bytes, MB", "mean seconds of a round",
         "partition adsl-0, adsl-1 | fibre-0", "fork of adsl-0, adsl-1", "OUTSIDE", "tokens/s, mean of",
     ):  # fmt: skip

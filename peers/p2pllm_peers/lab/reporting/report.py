@@ -251,6 +251,11 @@ def _link(link: LinkCheck) -> list[Row]:
     ]
 
 
+def link_is_right(link: LinkCheck) -> bool:
+    """Whether all that is judged of a line is within its tolerance."""
+    return all(row["passed"] is not False for row in _link(link))
+
+
 def _branch(branch: Branch, there: list[str]) -> Row:
     """Repaired: whoever of its peers is still there was seen on the history again, after a divergence at once."""
     back = all(branch.rejoined[peer] is not None for peer in branch.peers if peer in there)
