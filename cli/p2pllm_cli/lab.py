@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from p2pllm.errors import RunError, UsageError
+from p2pllm_cli.simulate import simulate
 
 if TYPE_CHECKING:
     from p2pllm_peers.lab.scenario import Scenario
@@ -70,6 +71,9 @@ def scenarios(fields: bool) -> None:
         print_pairs([(f"{place} = {default}", text) for place, default, text in describe()])
     else:
         print_pairs(shipped())
+
+
+lab.add_command(simulate)
 
 
 @click.command(short_help="Train with several peers on this machine.")
