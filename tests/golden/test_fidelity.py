@@ -36,7 +36,6 @@ DRAFT = RunDraft.model_validate(
 
 
 @pytest.mark.swarm
-@pytest.mark.alone
 @pytest.mark.timeout(300)
 def test_three_peers_equal_one_process(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     settings = PeerSettings(cache=tmp_path / "cache", micro_batch=4, threads=1)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-pytestmark = [pytest.mark.swarm, pytest.mark.alone, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
 
 class Terminal:

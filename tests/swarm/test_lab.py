@@ -76,7 +76,7 @@ nat = true
 [[peers]]
 name = "home"
 count = 2
-cores = 0.3
+cores = 0.5
 link = "router"
 disk_mb = 200
 
@@ -161,7 +161,7 @@ def test_churn(lab: Lab) -> None:
 
 
 def test_every_kind_of_fault(lab: Lab) -> None:
-    result = lab(SMALL.format(duration_s=45, count=1, disk_mb=200) + EVERYTHING)
+    result = lab(SMALL.format(duration_s=42, count=1, disk_mb=200) + EVERYTHING)
     passed(result)
     struck = [result.report["events"][row["event"]]["do"] for row in result.report["struck"]]
     members = max(len(row["members"]) for row in result.report["rounds"])

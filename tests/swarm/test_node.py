@@ -20,7 +20,7 @@ from p2pllm.network.membership import Membership
 from p2pllm.network.node import Node, NodeSettings
 from p2pllm.network.transport import MAX_CALL_BYTES
 
-pytestmark = [pytest.mark.swarm, pytest.mark.alone, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
 RUN = "5a" * 32
 MIB = 1 << 20
