@@ -59,6 +59,8 @@ class Machines:
         """out: the folder in which the disks shall be. Raises UsageError if the scenario needs what is not here."""
         self.notes: list[str] = []
         self.left_over: list[str] = []
+        self.links: Links | None = None
+        self._budgets: Budgets | None = None
         self.specs = {spec.name: spec for spec in scenario.peer_specs()}
         self._out = out
         self._seed = scenario.seed
@@ -111,11 +113,11 @@ class Machines:
         for name in names:
             (self._runtime / name).mkdir(parents=True, mode=0o700)
         lines = {name: spec.link for name, spec in self.specs.items() if spec.link}
-        self.links = Links(self._claims, lines, self._seed) if self._shaped else None
-        self._budgets = Budgets(self._claims) if self.budgeted else None
-        if self.links is not None:
+        if self._shaped:
+            self.links = Links(self._claims, lines, self._seed)
             self.links.start()
-        if self._budgets is not None:
+        if self.budgeted:
+            self._budgets = Budgets(self._claims)
             self._budgets.start(names)
         for name, spec in self.specs.items():
             prefix, host = self._local_prefix(name), "127.0.0.1"
@@ -127,13 +129,14 @@ class Machines:
 
     def close(self) -> None:
         """End and remove everything; what could not be is in `left_over`."""
-        for name in list(self._disks):
-            self._unmount(name)
-        if self.links is not None:
-            self.emulator_at_end = self.links.emulator()
-            self.links.stop()
-        self._claims.release()
-        self.left_over = self._claims.left_over()
+        try:
+            for name in list(self._disks):
+                self._unmount(name)
+            if self.links is not None:
+                self.links.stop()
+        finally:
+            failed = self._claims.release()
+            self.left_over = failed or self._claims.left_over()
 
     @property
     def lab_id(self) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -47,6 +48,7 @@ def main() -> None:
     """Run the setting that the command line gives as JSON."""
     fields = json.loads(sys.argv[1])
     setting = Setting(**{**fields, "delay_ms": tuple(fields["delay_ms"])})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C is for who started us; we end without a word
     logging.disable(logging.CRITICAL)  # peers that fail are part of what is simulated
 
     def say(**message: Any) -> None:
