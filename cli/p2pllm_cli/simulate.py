@@ -13,7 +13,7 @@ import click
 from p2pllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from p2pllm_peers.lab.simulator import Progress
+    from p2pllm_peers.lab.simulation.simulator import Progress
 
 HEADINGS = (
     "peers", "msg/s", "kB/s", "all known s", "know", "first roster s", "in a roster", "rounds", "outside s",
@@ -45,8 +45,8 @@ def simulate(
     more, and 1.2 GB; the largest swarms are simulated for fewer virtual seconds.
     """
     from p2pllm_cli.lab_view import print_rows
-    from p2pllm_peers.lab.simulator import Setting
-    from p2pllm_peers.lab.simulator_process import simulate_apart
+    from p2pllm_peers.lab.simulation.process import simulate_apart
+    from p2pllm_peers.lab.simulation.simulator import Setting
 
     if more and not sizes:
         raise UsageError("Say the sizes of the swarms after --peers, as in --peers 10 30 100.")

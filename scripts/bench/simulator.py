@@ -13,8 +13,8 @@ from typing import Any
 
 from _table import table
 
-from p2pllm_peers.lab.simulator import Setting
-from p2pllm_peers.lab.simulator_process import simulate_apart
+from p2pllm_peers.lab.simulation.process import simulate_apart
+from p2pllm_peers.lab.simulation.simulator import Setting
 
 HEAD = (
     "peers", "msg/s a peer", "ratio", "kB/s a peer", "ratio", "virtual s", "CPU s", "CPU us a message", "MB",

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from p2pllm.errors import UsageError
 from p2pllm_cli.simulate import simulate as command
-from p2pllm_peers.lab.simulator import PEER_SECONDS, Setting, simulate
+from p2pllm_peers.lab.simulation.simulator import PEER_SECONDS, Setting, simulate
 
 FIELDS = {
     "peers", "rounds", "churn", "delay_ms", "seed", "virtual_s", "complete", "started", "known", "messages", "forming",

@@ -11,10 +11,10 @@ import pytest
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.network import dht
 from p2pllm.testing.host import Count
-from p2pllm_peers.lab import simulator_parts
-from p2pllm_peers.lab.simulator_exchange import FewFloats
-from p2pllm_peers.lab.simulator_ledger import Traffic, islands
-from p2pllm_peers.lab.simulator_parts import CoarseLoop, MemoryDirectory, PathNetwork
+from p2pllm_peers.lab.simulation import parts as simulator_parts
+from p2pllm_peers.lab.simulation.exchange import FewFloats
+from p2pllm_peers.lab.simulation.ledger import Traffic, islands
+from p2pllm_peers.lab.simulation.parts import CoarseLoop, MemoryDirectory, PathNetwork
 
 
 def run(work: Any) -> Any:

@@ -1,5 +1,8 @@
 """Who is alive, decided on a clock that only the test moves."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from p2pllm.network.table import (
     ALIVE_S,
     FORGET_S,
@@ -124,3 +127,24 @@ def test_our_own_pause_kills_nobody():
     table.forgive(60.0, 61.0)
     assert table.alive(61.0) == {ANN}
     assert not table.alive(61.0 + ALIVE_S)
+
+
+@given(st.lists(st.tuples(st.sampled_from("hfxltg"), st.integers(0, 4), st.floats(0, 3)), max_size=60))
+def test_the_living_are_those_that_are_alive(steps):
+    """`alive` remembers its answer; whatever happens, it is what a look at every member gives."""
+    table, now = MemberTable("me"), 0.0
+    for what, number, gap in steps:
+        now += gap
+        peer = f"peer-{number}"
+        if what == "h":
+            table.heard(peer, now)
+        elif what in "fx":
+            table.failed(peer, now, refused=what == "x")
+        elif what == "l":
+            table.left(peer, now)
+        elif what == "g":
+            table.forgive(gap, now)
+        else:
+            table.forget(now)
+        everyone = [f"peer-{other}" for other in range(5) if f"peer-{other}" in table]
+        assert table.alive(now) == {other for other in everyone if table[other].is_alive(now)}

@@ -7,8 +7,8 @@ made for, the result shows what then happens.
 
     result = simulate(Setting(peers=100, rounds=3))
 
-What does not live here: the parts of a simulated peer (`simulator_parts`, `simulator_exchange`), what is counted
-(`simulator_ledger`), and a process for each size (`simulator_process`).
+What does not live here: the parts of a simulated peer (`parts`, `exchange`), what is counted
+(`ledger`), and a process for each size (`process`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from p2pllm.manifest import RoundSection
 from p2pllm.network.table import MAX_MEMBERS
 from p2pllm.testing.fakes import copy_state
 from p2pllm.testing.swarm import MemoryPeer, MemorySwarm, Parts
-from p2pllm_peers.lab.simulator_exchange import FewFloats
-from p2pllm_peers.lab.simulator_ledger import Ledger, Traffic, islands, notes
-from p2pllm_peers.lab.simulator_parts import (
+from p2pllm_peers.lab.simulation.exchange import FewFloats
+from p2pllm_peers.lab.simulation.ledger import Ledger, Traffic, islands, notes
+from p2pllm_peers.lab.simulation.parts import (
     COMPUTE_S,
     LAYOUT,
     LOOK_UP_HOPS,

@@ -1,6 +1,6 @@
 """A simulation in a process of its own, so that its memory can be measured and its result repeated.
 
-`python -m p2pllm_peers.lab.simulator_process JSON` runs one setting: progress and the result go to stdout as lines of
+`python -m p2pllm_peers.lab.simulation.process JSON` runs one setting: progress and the result go to stdout as lines of
 JSON. What does not live here: what is simulated (`simulator`).
 """
 
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from p2pllm.errors import RunError
-from p2pllm_peers.lab.simulator import Progress, Setting, simulate
+from p2pllm_peers.lab.simulation.simulator import Progress, Setting, simulate
 
 
 def simulate_apart(setting: Setting, progress: Progress = lambda text: None) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def simulate_apart(setting: Setting, progress: Progress = lambda text: None) -> 
 
     Raises RunError if that process fails, as for lack of memory.
     """
-    command = [sys.executable, "-m", "p2pllm_peers.lab.simulator_process", json.dumps(asdict(setting))]
+    command = [sys.executable, "-m", "p2pllm_peers.lab.simulation.process", json.dumps(asdict(setting))]
     # Sets of text would be walked in another order in every process.
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:

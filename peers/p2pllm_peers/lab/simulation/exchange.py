@@ -1,6 +1,6 @@
 """FewFloats: the exchange of simulated peers, with the messages of the all-reduce but next to nothing to average.
 
-What does not live here: the real one (`p2pllm.averaging`) and the other parts of a simulated peer (`simulator_parts`).
+What does not live here: the real one (`p2pllm.averaging`) and the other parts of a simulated peer (`parts`).
 """
 
 from __future__ import annotations

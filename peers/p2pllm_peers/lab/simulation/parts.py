@@ -1,8 +1,8 @@
 """A simulated peer and what it is made of beside the real protocol: compute that waits, the directory in memory, and
 paths with delays.
 
-What does not live here: the exchange (`simulator_exchange`), running a swarm of peers (`simulator`) and what was
-measured (`simulator_ledger`).
+What does not live here: the exchange (`exchange`), running a swarm of peers (`simulator`) and what was
+measured (`ledger`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from p2pllm.testing.network import MemoryNetwork
 from p2pllm.testing.swarm import MemoryPeer
 
 if TYPE_CHECKING:
-    from p2pllm_peers.lab.simulator import Simulation
+    from p2pllm_peers.lab.simulation.simulator import Simulation
 
 LAYOUT = Layout.of([("weights", (4,))])
 """Of the model that nobody trains: 4 floats, so that a round costs its messages and nothing else."""

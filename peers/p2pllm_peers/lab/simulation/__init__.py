@@ -1,0 +1,1 @@
+"""The protocol alone: thousands of peers with the real code, in virtual time, without training."""
