@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from p2pllm.errors import InviteError
 from p2pllm.identity import Identity
 from p2pllm.invite import MAX_ADDRESSES, Invite, _base32, _checksum
+from p2pllm.testing import peer_number
 
-FOUNDER = Identity.generate().peer_id
-OTHER = Identity.generate().peer_id
+FOUNDER = peer_number(0)
+OTHER = peer_number(1)
 ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
 places = st.one_of(
