@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pllm.errors import InviteError
-from p2pllm.identity import Identity
 from p2pllm.invite import MAX_ADDRESSES, Invite, _base32, _checksum
 from p2pllm.testing import peer_number
 
