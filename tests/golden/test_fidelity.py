@@ -63,7 +63,7 @@ def test_three_peers_equal_one_process(tmp_path: Path, record_property: Callable
     assert manifest is not None
     alone = one_process(manifest[0], records, run_id, tmp_path / "cache")
     distance = np.linalg.norm(trained.params.astype(np.float64) - alone.params) / np.linalg.norm(alone.params)
-    record_property("relative L2 distance", distance)
+    record_property("relative L2 distance", float(distance))
     assert distance <= LARGEST_DISTANCE
 
 
