@@ -13,7 +13,7 @@ import pytest
 
 from p2pllm.invite import Invite
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 
 CLOSED_PORT = 1
 """Nothing listens there on a machine that tests run on."""

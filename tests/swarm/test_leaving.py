@@ -32,7 +32,7 @@ DRAFT = RunDraft.model_validate(
     }
 )  # fmt: skip
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.swarm, pytest.mark.alone, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
