@@ -5,7 +5,7 @@
     def test_a_swarm_survives_its_founder(lab):
         result = lab(Path("scenarios/founder.toml"), short=True)
         assert result.code == 0, result.output
-        assert result.report["verdict"]["passed"]
+        assert result.report["passed"]
 
 What lives here: the fixture `lab`, and `Machine`, which it and other fixtures for real processes are made of. The lab
 itself is a program beside this library and is only started, never imported.
