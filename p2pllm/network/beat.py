@@ -27,6 +27,9 @@ MAX_BEAT_BYTES = 64 * 1024
 
 _VERSION = 1
 
+_PLAIN_BYTES = 512
+"""Beats up to this size are opened once and remembered."""
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -51,6 +54,10 @@ class Beat:
     @classmethod
     def decode(cls, data: bytes) -> Beat:
         """Open a stranger's beat. Raises ValueError, nothing else."""
+        return _opened(data) if len(data) <= _PLAIN_BYTES else cls._open(data)
+
+    @classmethod
+    def _open(cls, data: bytes) -> Beat:
         fields = unpack(data, MAX_BEAT_BYTES)
         if not isinstance(fields, list) or len(fields) != 4 or fields[0] != _VERSION:
             raise ValueError("not a beat of this version")
@@ -60,6 +67,17 @@ class Beat:
         if not isinstance(hints, list) or len(hints) > MAX_HINTS:
             raise ValueError("the hints of a beat are no list or too many")
         return cls(status, tuple(checked_addresses(addresses)), dict(_hint(hint) for hint in hints))
+
+
+@functools.lru_cache(maxsize=16384)  # most beats carry a status alone, and that of the beat before
+def _opened(data: bytes) -> Beat:
+    return Beat._open(data)
+
+
+@functools.lru_cache(maxsize=16384)
+def plain(status: bytes) -> bytes:
+    """The packed beat that carries a status alone. Raises ValueError for one above 4 KiB."""
+    return Beat(status).encode()
 
 
 def _hint(value: object) -> tuple[str, tuple[str, ...]]:

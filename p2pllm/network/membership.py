@@ -1,8 +1,8 @@
 """Membership: beats between all members of a run, which carry everybody's status and hearsay about others.
 
-One beat a second informs both ends: the reply is the other's status. Who is alive is decided in `table`; this
-is the shell that sends, receives, bootstraps and remembers. What does not live here: what a status says (its
-owner packs and opens it) and the records in the DHT (`dht`).
+One beat a second (less often in large swarms) informs both ends: the reply is the other's status. This is the shell
+that sends, receives, bootstraps and remembers. What does not live here: who is alive (`table`), what each of them must
+be told (`news`), what a status says (its owner packs and opens it), and the records in the DHT (`dht`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import is_peer_id
 from p2pllm.network.beat import Beat
+from p2pllm.network.news import News
 from p2pllm.network.saved import load_peers, save_peers
 from p2pllm.network.table import MemberTable
 from p2pllm.network.transport import Transport
@@ -26,16 +28,15 @@ log = logging.getLogger(__name__)
 
 _BEAT = "beat"
 _LEAVE = "leave"
+_FULL = b"full"  # the reply of a member whose table holds as many living ones as it may
 _TICK_S = 0.1
 _BEAT_TIMEOUT_S = 4.0
 _LEAVE_TIMEOUT_S = 1.0
-_HINTS_EVERY_S = 10.0
 _LOOK_UP_EVERY_S = 30.0
 _LOOK_UP_ALONE_S = 5.0
 _STALL_S = 1.0
 _TIDY_EVERY_S = 1.0
-
-_Told = tuple[int, tuple[str, ...], float]  # hearsay up to a version of the table, our addresses, when all of it
+_TURNED_AWAY_S = 60.0
 
 
 class Dialer(Transport, Protocol):
@@ -84,20 +85,19 @@ class Membership:
         alive. saved: file with the peers of former sessions.
         """
         self._transport = transport
-        self._status = status
         self._on_status = on_status
-        self._addresses = addresses
         self._directory = directory
         self._saved = saved
         self._clock = clock
         self._table = MemberTable(transport.peer_id)
-        self._told: dict[str, _Told] = {}  # what members have heard from us
+        self._news = News(self._table, status, addresses)
         self._in_flight: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._last_alive: frozenset[str] = frozenset()
         self._last_tick = self._last_tidied = clock()
+        self._turned_away = -math.inf  # when a member last had no room for us
         self._stopped = False
 
     # -- for the owner ---------------------------------------------------------------------------------------
@@ -135,6 +135,10 @@ class Membership:
         """Addresses by peer id of all known members, dead and alive, without ourselves."""
         return self._table.known()
 
+    def is_turned_away(self) -> bool:
+        """Nobody is alive for us because the members of the run know as many as they can."""
+        return not self.alive() and self._clock() - self._turned_away < _TURNED_AWAY_S
+
     async def wait_changed(self, seen: frozenset[str]) -> frozenset[str]:
         """Wait until the living are others than `seen`; returns them."""
         while (alive := self.alive()) == seen:
@@ -153,8 +157,8 @@ class Membership:
         self._wake.set()
 
     def push(self) -> None:
-        """Our status has changed: tell the living now, at most 10 times a second each."""
-        self._table.push(self._clock())
+        """Our status has changed: tell the living now; each at most 10 times a second, less often if there are many."""
+        self._table.push()
         self._wake.set()
 
     # -- sending ---------------------------------------------------------------------------------------------
@@ -163,11 +167,12 @@ class Membership:
         while True:
             self._wake.clear()
             self.tick()
+            tick_s = _TICK_S * self._table.slowness
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_TICK_S):
+                async with asyncio.timeout(tick_s):
                     await self._wake.wait()
                 # a push of one who changes its status all the time must not make this loop spin
-                await asyncio.sleep(_TICK_S / 10)
+                await asyncio.sleep(tick_s / 10)
 
     def tick(self) -> None:
         """Send what is due and notice who fell silent. Runs every 0.1 s; public for tests with a clock of
@@ -180,7 +185,7 @@ class Membership:
         if now - self._last_tidied >= _TIDY_EVERY_S:
             self._last_tidied = now
             self._table.forget(now)
-            self._told = {peer: told for peer, told in self._told.items() if peer in self._table}
+            self._news.tidy()
         for peer in self._table.due(now):
             if peer not in self._in_flight:
                 self._table.beat_sent(peer, now)
@@ -190,37 +195,27 @@ class Membership:
 
     async def _beat(self, peer: str) -> None:
         try:
-            await self._exchange(peer, self._message(peer))
+            await self._exchange(peer, self._news.beat(peer, self._clock()))
         finally:
             self._in_flight.discard(peer)
-            if peer in self._table and self._table[peer].is_due(self._clock()):
+            if self._table.is_due(peer, self._clock()):
                 self._wake.set()  # our status changed meanwhile
 
     async def _exchange(self, peer: str, message: bytes) -> None:
         try:
             reply = await self._transport.call(peer, _BEAT, message, _BEAT_TIMEOUT_S)
+            if reply == _FULL:
+                self._turned_away = self._clock()
+                raise NetworkError(f"Peer {peer[-8:]} has no room for another member.")
             self._take(peer, Beat.decode(reply))
         except (NetworkError, ValueError) as error:
             log.debug("no beat: %s", error)
             self._failed(peer, refused=isinstance(error, UnreachableError))
 
     def _failed(self, peer: str, *, refused: bool) -> None:
-        self._told.pop(peer, None)  # who comes back may know nothing
+        self._news.forget(peer)
         self._table.failed(peer, self._clock(), refused=refused)
         self._notice()
-
-    def _message(self, peer: str) -> bytes:
-        """Our status; what is new of addresses and hearsay; and all of that every 10 s."""
-        now = self._clock()
-        version, own = self._table.version, tuple(self._addresses())
-        told = self._told.get(peer)
-        since, told_own, at = told if told and now - told[2] < _HINTS_EVERY_S else (-1, (), now)
-        if (since, told_own) == (version, own):
-            return Beat(self._status()).encode()
-        self._told[peer] = (version, own, at)
-        hints = self._table.hints(now, since)
-        hints.pop(peer, None)
-        return Beat(self._status(), own, hints).encode()
 
     async def _say_goodbye(self, peer: str) -> None:
         with contextlib.suppress(NetworkError):
@@ -232,21 +227,25 @@ class Membership:
         if self._stopped:
             raise NetworkError("leaving")  # an answer would look alive
         try:
-            self._take(peer, Beat.decode(payload))
+            has_room = self._take(peer, Beat.decode(payload))
         except ValueError as error:
             log.debug("a beat of %s is malformed: %s", peer, error)
             raise NetworkError("malformed beat") from None
-        return self._message(peer)
+        if not has_room:
+            return _FULL
+        self._table.answered(peer)
+        return self._news.beat(peer, self._clock())
 
     async def _answer_leave(self, peer: str, _: bytes) -> bytes:
         self._table.left(peer, self._clock())
-        self._told.pop(peer, None)
+        self._news.forget(peer)
         self._notice()
         return b""
 
-    def _take(self, peer: str, beat: Beat) -> None:
+    def _take(self, peer: str, beat: Beat) -> bool:
+        """Use what a member says; False if there is no room for it."""
         if not is_peer_id(peer) or not self._table.heard(peer, self._clock(), beat.addresses):
-            raise NetworkError("no room for another member")
+            return False
         if beat.addresses:
             self._transport.learn(peer, beat.addresses)
         alive = self.alive()
@@ -258,6 +257,7 @@ class Membership:
             self._on_status(peer, beat.status)
         except Exception:  # whatever a stranger's status does to its owner's code, the beats go on
             log.exception("the status of %s could not be used", peer)
+        return True
 
     def _hearsay(self, peer: str, addresses: Iterable[str], *, pinned: bool = False) -> None:
         if self._table.learn(peer, addresses, self._clock(), pinned=pinned):

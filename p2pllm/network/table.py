@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from p2pllm.network.addresses import MAX_ADDRESSES
 
 BEAT_EVERY_S = 1.0
-"""Silence after which a living member is sent a beat."""
+"""Silence after which a living member is sent a beat, in swarms that BEATS_A_SECOND does not slow down."""
 
 ALIVE_S = 5.0
-"""A member that was not heard of for so long is not alive."""
+"""A member that was not heard of for so long is not alive, in such swarms."""
+
+BEATS_A_SECOND = 64
+"""What all members together may cost one of them, in beats that it sends. With more members than that, each
+has its beats less often, and its silence is borne with for longer in the same measure."""
 
 RETRY_S = 0.2
 """A member whose connection failed is tried again this soon; the second failure makes it dead."""
@@ -28,7 +32,7 @@ FORGET_S = 600.0
 """A dead member is forgotten after this, one that was only heard of by hearsay after a fifth of it."""
 
 PUSH_EVERY_S = 0.1
-"""Least time between two beats to one member."""
+"""Least time between two beats to one member, in such swarms."""
 
 MAX_MEMBERS = 256
 """Known members; direct callers displace hearsay and the dead, never the living."""
@@ -49,21 +53,22 @@ class Member:
     known_since: float
     pinned: bool = False
     heard: float | None = None
+    alive_until: float = -math.inf
     failures: int = 0
     next_beat: float = 0.0
-    last_beat: float = float("-inf")
-    pushed: float = float("-inf")
+    last_beat: float = -math.inf
+    told: int = -1  # which of our statuses last went to it, in a beat or in the reply to one of its own
     news: int = 0  # the table's version since which we can tell others of it
 
     def is_alive(self, now: float) -> bool:
-        """Heard of directly within ALIVE_S, and not failing since."""
-        return self.heard is not None and now - self.heard < ALIVE_S and self.failures < 2
+        """Heard of directly lately, and not failing since."""
+        return now < self.alive_until and self.failures < 2
 
-    def is_due(self, now: float) -> bool:
-        """Whether it is time for a beat."""
-        if now - self.last_beat < PUSH_EVERY_S:
-            return False
-        return now >= self.next_beat or (self.pushed > self.last_beat and self.is_alive(now))
+    def is_due(self, now: float, status: int, push_every: float) -> bool:
+        """Whether it is time for a beat. status: the number of ours; push_every: least seconds from beat to beat."""
+        if now >= self.next_beat:
+            return now - self.last_beat >= PUSH_EVERY_S
+        return self.told < status and now - self.last_beat >= push_every and self.is_alive(now)
 
 
 class MemberTable:
@@ -73,8 +78,9 @@ class MemberTable:
         self._own_id = own_id
         self._members: dict[str, Member] = {}
         self._left: dict[str, float] = {}
+        self._status = 0  # the number of the status that we have now
         self._alive: frozenset[str] | None = frozenset()  # None: to be worked out anew
-        self._oldest = math.inf  # when the one of them was heard whose silence would be noticed first
+        self._until = math.inf  # when the first of them would be silent for too long
         self.version = 0
 
     def __getitem__(self, peer: str) -> Member:
@@ -86,16 +92,18 @@ class MemberTable:
     def alive(self, now: float) -> frozenset[str]:
         """Peer ids of the living."""
         # Asked for with every message of every member, but it hardly ever changes.
-        if self._alive is None or now - self._oldest >= ALIVE_S:
+        if self._alive is None or now >= self._until:
             living = [member for member in self._members.values() if member.is_alive(now)]
             self._alive = frozenset(member.peer for member in living)
-            self._oldest = min((member.heard for member in living if member.heard is not None), default=math.inf)
+            self._until = min((member.alive_until for member in living), default=math.inf)
         return self._alive
 
     def hints(self, now: float, since: int) -> dict[str, tuple[str, ...]]:
         """Addresses by peer id of the living of whom there is news since a `version`, in the order in which they became
         known.
         """
+        if since >= self.version:
+            return {}
         alive = self.alive(now)
         members = self._members.items()
         return {peer: member.addresses for peer, member in members if member.news > since and peer in alive}
@@ -106,11 +114,26 @@ class MemberTable:
 
     def due(self, now: float) -> list[str]:
         """Whom to send a beat."""
+        status, every = self._status, self._push_every_s
         return [
             peer
             for peer, member in self._members.items()
-            if (now >= member.next_beat or member.pushed > member.last_beat) and member.is_due(now)  # few are
+            if (now >= member.next_beat or member.told < status) and member.is_due(now, status, every)  # few are
         ]
+
+    def is_due(self, peer: str, now: float) -> bool:
+        """Whether it is time to send this one a beat."""
+        member = self._members.get(peer)
+        return member is not None and member.is_due(now, self._status, self._push_every_s)
+
+    @property
+    def slowness(self) -> float:
+        """How much longer than with few members everything takes that is done for each of them; at least 1."""
+        return max(1.0, len(self._members) * BEAT_EVERY_S / BEATS_A_SECOND)
+
+    @property
+    def _push_every_s(self) -> float:
+        return max(PUSH_EVERY_S, len(self._members) / BEATS_A_SECOND)
 
     def learn(self, peer: str, addresses: Iterable[str], now: float, *, pinned: bool = False) -> bool:
         """Hearsay: somebody, a file or the DHT says that the peer may be there. Whether that was news.
@@ -155,19 +178,25 @@ class MemberTable:
             member.news = self.version
         if not was_alive and self._alive is not None:
             self._alive |= {peer}
-            self._oldest = min(self._oldest, now)
         member.addresses = known or member.addresses
         member.heard = now
+        member.alive_until = now + ALIVE_S * self.slowness
+        self._until = min(self._until, member.alive_until)
         member.failures = 0
-        member.next_beat = now + BEAT_EVERY_S + (_YIELD_S if self._own_id > peer else 0)
+        member.next_beat = now + BEAT_EVERY_S * self.slowness + (_YIELD_S if self._own_id > peer else 0)
         self._left.pop(peer, None)
         return True
 
     def beat_sent(self, peer: str, now: float) -> None:
         """A beat is on its way."""
         member = self._members[peer]
-        member.last_beat = now
-        member.next_beat = now + BEAT_EVERY_S
+        member.last_beat, member.told = now, self._status
+        member.next_beat = now + BEAT_EVERY_S * self.slowness
+
+    def answered(self, peer: str) -> None:
+        """Our status is on its way in a reply."""
+        if (member := self._members.get(peer)) is not None:
+            member.told = self._status
 
     def failed(self, peer: str, now: float, *, refused: bool) -> None:
         """A beat failed. refused: nobody is there or the connection broke, which is certain; else only no
@@ -200,17 +229,18 @@ class MemberTable:
             if len(self._left) < MAX_MEMBERS:
                 self._left[peer] = now
 
-    def push(self, now: float) -> None:
-        """Our status changed: every living member is due, unless it was just told."""
-        for member in self._members.values():
-            member.pushed = now
+    def push(self) -> None:
+        """Our status changed: every living member is due, unless it was told something just now."""
+        self._status += 1
 
     def forgive(self, gap: float, now: float) -> None:
         """We ourselves did not run for `gap` seconds: nobody's silence in that time counts."""
         self._alive = None
+        patience = ALIVE_S * self.slowness
         for member in self._members.values():
             if member.heard is not None:
                 member.heard = min(now, member.heard + gap)
+                member.alive_until = min(now + patience, member.alive_until + gap)
 
     def forget(self, now: float) -> None:
         """Drop who has been dead for long."""
@@ -226,7 +256,7 @@ class MemberTable:
         """
         if len(self._members) < MAX_MEMBERS:
             return True
-        if not direct:
+        if not direct or len(self.alive(now)) == MAX_MEMBERS:
             return False
         candidates = [m for m in self._members.values() if not m.pinned and not m.is_alive(now)]
         if not candidates:

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 FAREWELL_S = 20.0
 """How long a peer that is done stays to serve those who are behind."""
 
+ROOM_S = 60.0
+"""How often a peer for which the swarm has no room says so in its log."""
+
 RETRY_S = 1.0
 """Pause after an update or a state could not be had."""
 
@@ -104,6 +107,9 @@ class TrainingLoop:
         """Train until the run's last round is committed, or until `stop`."""
         self._at_head_since = time.monotonic()
         while not self._stopping:
+            if self._view.is_turned_away():
+                await self._wait_for_room()
+                continue
             head = self._head_to_follow()
             if head is not None:
                 await self._follow(head)
@@ -131,6 +137,11 @@ class TrainingLoop:
                 self._view.say(phase="commit")
                 seconds = await self._keeper.apply(result.aggregate)
                 await self._report(result, {"compute": collected - begin, **result.seconds, **seconds})
+
+    async def _wait_for_room(self) -> None:
+        log.warning("the swarm is full; waiting until it has room for this peer")
+        self._view.say(phase="joining", samples=0)
+        await self._view.wait_until(lambda: self._stopping or not self._view.is_turned_away(), ROOM_S)
 
     def _head_to_follow(self) -> plan.Head | None:
         return plan.head_to_follow(self._keeper.head, self._view.statuses())

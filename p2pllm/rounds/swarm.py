@@ -25,9 +25,9 @@ _NO_STATE = bytes(32)
 MAX_HEARD = 512
 """Statuses that are kept; beyond it those of the dead are dropped. Membership knows 256 members at most."""
 
-LOOK_S_PER_PEER = 1e-4
-"""Least time between two looks at changes, for each peer that is known. A look costs more the more peers there are,
-and the more of them the more often something changes: together they would take a core in a swarm of hundreds."""
+LOOK_S_PER_PAIR = 3e-6
+"""Least time between two looks at changes, for the square of the peers that are known: 0.2 s with 256. A look costs
+more the more peers there are, and the more of them the more often something changes, and the less each change means."""
 
 DOUBT_S = 60.0
 """How long nothing counts that a peer claims to hold, after it could not show what it claimed."""
@@ -44,6 +44,10 @@ class Liveness(Protocol):
         """Tell the others our status soon."""
         ...
 
+    def is_turned_away(self) -> bool:
+        """Nobody is alive for us because the swarm is full."""
+        ...
+
 
 _Progress = NewType("_Progress", tuple[int, bool])
 
@@ -53,7 +57,7 @@ def _progress(status: Status) -> _Progress:
     return _Progress((status.round, status.phase in plan.FINISHING))
 
 
-@functools.lru_cache(maxsize=1024)  # most heartbeats say what the one before said
+@functools.lru_cache(maxsize=16384)  # most heartbeats say what the one before said
 def _status(payload: bytes) -> Status:
     return Status.unpack(payload)
 
@@ -67,6 +71,7 @@ class SwarmView:
         self._initial_state = initial_state
         self._last_round = last_round
         self.own = Status(round=0, digest=_NO_STATE, phase="starting", samples=0, tokens_per_s=0.0)
+        self._packed: tuple[Status, bytes] | None = None
         self._heard: dict[str, Status] = {}
         self._doubted: dict[str, float] = {}
         self._reached: dict[str, tuple[_Progress, float]] = {}
@@ -101,6 +106,10 @@ class SwarmView:
         self._doubted.update(dict.fromkeys(peers, until))
         self.notify()
 
+    def is_turned_away(self) -> bool:
+        """The swarm has no room for us: to train alone beside it would only make a fork."""
+        return self._liveness is not None and self._liveness.is_turned_away()
+
     def with_own(self) -> dict[str, Status]:
         """Last status of every living peer and ours."""
         return {**self.statuses(), self.peer_id: self.own}
@@ -128,7 +137,9 @@ class SwarmView:
 
     def own_bytes(self) -> bytes:
         """Our status for a heartbeat."""
-        return self.own.pack()
+        if self._packed is None or self._packed[0] is not self.own:
+            self._packed = (self.own, self.own.pack())
+        return self._packed[1]
 
     def hear(self, peer: str, payload: bytes) -> None:
         """Take a status out of a heartbeat; one that is not valid is ignored."""
@@ -207,7 +218,7 @@ class SwarmView:
         try:
             async with asyncio.timeout(timeout):
                 await self._changed.wait()
-                if (pause := self._last_look + LOOK_S_PER_PEER * len(self._heard) - clock()) > 0:
+                if (pause := self._last_look + LOOK_S_PER_PAIR * len(self._heard) ** 2 - clock()) > 0:
                     await asyncio.sleep(pause)
         except TimeoutError:
             pass

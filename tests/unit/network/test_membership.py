@@ -12,6 +12,7 @@ from p2pllm.network.beat import MAX_HINTS, MAX_STATUS_BYTES, Beat
 from p2pllm.network.membership import Membership
 from p2pllm.network.messages import pack
 from p2pllm.network.saved import load_peers, save_peers
+from p2pllm.network.table import ALIVE_S
 from p2pllm.testing import MemoryNetwork, peer_number, virtual
 
 
@@ -229,3 +230,35 @@ plain = st.recursive(
 def test_beats_of_strangers_never_raise_otherwise(data):
     with contextlib.suppress(ValueError):
         Beat.decode(data)
+
+
+@virtual
+async def test_beats_of_many_members_stay_bounded_and_the_dead_are_noticed(monkeypatch):
+    monkeypatch.setattr("p2pllm.network.table.BEATS_A_SECOND", 32)
+    swarm = await Swarm(80).start()
+    await asyncio.sleep(5)
+    before = [host.sent["beat"].messages for host in swarm.hosts]
+    for member in swarm.members:
+        member.push()
+    await asyncio.sleep(5)
+    sent = [host.sent["beat"].messages - was for host, was in zip(swarm.hosts, before, strict=True)]
+    assert max(sent) < 5 * 2 * 32  # those it began and those it answered
+    assert all(len(swarm.alive(n)) == 79 for n in range(80))
+    swarm.hosts[7].kill()
+    swarm.hosts[8].freeze()
+    await asyncio.sleep(2 * ALIVE_S * 80 / 32)
+    assert not {7, 8} & swarm.alive(0)
+
+
+@virtual
+async def test_one_for_whom_there_is_no_room_knows_that(monkeypatch):
+    monkeypatch.setattr("p2pllm.network.table.MAX_MEMBERS", 3)
+    swarm = await Swarm(5).start()
+    outside = [n for n in range(5) if not swarm.alive(n)]
+    assert outside == [4]
+    assert swarm.members[4].is_turned_away()
+    assert not any(swarm.members[n].is_turned_away() for n in range(4))
+    swarm.hosts[2].kill()
+    await asyncio.sleep(60)
+    assert swarm.alive(4) == {0, 1, 3}
+    assert not swarm.members[4].is_turned_away()

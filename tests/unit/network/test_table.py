@@ -90,7 +90,7 @@ def test_hearsay_does_not_overrule_a_members_own_word():
 def test_push_is_limited():
     table = table_with(ANN)
     table.beat_sent(ANN, 0.5)
-    table.push(0.51)
+    table.push()
     assert not table.due(0.55)
     assert table.due(0.51 + PUSH_EVERY_S) == [ANN]
     table.beat_sent(ANN, 0.51 + PUSH_EVERY_S)

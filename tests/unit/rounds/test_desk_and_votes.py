@@ -28,7 +28,9 @@ class Node:
         self.id = self.host.peer_id
         self.living: set[str] = set()
         self.view = SwarmView(self.id, initial_state=bytes(32), last_round=100)
-        self.view.attach(SimpleNamespace(alive=lambda: frozenset(self.living), push=lambda: None))
+        self.view.attach(
+            SimpleNamespace(alive=lambda: frozenset(self.living), push=lambda: None, is_turned_away=lambda: False)
+        )
         self.view.say(head=HEAD, phase="roster")
         section = make_manifest(roster_wait_s=WAIT).round
         self.desk = RosterDesk(self.host, self.view, section, "run", asyncio.get_running_loop().time)

@@ -178,6 +178,21 @@ async def test_a_joiner_comes_in_any_phase(phase: str) -> None:
 
 
 @virtual
+async def test_a_joiner_for_whom_there_is_no_room_trains_no_round_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pllm.network.table.MAX_MEMBERS", 2)
+    swarm = MemorySwarm(rounds=10**6)
+    first, second, third = swarm.add(3)
+    (late,) = swarm.add(1)
+    await swarm.start(first, second, third)
+    await swarm.until(lambda: first.keeper.head[0] >= 3)
+    await late.start()
+    await swarm.until(lambda: first.keeper.head[0] >= 30)
+    assert late.keeper.head[0] == 0 and late.view.own.phase == "joining"
+    await third.leave()  # a dead one of the bootstrap peers would keep its place
+    await swarm.until(lambda: late.keeper.head[0] >= 30)
+
+
+@virtual
 async def test_a_diverged_state_is_noticed_and_replaced() -> None:
     swarm = MemorySwarm(rounds=8)
     peers = swarm.add(3)

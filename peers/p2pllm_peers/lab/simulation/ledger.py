@@ -214,7 +214,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     if known["islands"] > 1:
         found.append(
             f"The swarm was in {known['islands']} parts that know nothing of each other; the largest held "
-            f"{known['largest_island']:.1%} of the peers. Who finds every table full trains alone."
+            f"{known['largest_island']:.1%} of the peers. Who finds every table full waits for room."
         )
     if not result["complete"]:
         found.append(f"Stopped after {result['virtual_s']:g} virtual seconds, before all peers had done all rounds.")
