@@ -50,6 +50,7 @@ class PeerSettings(BaseSettings):
     cache: Path = Field(Path(platformdirs.user_cache_dir("p2pllm")), description="folder of tokenised text")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0 = as torch chooses")
+    nice: int = Field(10, ge=0, le=19, description="how far the worker stands back for the machine's other programs")
     micro_batch: int = Field(0, ge=0, le=65536, description="samples computed at once; 0 = found by itself")
     listen_host: str = Field("0.0.0.0", description="IP address to listen on")  # noqa: S104 - peers must reach it
     listen_port: int = Field(0, ge=0, le=65535, description="TCP port to listen on; 0 = any free one")

@@ -15,6 +15,7 @@ daemon could not remove, and ends at once.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import mmap
 import os
@@ -24,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -104,6 +106,7 @@ class Worker:
 
         self._pipe = pipe
         settings, draft = PeerSettings(**job["settings"]), RunDraft.model_validate(job["draft"])
+        _stand_back(settings.nice)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._device = device.choose_device(settings.device)
@@ -207,6 +210,13 @@ class Worker:
         windows = self._corpus.validation_windows()
         loss = validation_loss(self._model, windows, self._device, self._accumulator.micro_batch)
         self._pipe.emit("validation", loss=loss)
+
+
+def _stand_back(nice: int) -> None:
+    """Leave the CPU to whoever else wants it, the daemon's heartbeats included. Threads inherit it."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
+    with contextlib.suppress(OSError):  # not on macOS, and not where the kernel does not group by session
+        Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def _map(handle: int, size: int) -> tuple[np.ndarray, np.ndarray]:

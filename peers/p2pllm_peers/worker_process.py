@@ -40,6 +40,7 @@ class WorkerProcess:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=(memory,),
+            start_new_session=True,  # Linux shares the CPU out by sessions first, so only so its niceness counts
             limit=_LINE_LIMIT,
         )
         return cls(process, on_event)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,6 +56,10 @@ def test_two_terminals_of_one_machine(peer_env) -> None:
     assert volunteer["run_id"] == found["founder"]["run_id"]
     assert volunteer["peer_id"] in {peer["peer"] for peer in found["founder"]["peers"]}
     assert volunteer["loss"] is not None and volunteer["bytes_sent"] > 0 and volunteer["bytes_received"] > 0
+
+    (facts,) = env.home.glob("runs/*/volunteer/daemon.json")
+    children = psutil.Process(json.loads(facts.read_text())["pid"]).children()
+    assert sorted(child.nice() for child in children) == [0, 10], "p2pd as usual, the worker behind everything else"
 
     written = env.p2pllm("generate", "--prompt", "1 little", "--tokens", "20", "--seed", "1", "--name", "volunteer")
     assert written.returncode == 0, written.stderr

@@ -13,10 +13,10 @@ from p2pllm_cli.simulate import simulate as command
 from p2pllm_peers.lab.simulation.simulator import PEER_SECONDS, Setting, simulate
 
 FIELDS = {
-    "peers", "rounds", "churn", "delay_ms", "seed", "virtual_s", "complete", "started", "known", "messages", "forming",
-    "training", "first_roster_s", "in_first_rosters", "rounds_committed", "outside_s", "rosters_a_round", "notes",
-    "most_branches", "failed_attempts", "left_out", "caught_up", "faults", "by_round", "heads", "main_head", "real_s",
-    "cpu_s",
+    "peers", "rounds", "churn", "delay_ms", "seed", "virtual_s", "complete", "started", "known", "turned_away",
+    "messages", "forming", "training", "first_roster_s", "in_first_rosters", "rounds_committed", "outside_s",
+    "rosters_a_round", "notes", "most_branches", "failed_attempts", "left_out", "caught_up", "faults", "by_round",
+    "heads", "main_head", "real_s", "cpu_s",
 }  # fmt: skip
 KINDS = {"beats", "enrol", "roster", "vote", "exchange control", "catching up"}
 

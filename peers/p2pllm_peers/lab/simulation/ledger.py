@@ -194,7 +194,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     if peers - 1 > MAX_MEMBERS:
         found.append(
             f"A peer knows at most {MAX_MEMBERS} others (the member table's bound), so none sees all {peers:,}. A peer "
-            "whose table is full of living members refuses further ones and tells them of nobody."
+            f"whose table is full of living members refuses further ones: {result['turned_away']:,} found no room "
+            "at all and wait for some."
         )
     if peers > MAX_ROSTER and result["rosters_a_round"] > 1:
         found.append(
@@ -214,7 +215,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     if known["islands"] > 1:
         found.append(
             f"The swarm was in {known['islands']} parts that know nothing of each other; the largest held "
-            f"{known['largest_island']:.1%} of the peers. Who finds every table full waits for room."
+            f"{known['largest_island']:.1%} of the peers."
         )
     if not result["complete"]:
         found.append(f"Stopped after {result['virtual_s']:g} virtual seconds, before all peers had done all rounds.")

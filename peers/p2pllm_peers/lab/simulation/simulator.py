@@ -46,7 +46,7 @@ from p2pllm_peers.lab.simulation.parts import (
 ARRIVAL_S = 5.0
 """Virtual seconds in which all peers start, evenly."""
 
-PEER_SECONDS = 200_000.0
+PEER_SECONDS = 250_000.0
 """Bound on peers times virtual seconds of one simulation; the largest swarms are simulated for a shorter time."""
 
 LONGEST_ROUND_S = 4 * COMPUTE_S
@@ -191,8 +191,8 @@ class Simulation:
     # -- what is seen --------------------------------------------------------------------------------------------------
 
     def _is_complete(self) -> bool:
-        """Everybody is there and has done all rounds."""
-        peers = self.swarm.alive
+        """Everybody is there and has done all rounds, but for those for whom there is no room."""
+        peers = [peer for peer in self.swarm.alive if not peer.view.is_turned_away()]
         return (
             len(self.swarm.peers) == self.setting.peers
             and not self._away
@@ -243,6 +243,7 @@ class Simulation:
             "complete": self._is_complete(),
             "started": len(self.swarm.peers),
             "known": self._known(),
+            "turned_away": sum(1 for peer in self.swarm.alive if peer.view.is_turned_away()),
             "messages": sum(messages for messages, _ in whole.kinds.values()),
             "forming": formed.since(Traffic()),
             "training": whole.since(formed),
