@@ -16,7 +16,7 @@ from p2pllm.network.messages import pack, unpack
 MAX_STATUS_BYTES = 4096
 """Bound on the owner's part of a beat."""
 
-MAX_HINTS = 64
+MAX_HINTS = 16
 """Members that one beat tells of."""
 
 MAX_HINT_ADDRESSES = 4

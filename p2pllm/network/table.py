@@ -6,6 +6,7 @@ Times are seconds on any clock that only goes forward. What does not live here: 
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ ALIVE_S = 5.0
 BEATS_A_SECOND = 64
 """What all members together may cost one of them, in beats that it sends. With more members than that, each
 has its beats less often, and its silence is borne with for longer in the same measure."""
+
+DIALS = 4
+"""Members that are not known to live that one look (`due`) gives: who joins a large swarm does not call all of it at
+once."""
 
 RETRY_S = 0.2
 """A member whose connection failed is tried again this soon; the second failure makes it dead."""
@@ -113,13 +118,18 @@ class MemberTable:
         return {peer: member.addresses for peer, member in self._members.items()}
 
     def due(self, now: float) -> list[str]:
-        """Whom to send a beat."""
+        """Whom to send a beat: the living first, then those who have waited longest."""
         status, every = self._status, self._push_every_s
-        return [
-            peer
-            for peer, member in self._members.items()
+        due = [
+            member
+            for member in self._members.values()
             if (now >= member.next_beat or member.told < status) and member.is_due(now, status, every)  # few are
         ]
+        living = [member.peer for member in due if member.is_alive(now)]
+        others = [member for member in due if not member.is_alive(now)]
+        if len(others) > DIALS:
+            others = heapq.nsmallest(DIALS, others, key=lambda member: member.next_beat)
+        return living + [member.peer for member in others]
 
     def is_due(self, peer: str, now: float) -> bool:
         """Whether it is time to send this one a beat."""

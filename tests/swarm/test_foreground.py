@@ -36,7 +36,7 @@ class Terminal:
         end = time.monotonic() + within
         while words not in self.text:
             assert time.monotonic() < end, f"no {words!r} in: {self.text[-2000:]}"
-            self._read(0.1)
+            self.read(0.1)
         self.text = self.text.partition(words)[2]
 
     def interrupt(self) -> float:
@@ -48,11 +48,12 @@ class Terminal:
         end = time.monotonic() + within
         while self.process.poll() is None:
             assert time.monotonic() < end, f"it has not ended within {within} s: {self.text[-2000:]}"
-            self._read(0.1)
-        self._read(0)
+            self.read(0.1)
+        self.read(0)
         return self.process.returncode
 
-    def _read(self, wait: float) -> None:
+    def read(self, wait: float) -> None:
+        """Take what is shown within `wait` seconds."""
         while select.select([self._ours], [], [], wait)[0]:
             try:
                 data = os.read(self._ours, 65536)
@@ -111,7 +112,7 @@ def test_a_second_ctrl_c_ends_even_a_daemon_that_hangs(peer_env, terminal) -> No
     while screen.process.poll() is None:  # signals that come too fast count once, so one more until it has heard two
         assert time.monotonic() - began < 5
         screen.interrupt()
-        time.sleep(0.1)
+        screen.read(0.1)  # a terminal that nobody reads would block it
     # Python gives signals their default effect again while it exits, so one too many ends it a little earlier
     assert screen.process.returncode in (130, -signal.SIGINT)
     assert peer_env.left_behind() == []
