@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from p2pllm.errors import ManifestError
 from p2pllm.explain import explain
+from p2pllm.toml import read_toml
 
 MAX_MANIFEST_BYTES = 64 * 1024
 """Bound on the canonical bytes of a manifest that is accepted from the network."""
@@ -230,16 +230,12 @@ def load_draft(path: Path) -> RunDraft:
 
     Raises ManifestError with the file, the field and what is wrong with it.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ManifestError(f"There is no file {path}; `p2pllm new {path}` writes one to edit.") from None
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except UnicodeDecodeError:
-        raise ManifestError(f"{path} is not a run file: it holds no UTF-8 text.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ManifestError(f"{path} is not valid TOML: {error}.") from None
+    raw = read_toml(
+        path,
+        ManifestError,
+        missing=f"`p2pllm new {path}` writes one to edit",
+        no_text="is not a run file: it holds no UTF-8 text",
+    )
     try:
         draft = RunDraft.model_validate(raw)
     except ValidationError as error:

@@ -261,7 +261,7 @@ def main() -> None:
         say(undone)
     for scenario in scenarios:
         with Claims.open() as claims:  # so that the folder goes even if we are killed
-            folder = Path(claims.note("folder", f"{tempfile.gettempdir()}/p2pllm-{claims.id}-bench"))
+            folder = Path(claims.note("folder", f"{tempfile.gettempdir()}/{claims.name('bench')}"))
             folder.mkdir(mode=0o700)
             results["scenarios"].append(contest(scenario, options, options.systems, folder))
         options.out.write_text(json.dumps(results, indent=1))

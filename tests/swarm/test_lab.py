@@ -60,7 +60,7 @@ delay_ms = 2
 
 [[peers]]
 count = {count}
-cores = 0.5
+cores = {cores}
 link = "line"
 disk_mb = {disk_mb}
 """
@@ -161,7 +161,7 @@ def test_churn(lab: Lab) -> None:
 
 
 def test_every_kind_of_fault(lab: Lab) -> None:
-    result = lab(SMALL.format(duration_s=42, count=1, disk_mb=200) + EVERYTHING)
+    result = lab(SMALL.format(duration_s=42, count=1, cores=0.5, disk_mb=200) + EVERYTHING)
     passed(result)
     struck = [result.report["events"][row["event"]]["do"] for row in result.report["struck"]]
     members = max(len(row["members"]) for row in result.report["rounds"])
@@ -172,7 +172,7 @@ def test_every_kind_of_fault(lab: Lab) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
 def test_an_end_at_any_moment_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     machine, output = Machine(tmp_path), tmp_path / "output.txt"
-    (tmp_path / "small.toml").write_text(SMALL.format(duration_s=600, count=2, disk_mb=50))
+    (tmp_path / "small.toml").write_text(SMALL.format(duration_s=600, count=2, cores=0.8, disk_mb=50))
     process = machine.start("lab", "run", tmp_path / "small.toml", "--out", tmp_path / "out", output=output)
     try:
         until(lambda: "\nround " in output.read_text() or process.poll() is not None, "a round is shown", 120)
@@ -199,12 +199,14 @@ def test_what_a_killed_guard_left_is_removed_by_the_next_lab(tmp_path: Path) -> 
         "from p2pllm_peers.lab.machines import Machines\n"
         "from p2pllm_peers.lab.scenario import load_scenario\n"
         "with Machines(load_scenario(sys.argv[1]), Path(sys.argv[2])) as machines:\n"
-        "    print(machines.lab_id, flush=True)\n"
-        "    os.kill(machines._claims._guard.pid, signal.SIGKILL)\n"
+        "    print(machines._claims.id, flush=True)\n"
+        "    guard = machines._claims._guard\n"
+        "    guard.kill()\n"
+        "    guard.wait()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     path = tmp_path / "small.toml"
-    path.write_text(SMALL.format(duration_s=5, count=2, disk_mb=0))
+    path.write_text(SMALL.format(duration_s=5, count=2, cores=0.5, disk_mb=0))
     command = [sys.executable, "-c", program, path, tmp_path / "out"]
     lab_id = subprocess.run(command, check=False, timeout=60, stdout=subprocess.PIPE, text=True).stdout.strip()
     assert lab_id and made_by(lab_id)

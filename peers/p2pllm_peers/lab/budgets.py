@@ -38,9 +38,9 @@ class Budgets:
         if reason := why_not():
             raise RunError(f"{reason}.")
         self._claims = claims
-        self._parents = [ROOT / kind / f"p2pllm-{claims.id}" for kind in ("cpu", "cpuacct")]
+        self._parents = [ROOT / kind / claims.name() for kind in ("cpu", "cpuacct")]
         if not _version_1():
-            self._parents = [ROOT / f"p2pllm-{claims.id}"]
+            self._parents = [ROOT / claims.name()]
         elif self._parents[0].parent.resolve() == self._parents[1].parent.resolve():
             del self._parents[1]
 

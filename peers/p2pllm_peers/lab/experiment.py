@@ -182,7 +182,10 @@ class _Life:
             if t >= next_sample:
                 next_sample = max(next_sample + SAMPLE_EVERY_S, t)
                 self._sample(t)
-            someone = any(peer.is_up for peer in self._swarm.peers.values())
+            peers = self._swarm.peers.values()
+            someone = any(peer.is_up for peer in peers)
+            if not duration_s and any(peer.crashes for peer in peers):
+                break  # the others would wait for it
             if not someone and not self._due and all(strike.done() for strike in self._strikes):
                 break  # nobody is left and nobody will come
             time.sleep(TICK_S)

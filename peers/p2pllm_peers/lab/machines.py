@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from p2pllm.errors import RunError, UsageError
 from p2pllm_peers.lab import budgets
 from p2pllm_peers.lab.budgets import Budgets
 from p2pllm_peers.lab.cleanup.claims import Claims
+from p2pllm_peers.lab.cleanup.commands import run
 from p2pllm_peers.lab.evidence import Emulator, LinkCheck
 from p2pllm_peers.lab.network import links
 from p2pllm_peers.lab.network.links import Links
@@ -93,8 +93,7 @@ class Machines:
 
     def __enter__(self) -> Machines:
         self._claims = Claims.open()
-        self._runtime = Path(tempfile.gettempdir()) / f"p2pllm-{self._claims.id}"
-        self._claims.note("folder", str(self._runtime))
+        self._runtime = Path(tempfile.gettempdir()) / self._claims.name()
         try:
             self._start()
         except BaseException:
@@ -110,6 +109,7 @@ class Machines:
 
     def _start(self) -> None:
         names = list(self.specs)
+        self._claims.note("folder", str(self._runtime))
         for name in names:
             (self._runtime / name).mkdir(parents=True, mode=0o700)
         lines = {name: spec.link for name, spec in self.specs.items() if spec.link}
@@ -137,11 +137,6 @@ class Machines:
         finally:
             failed = self._claims.release()
             self.left_over = failed or self._claims.left_over()
-
-    @property
-    def lab_id(self) -> str:
-        """Part of the name of everything that this lab makes on the machine."""
-        return self._claims.id
 
     def offline(self, peer: str) -> Machine:
         """The same machine with another disk and no network but its own loopback's."""
@@ -216,8 +211,8 @@ class Machines:
         """A disk that can be full without the machine's being full."""
         home = self._machines[peer].home
         home.mkdir(parents=True)
-        self._claims.note("mount", str(home))
-        _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=700", f"p2pllm-{self._claims.id}", str(home))
+        source = self._claims.note("mount", self._claims.name(f"disk-{peer}"))
+        _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=700", source, str(home))
         self._disks[peer] = home
 
     def _unmount(self, peer: str) -> None:
@@ -232,6 +227,6 @@ class Machines:
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(command)
     if done.returncode:
         raise RunError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.returncode}.")

@@ -24,7 +24,6 @@ What does not live here: the fields (`scenario`) and what must fit together (`ch
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +32,7 @@ from pydantic import BaseModel, ValidationError
 from p2pllm.errors import UsageError
 from p2pllm.explain import explain
 from p2pllm.manifest import RunDraft
+from p2pllm.toml import read_toml
 from p2pllm_peers.lab.checks import FIELDS, check, like
 from p2pllm_peers.lab.scenario import Churn, Event, Link, Peers, Scenario, Verdict
 
@@ -114,16 +114,7 @@ def _find(name_or_path: str) -> Path:
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"There is no file {path}; correct the path.") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} holds no UTF-8 text; give a TOML file.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not valid TOML: {error}.") from None
+    return read_toml(path, UsageError, missing="correct the path", no_text="holds no UTF-8 text; give a TOML file")
 
 
 def _merged(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -266,13 +266,14 @@ def start_together(peers: list[SwarmPeer], start: Callable[[SwarmPeer], None]) -
 
 
 def plain_scenario(draft: RunDraft, count: int) -> Scenario:
-    """Peers on loopback, without links, budgets and faults, until the run's last round.
+    """Peers on loopback, without links, budgets and faults, all of them from the first round to the last.
 
     Then all have ended by themselves, so nobody is left to be asked at the end; states are compared at every round.
     """
+    together = draft.round.model_copy(update={"min_peers": count})  # else the first is done before the last has started
     return Scenario(
         name="swarm",
-        run=draft,
+        run=draft.model_copy(update={"round": together}),
         peers=(Peers(count=count, micro_batch=0),),
         verdict=Verdict(max_rounds_behind=None, agree_at_end=False),
     )

@@ -1,54 +1,35 @@
 """Ledgers: everything in them can be undone, by whoever, and nothing else is touched."""
 
-import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from other_processes import needs_root, sleeper, until
 
 from p2pllm.errors import RunError
-from p2pllm_peers.lab.cleanup.claims import Claims, release, release_after_death, sweep
-from p2pllm_peers.lab.cleanup.undo import PATIENCE_S, alive, birth
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+from p2pllm_peers.lab.cleanup.claims import Claims, sweep
+from p2pllm_peers.lab.cleanup.undo import alive, birth, undo
 
 
 @pytest.fixture
 def claims(tmp_path: Path) -> Iterator[Claims]:
-    made = Claims.open(tmp_path / "ledgers")
-    yield made
-    made.release()
+    with Claims.open(tmp_path / "ledgers") as made:
+        yield made
 
 
-@contextlib.contextmanager
-def sleeper(*prefix: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that would outlive the test."""
-    with subprocess.Popen([*prefix, "sleep", "600"]) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def end_guard(claims: Claims) -> None:
+    """From now on the lab has to do it itself."""
+    claims._guard.kill()
+    claims._guard.wait()
 
 
-def until(condition: Callable[[], bool], within: float = PATIENCE_S) -> bool:
-    """It becomes true within some seconds."""
-    end = time.monotonic() + within
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
-
-
-def ignores(pid: int, number: int) -> bool:
-    """The process has come to where it ignores that signal."""
-    mask = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-    return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
+def mount(source: str, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", source, str(folder)], check=True)
 
 
 def make_folder(claims: Claims, path: Path) -> Path:
@@ -95,6 +76,7 @@ def test_a_process_of_the_same_id_but_another_birth_is_left_alone(claims):
 
 def test_what_cannot_be_undone_is_said_and_stays_in_the_ledger(claims, tmp_path, monkeypatch):
     """A claimed cgroup that is an ordinary folder with a file in it cannot be removed as a cgroup."""
+    end_guard(claims)
     monkeypatch.setattr("p2pllm_peers.lab.cleanup.undo.PATIENCE_S", 0.1)
     (tmp_path / "not-a-group").mkdir()
     (tmp_path / "not-a-group" / "file").write_text("x")
@@ -120,6 +102,7 @@ def test_a_sweep_undoes_dead_labs_and_nothing_else(claims, tmp_path):
     bystander.mkdir()
     dead = Claims.open(tmp_path / "ledgers")
     gone = make_folder(dead, tmp_path / "gone")
+    end_guard(dead)
     abandon(dead.ledger)
     with dead.ledger.open("a") as file:
         file.write('{"kind": "folder", "wha')  # it died while it wrote this
@@ -144,134 +127,85 @@ def test_a_folder_that_cannot_hold_ledgers_is_named(tmp_path):
 
 @pytest.mark.swarm
 @needs_root
-def test_what_appears_while_its_lab_dies_is_removed_at_the_second_look(claims, monkeypatch):
-    name = claims.note("namespace", claims.name("late"))
-
-    def release_then_appear(ledger: Path) -> list[str]:
-        failed = release(ledger)
-        subprocess.run(["ip", "netns", "add", name], check=True)
-        return failed
-
-    monkeypatch.setattr("p2pllm_peers.lab.cleanup.claims.release", release_then_appear)
-    monkeypatch.setattr("p2pllm_peers.lab.cleanup.claims.SECOND_LOOK_S", 0)
-    release_after_death(claims.ledger)
-    assert claims.left_over() == []
-
-
-@pytest.mark.swarm
-@needs_root
 def test_a_mount_that_somebody_holds_goes_all_the_same(claims, tmp_path, monkeypatch):
+    end_guard(claims)
     monkeypatch.setattr("p2pllm_peers.lab.cleanup.undo.PATIENCE_S", 0.1)
-    folder = Path(claims.note("folder", str(tmp_path / "disk")))
-    folder.mkdir()
-    claims.note("mount", str(folder))
-    subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=True)
-    with (folder / "file").open("w"):
+    claims.note("folder", str(tmp_path / "disk"))
+    mount(claims.note("mount", claims.name("disk")), tmp_path / "disk")
+    with (tmp_path / "disk" / "file").open("w"):
         assert claims.release() == []
         assert claims.left_over() == []
 
 
-OWNER = """
-import subprocess, sys, time
-from pathlib import Path
-from p2pllm_peers.lab.cleanup.claims import Claims
-claims = Claims.open(Path(sys.argv[1]))
-folder = Path(sys.argv[2])
-claims.note("folder", str(folder))
-folder.mkdir()
-prefix = []
-if sys.argv[3:]:
-    claims.note("namespace", claims.name("x"))
-    subprocess.run(["ip", "netns", "add", claims.name("x")], check=True)
-    prefix = ["ip", "netns", "exec", claims.name("x")]
-child = subprocess.Popen([*prefix, "sleep", "600"])
-claims.note("process", str(child.pid))
-guard = claims._guard.pid
-print(child.pid, guard, claims.id, flush=True)
-time.sleep(600)
-"""
-
-
-@contextlib.contextmanager
-def owner(tmp_path: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], int, int, str]]:
-    """A lab in a process of its own; its child, its guard and its id."""
-    words = [sys.executable, "-c", OWNER, str(tmp_path / "ledgers"), str(tmp_path / "made"), *arguments]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            child, guard, name = process.stdout.readline().split()
-            yield process, int(child), int(guard), name
-        finally:
-            process.kill()
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_the_guard_undoes_what_a_killed_lab_made(tmp_path):
-    with owner(tmp_path) as (process, child, guard, _):
-        assert until(lambda: ignores(guard, signal.SIGTERM))  # it does not go before its lab
-        os.kill(guard, signal.SIGTERM)
-        os.kill(guard, signal.SIGINT)
-        process.kill()
-        assert until(lambda: not birth(child) and not birth(guard))
-    assert not (tmp_path / "made").exists()
-    assert list((tmp_path / "ledgers").iterdir()) == []
+@pytest.mark.swarm
+@needs_root
+def test_a_mount_is_found_wherever_its_folder_has_been_moved(claims, tmp_path):
+    mount(claims.note("mount", claims.name("disk")), tmp_path / "out" / "disk")
+    (tmp_path / "out").rename(tmp_path / "moved to")
+    assert (tmp_path / "moved to" / "disk").is_mount()
+    assert claims.release() == []
+    assert not (tmp_path / "moved to" / "disk").is_mount() and claims.left_over() == []
 
 
 @pytest.mark.swarm
 @needs_root
-def test_the_guard_removes_namespaces_with_all_that_runs_in_them(tmp_path):
-    with owner(tmp_path, "namespace") as (process, child, guard, name):
-        assert (Path("/run/netns") / f"p2pllm-{name}-x").exists()
-        process.kill()
-        assert until(lambda: not birth(child) and not birth(guard))
-    assert not (Path("/run/netns") / f"p2pllm-{name}-x").exists()
+def test_a_folder_with_a_mount_that_is_no_claim_stays(claims, tmp_path):
+    folder = make_folder(claims, tmp_path / "with space")
+    mount("none", folder / "disk")
+    try:
+        (folder / "disk" / "file").write_text("x")
+        assert claims.release() == [
+            f"The lab's folder {folder} could not be removed: {folder / 'disk'} is still mounted."
+        ]
+        assert (folder / "disk" / "file").exists()
+    finally:
+        subprocess.run(["umount", str(folder / "disk")], check=True)
 
 
-@pytest.mark.swarm
-@needs_root
-def test_a_sweep_comes_after_a_lab_that_was_killed_with_its_guard(tmp_path):
-    """Beside it lives another lab, whose namespace and process stay."""
-    with Claims.open(tmp_path / "ledgers") as other:
-        mine = other.note("namespace", other.name("x"))
-        subprocess.run(["ip", "netns", "add", mine], check=True)
-        with (
-            owner(tmp_path, "namespace") as (process, child, guard, name),
-            sleeper("ip", "netns", "exec", mine) as bystander,
-        ):
-            os.kill(guard, signal.SIGKILL)
-            process.kill()
-            process.wait()
-            assert birth(child)
-            lines = sweep(tmp_path / "ledgers")
-            assert f"namespace p2pllm-{name}-x of lab {name}" in lines
-            assert not birth(child) and not (Path("/run/netns") / f"p2pllm-{name}-x").exists()
-            assert bystander.poll() is None and (Path("/run/netns") / mine).exists()
-        assert other.release() == []
-        assert not (Path("/run/netns") / mine).exists()
-
-
-@pytest.mark.swarm
-@needs_root
-def test_mounts_and_groups_are_undone_with_their_processes(claims, tmp_path):
+def make_group(claims: Claims) -> Path:
+    """A cgroup with another one in it."""
     root = next((path for path in (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")) if path.is_dir()), None)
     if root is None or not os.access(root, os.W_OK):
         pytest.skip("no cgroups to write")
     group = Path(claims.note("cgroup", str(root / claims.name("group"))))
     (group / "inner").mkdir(parents=True)
+    return group
+
+
+@pytest.mark.swarm
+@needs_root
+def test_mounts_and_groups_are_undone_with_their_processes(claims, tmp_path):
+    group = make_group(claims)
     folder = Path(claims.note("folder", str(tmp_path / "disk")))
-    folder.mkdir()
-    claims.note("mount", str(folder))
-    subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=True)
+    mount(claims.note("mount", claims.name("disk")), folder)
     with sleeper() as process:
         (group / "inner" / "cgroup.procs").write_text(str(process.pid))
         assert claims.left_over() == [
             f"process {process.pid} in cgroup {group}",
             f"cgroup {group}",
             f"folder {folder}",
-            f"mount {folder}",
+            f"mount {claims.name('disk')}",
         ]
         assert claims.release() == []
         assert process.wait(5) == -signal.SIGKILL
     assert not group.exists() and not folder.exists()
+
+
+@pytest.mark.swarm
+@needs_root
+def test_a_process_that_comes_into_a_group_last_does_not_keep_it(claims, monkeypatch):
+    """As one does that its lab had started a moment before it was killed."""
+    group = make_group(claims)
+    with sleeper() as process:
+
+        def come_in(_: object) -> set[int]:
+            (group / "inner" / "cgroup.procs").write_text(str(process.pid))
+            return set()
+
+        monkeypatch.setattr("p2pllm_peers.lab.cleanup.undo._end_processes", come_in)
+        assert undo(claims._noted) == []
+        assert process.wait(5) == -signal.SIGKILL
+    assert not group.exists()
 
 
 def test_birth_tells_the_living_from_the_dead():

@@ -236,3 +236,26 @@ def test_addresses_are_public_and_programs_keep_their_process(tmp_path):
         assert links.address("a") != links.address("b")
         shown = subprocess.run([*links.prefix("a"), "ip", "-6", "address", "show", "eth0"], capture_output=True)
         assert shown.stdout == b""
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("kind", ["box", "kernel"])
+@real
+def test_nothing_that_runs_on_keeps_the_guard_waiting(tmp_path, kind):
+    """Nobody but the lab holds the pipe to its guard: not the box or its kin, and not what measures."""
+    line = Link(up_mbit=50, down_mbit=50)
+    with star(tmp_path, {"a": line}, kind=kind) as links, contextlib.ExitStack() as stack:
+        Callers(links, "a", stack)
+        guard = links._claims._guard.pid
+        assert holders(Path(f"/proc/{guard}/fd/0").stat()) == {os.getpid(), guard}
+
+
+def holders(pipe: os.stat_result) -> set[int]:
+    """Processes that have an end of it open."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has ended, or has closed it
+            status = entry.stat()
+            if (status.st_dev, status.st_ino) == (pipe.st_dev, pipe.st_ino):
+                found.add(int(entry.parts[2]))
+    return found

@@ -1,11 +1,12 @@
 """What a lab makes on this machine, written down before it is made, so that exactly that can be undone.
 
     /run/p2pllm-lab/<id>.jsonl     one ledger a lab (without root: in the user's runtime folder); its first line names
-                                   the process that owns it, each further line one claim
+                                   the processes of the lab and of its guard, each further line one claim
 
-Whoever ends a lab reads its ledger: the lab itself, its guard when the lab was killed, or the next lab's `sweep` when
-the guard was killed, too. Nothing that is not in a ledger is ever touched. What does not live here: how to undo a
-claim (`undo`), waiting for the death of a lab (`guard`).
+Whoever ends a lab reads its ledger: its guard, whether the lab has finished or was killed; the lab itself where the
+guard was killed; the next lab's `sweep` where both were. Nothing that is not in a ledger is ever touched. What does
+not live here: how to undo a claim (`undo`), running the commands that make what is claimed (`commands`), waiting for
+the end of a lab (`guard`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import secrets
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -25,10 +25,8 @@ from typing import Any, Self
 import platformdirs
 
 from p2pllm.errors import RunError
-from p2pllm_peers.lab.cleanup.undo import Claim, Kind, alive, birth, still_there, undo
-
-SECOND_LOOK_S = 0.5
-"""How long a command of the kind of `ip` may still run when whoever started it is dead."""
+from p2pllm_peers.lab.cleanup.commands import hang_up, hold
+from p2pllm_peers.lab.cleanup.undo import PATIENCE_S, Claim, Kind, alive, birth, still_there, undo
 
 _ID_BYTES = 3
 
@@ -46,19 +44,22 @@ class Claims:
     def open(cls, folder: Path | None = None) -> Self:
         """A new lab with a short random id. Raises RunError if the ledger cannot be written."""
         folder = folder or ledger_folder()
-        line = json.dumps({"owner": os.getpid(), "birth": birth(os.getpid())}) + "\n"
         while True:
             claims = cls(folder / f"{secrets.token_hex(_ID_BYTES)}.jsonl")
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with claims.ledger.open("x") as file:
-                    file.write(line)
+                claims.ledger.open("x").close()
                 break
             except FileExistsError:
                 continue  # a lab of that id
             except OSError as error:
                 raise RunError(f"The lab cannot write its ledger in {folder}: {error.strerror or error}.") from None
-        claims._guard = _start_guard(claims.ledger)
+        with contextlib.ExitStack() as unguarded:
+            unguarded.callback(claims.ledger.unlink, missing_ok=True)
+            guard = claims._guard = _start_guard(claims.ledger)
+            keepers = {"owner": os.getpid(), "birth": birth(os.getpid())}
+            claims._append(keepers | {"guard": guard.pid, "guard_birth": birth(guard.pid)})
+            unguarded.pop_all()
         return claims
 
     def __enter__(self) -> Self:
@@ -67,37 +68,46 @@ class Claims:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def name(self, suffix: str) -> str:
-        """A name for something of this lab: p2pllm-<id>-<suffix>."""
-        return f"p2pllm-{self.id}-{suffix}"
+    def name(self, suffix: str = "") -> str:
+        """A name for something of this lab: p2pllm-<id>-<suffix>, or p2pllm-<id>."""
+        return "-".join(["p2pllm", self.id, *([suffix] if suffix else [])])
 
     def note(self, kind: Kind, what: str) -> str:
         """Write down what is about to be made, or a process (its id) that was just started; returns `what`.
 
-        kind: process, namespace (its name), cgroup, mount or folder (a path; a folder goes with all that is in it).
-        What a process starts in turn is found only in a claimed namespace or cgroup. Raises RunError.
+        kind: process, namespace (its name), mount (its source, for its path may change), cgroup or folder (a path; a
+        folder goes with all that is in it). What a process starts in turn is found only in a claimed namespace or
+        cgroup. Commands that make something are for `commands.run`. Raises RunError.
         """
         claim = Claim(kind, what, birth(int(what)) if kind == "process" else "")
-        line = json.dumps({"kind": claim.kind, "what": claim.what, "birth": claim.birth}) + "\n"
+        self._append({"kind": claim.kind, "what": claim.what, "birth": claim.birth})
+        self._noted.append(claim)
+        return what
+
+    def _append(self, row: dict[str, Any]) -> None:
         try:
             handle = os.open(self.ledger, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
             raise RunError(f"The lab's ledger {self.ledger} is gone: {error.strerror or error}.") from None
         try:
-            os.write(handle, line.encode())  # one write: the line is there whole, before what it claims is made
+            line = json.dumps(row).encode() + b"\n"
+            os.write(handle, line)  # one write: the line is there whole, before what it claims is made
         finally:
             os.close(handle)
-        self._noted.append(claim)
-        return what
 
     def release(self) -> list[str]:
-        """Undo everything, newest first; returns what could not be undone, as sentences. Repeating it does no harm."""
-        failed = release(self.ledger)
-        if self._guard is not None:
-            with contextlib.suppress(OSError):  # it was killed
-                self._guard.communicate(b"done\n")
-            self._guard = None
-        return failed
+        """Have everything undone, newest first; returns what could not be, as sentences. Repeating it does no harm.
+
+        The guard does it, because it knows when no command is under way any more.
+        """
+        guard, self._guard = self._guard, None
+        if guard is not None and guard.stdin is not None:
+            hang_up(guard.stdin)
+            try:
+                guard.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:  # a command is stuck; when it ends the guard looks again
+                return release(self.ledger, for_good=False)
+        return release(self.ledger)
 
     def left_over(self) -> list[str]:
         """What is still there of all that was noted, released or not: a short phrase each."""
@@ -112,37 +122,29 @@ def ledger_folder() -> Path:
 
 
 def sweep(folder: Path | None = None) -> list[str]:
-    """Undo what labs left whose owner is dead; returns a phrase for each thing that was there or still is."""
+    """Undo what labs left that no guard looks after; returns a phrase for each thing that was there or still is."""
     lines = []
     for ledger in sorted((folder or ledger_folder()).glob("*.jsonl")):
-        owner = _owner(ledger)
-        if owner is None or alive(*owner):
+        keepers = _keepers(ledger)
+        if not keepers or any(alive(*process) for process in keepers):
             continue
         lines += [f"{line} of lab {ledger.stem}" for claim in _read(ledger) for line in still_there(claim)]
         lines += release(ledger)
     return lines
 
 
-def release(ledger: Path) -> list[str]:
-    """Undo one lab's claims; returns what could not be undone, as sentences. The ledger goes when nothing is left."""
+def release(ledger: Path, *, for_good: bool = True) -> list[str]:
+    """Undo one lab's claims; returns what could not be undone, as sentences.
+
+    for_good: the ledger goes if nothing is left, so that nobody looks again.
+    """
     with _locked(ledger) as there:
         if not there:
             return []
         failed = undo(_read(ledger))
-        if not failed:
+        if not failed and for_good:
             ledger.unlink(missing_ok=True)
         return failed
-
-
-def release_after_death(ledger: Path) -> None:
-    """For the guard: undo the claims of a lab that has just died.
-
-    A command that it had just started may do its work only now, so what carries the lab's id is looked for again.
-    """
-    claims = _read(ledger)
-    release(ledger)
-    time.sleep(SECOND_LOOK_S)
-    undo([claim for claim in claims if ledger.stem in claim.what])
 
 
 @contextlib.contextmanager
@@ -171,18 +173,21 @@ def _read(ledger: Path) -> list[Claim]:
     return [Claim(row["kind"], row["what"], row["birth"]) for row in _rows(ledger)[1:]]
 
 
-def _owner(ledger: Path) -> tuple[int, str] | None:
-    """Process and birth of the owner; None while the ledger is just being made, or gone."""
-    rows = _rows(ledger)
-    return (int(rows[0]["owner"]), rows[0]["birth"]) if rows else None
+def _keepers(ledger: Path) -> list[tuple[int, str]]:
+    """Process and birth of the lab and of its guard; none while the ledger is just being made, or gone."""
+    first = _rows(ledger)[:1]
+    return [pair for row in first for pair in ((row["owner"], row["birth"]), (row["guard"], row["guard_birth"]))]
 
 
 def _start_guard(ledger: Path) -> subprocess.Popen[bytes]:
-    """Its standard input ends when we do, however we end: nobody else inherits the other end."""
-    return subprocess.Popen(
+    """Its standard input ends when we and the commands that we run have ended, however we end."""
+    guard = subprocess.Popen(
         [sys.executable, "-m", "p2pllm_peers.lab.cleanup.guard", str(ledger)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl+C in the terminal is not for it
     )
+    assert guard.stdin is not None  # noqa: S101 - it was asked for
+    hold(guard.stdin)
+    return guard

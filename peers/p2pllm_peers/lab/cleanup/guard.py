@@ -1,9 +1,9 @@
-"""Waits beside a lab until it has ended, and undoes what it claimed if it ended without doing so, kill -9 included.
+"""Waits beside a lab until it has ended or has finished, and undoes what it claimed; kill -9 makes no difference.
 
-    python -m p2pllm_peers.lab.cleanup.guard LEDGER        standard input: a pipe whose other end only the lab holds
+    python -m p2pllm_peers.lab.cleanup.guard LEDGER        standard input: a pipe that the lab and its commands hold
 
-The end of the pipe is the lab's death; "done" before it means that the lab has released everything itself. What does
-not live here: what is undone and how (`claims`, `undo`).
+The end of the pipe says that nobody is left who could make something. What does not live here: who holds the pipe
+(`commands`), what is undone and how (`claims`, `undo`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from pathlib import Path
 def main() -> None:
     """Entry point."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends with its lab, not before
-    if sys.stdin.buffer.readline() == b"done\n":
-        return
-    from p2pllm_peers.lab.cleanup.claims import (
-        release_after_death,
-    )  # only now: a lab shall not wait for the imports of its guard
+        signal.signal(number, signal.SIG_IGN)  # it ends after its lab, not before
+    from p2pllm_peers.lab.cleanup.claims import release  # only now, for it takes time, in which a signal would end us
 
-    release_after_death(Path(sys.argv[1]))
+    sys.stdin.buffer.read()
+    release(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import psutil
+
+from p2pllm_peers.lab.cleanup.commands import run
 
 PATIENCE_S = 5.0
 """How long a killed process, a cgroup or a mount may take to go."""
@@ -31,7 +34,7 @@ Kind = Literal["process", "namespace", "cgroup", "mount", "folder"]
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that a lab made. what: id, name or path. birth: of a process."""
+    """Something that a lab made. what: id, name, path or, of a mount, source. birth: of a process."""
 
     kind: Kind
     what: str
@@ -86,7 +89,7 @@ def _exists(claim: Claim) -> bool:
         case "namespace":
             return (_NAMESPACES / claim.what).exists()
         case "mount":
-            return Path(claim.what).is_mount()
+            return bool(_mount_points(claim.what))
         case _:
             return Path(claim.what).exists()
 
@@ -118,15 +121,19 @@ def _end_processes(claims: Sequence[Claim]) -> set[int]:
     """Kill until there are none, because they may start others meanwhile; returns those that do not end."""
     end = time.monotonic() + PATIENCE_S
     while (left := _processes(claims)) and time.monotonic() < end:
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(left)
         time.sleep(_POLL_S)
     return left
 
 
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def _remove_namespace(name: str) -> None:
-    result = subprocess.run(["ip", "netns", "delete", name], capture_output=True, text=True)
+    result = run(["ip", "netns", "delete", name])
     if result.returncode and (_NAMESPACES / name).exists():
         raise OSError(0, result.stderr.strip())
 
@@ -134,16 +141,22 @@ def _remove_namespace(name: str) -> None:
 def _remove_cgroup(path: str) -> None:
     """Deepest first. The kernel refuses for a moment after the last process has gone."""
     for folder in sorted([Path(path), *(entry for entry in Path(path).rglob("*") if entry.is_dir())], reverse=True):
-        _patiently(folder.rmdir)
+        _patiently(partial(_remove_empty_cgroup, folder))
 
 
-def _unmount(path: str) -> None:
-    """Who still holds a file there keeps it until it ends, but nobody else sees the mount any more."""
+def _remove_empty_cgroup(folder: Path) -> None:
+    """A process that its lab had just started may come in only now."""
+    _kill(_processes([Claim("cgroup", str(folder))]))
+    folder.rmdir()
+
+
+def _unmount(source: str) -> None:
+    """Wherever it is by now. Who still holds a file there keeps it, but nobody else sees the mount any more."""
 
     def once(*how: str) -> None:
-        result = subprocess.run(["umount", *how, path], capture_output=True, text=True)
-        if result.returncode and Path(path).is_mount():
-            raise OSError(0, result.stderr.strip())
+        said = [run(["umount", *how, point]).stderr.strip() for point in _mount_points(source)]
+        if _mount_points(source):
+            raise OSError(0, said[-1] if said else "it has only just appeared")
 
     try:
         _patiently(once)
@@ -153,17 +166,35 @@ def _unmount(path: str) -> None:
 
 def _remove_folder(path: str) -> None:
     """With all that is in it, but never through a mount that could not be undone."""
-    inside = [line.split()[4] for line in _mounts() if Path(line.split()[4]).is_relative_to(path)]
-    if inside:
+    if inside := [point for _, point in _mounts() if Path(point).is_relative_to(path)]:
         raise OSError(0, f"{inside[0]} is still mounted")
-    shutil.rmtree(path)
+
+    def once() -> None:
+        with contextlib.suppress(FileNotFoundError):  # a daemon that leaves removes its sockets meanwhile
+            shutil.rmtree(path)
+        if Path(path).exists():
+            raise OSError(0, "somebody still writes into it")
+
+    _patiently(once)
 
 
-def _mounts() -> list[str]:
+def _mount_points(source: str) -> list[str]:
+    return [point for name, point in _mounts() if name == source]
+
+
+def _mounts() -> list[tuple[str, str]]:
+    """(source, path) of everything that is mounted, the newest last. The kernel keeps the paths true."""
     try:
-        return Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")
     except FileNotFoundError:
         return []
+    rows = (line.partition(" - ") for line in lines if line)
+    return [(_unescaped(right.split(" ")[1]), _unescaped(left.split(" ")[4])) for left, _, right in rows]
+
+
+def _unescaped(text: str) -> str:
+    """A space is \\040 there."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def _patiently(action: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from p2pllm.errors import RunError
+from p2pllm_peers.lab.cleanup.commands import run
 from p2pllm_peers.lab.evidence import Emulator
 from p2pllm_peers.lab.network.lines import QUEUE_S
 from p2pllm_peers.lab.network.wires import Pairs, batch, in_namespace, ip, peer_commands
@@ -63,7 +64,7 @@ class KernelWires:
         if link is not None and link.nat:
             raise RunError("A line without NAT cannot get it while the lab runs; give it nat from the start.")
         for namespace, device in ((self._namespaces[peer], "eth0"), (self._hub, f"v{peer}")):
-            subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], capture_output=True)
+            run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"])  # there may be none
             if link is not None:
                 mbit = link.up_mbit if device == "eth0" else link.down_mbit
                 batch("tc", namespace, qdisc_commands(device, mbit, link))

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import IO, Any, Protocol
 
 from p2pllm.errors import RunError
+from p2pllm_peers.lab.cleanup.commands import run
 from p2pllm_peers.lab.evidence import Emulator
 from p2pllm_peers.lab.scenario import Link
 
@@ -180,7 +181,7 @@ def ip(namespace: str, commands: Iterable[str]) -> None:
 def batch(program: str, namespace: str, commands: Iterable[str]) -> None:
     """Commands of one of iproute2's programs in one namespace. Raises RunError."""
     arguments = [program, *(["-n", namespace] if namespace else []), "-batch", "-"]
-    result = subprocess.run(arguments, input="\n".join(commands), capture_output=True, text=True)
+    result = run(arguments, "\n".join(commands))
     if result.returncode:
         lines = result.stderr.strip().splitlines()
         raise RunError(f"The lab cannot set up its network: `{program}` says: {lines[0] if lines else 'nothing'}.")
