@@ -46,7 +46,7 @@ from p2pllm_peers.lab.simulation.parts import (
 ARRIVAL_S = 5.0
 """Virtual seconds in which all peers start, evenly."""
 
-PEER_SECONDS = 250_000.0
+PEER_SECONDS = 300_000.0
 """Bound on peers times virtual seconds of one simulation; the largest swarms are simulated for a shorter time."""
 
 LONGEST_ROUND_S = 4 * COMPUTE_S
