@@ -103,7 +103,10 @@ def swarm(path: Path, peers: int, rounds: int | None, out: Path) -> None:
 
 
 def experiment(scenario: Scenario, out: Path, *, short: bool = False) -> dict[str, Any]:
-    """Run it with a live view; returns its report, which is also written into the folder."""
+    """Run it with a live view; returns its report, which is also written into the folder.
+
+    Raises P2PLLMError if this machine cannot hold it or the run cannot begin. Exits with 130 if it was interrupted.
+    """
     import os
 
     import psutil
@@ -137,6 +140,7 @@ def _written_report(folder: Path) -> dict[str, Any]:
     try:
         write_page(found, folder / "report.html")
     except UsageError as error:  # no plots without the extra; the numbers are there
+        (folder / "report.html").unlink(missing_ok=True)  # an earlier page would not tell the same
         click.echo(f"p2pllm: {error}", err=True)
     return found
 

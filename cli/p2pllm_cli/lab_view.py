@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from p2pllm_cli.view import console, curve, status_line
+from p2pllm_cli.view import console, curve
 from p2pllm_peers.lab.evidence import Sample
 from p2pllm_peers.lab.scenario import PeerSpec, Scenario
 from p2pllm_peers.lab.swarm import Swarm
@@ -66,14 +66,14 @@ class LabView:
         if not statuses:
             return
         ahead = max(statuses, key=lambda status: int(status["recorded_round"]))
+        achieved = f"{losses(ahead)}  {ahead['swarm_tokens_per_s']:,.0f} tokens/s"
         if self._live is None:
             if ahead["recorded_round"] != self._shown:
                 self._shown = ahead["recorded_round"]
-                _line(status_line(ahead))
+                _line(f"round {ahead['recorded_round']} at {t:.1f} s  {achieved}")
             return
         left = f" of {self._scenario.duration_s:.0f}" if self._scenario.duration_s else ""
-        speed = f"{ahead['swarm_tokens_per_s']:,.0f} tokens/s"
-        self._head = [Text(f"{t:.0f}{left} s  round {ahead['recorded_round']}  {losses(ahead)}  {speed}")]
+        self._head = [Text(f"{t:.0f}{left} s  round {ahead['recorded_round']}  {achieved}")]
         if len(ahead["losses"]) > 1:
             self._head.append(Text(f"loss {curve(ahead['losses'])}", no_wrap=True, overflow="crop"))
         self._rows = self._table(t, swarm, sample)
@@ -113,9 +113,9 @@ class LabView:
     def _render(self) -> Panel:
         with self._lock:
             events = [Text(line) for line in self._events]
-        body = [*self._head, self._rows] if self._rows is not None else [Text(self._step)]
-        bottom = self._step if self._rows is not None and self._step == "ending the peers" else "Ctrl+C ends it"
-        return Panel(Group(*body, *events), title=Text(f"lab: {self._scenario.name}"), subtitle=Text(bottom))
+        table = [*self._head, self._rows] if self._rows is not None else []
+        title, bottom = Text(f"lab: {self._scenario.name}"), Text("Ctrl+C ends it")
+        return Panel(Group(*table, Text(self._step), *events), title=title, subtitle=bottom)
 
 
 def losses(status: dict[str, Any]) -> str:

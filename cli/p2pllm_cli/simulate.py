@@ -19,7 +19,7 @@ HEADINGS = (
     "peers", "msg/s", "kB/s", "all known s", "know", "first roster s", "in a roster", "rounds", "outside s",
     "rosters", "branches", "failed", "left out", "virtual s", "real s", "MB",
 )  # fmt: skip
-"""Messages and bytes are what one peer sends a second after the first round, or up to its end if there is no other."""
+"""msg/s and kB/s: see `ledger.sent_a_second`."""
 
 
 @click.command(short_help="The protocol with thousands of peers, in virtual time.")
@@ -77,13 +77,14 @@ def _progress() -> Iterator[Progress]:
 
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
-    stage = "training" if any(rate["messages"] for rate in result["training"].values()) else "forming"
-    rates = result[stage].values()
+    from p2pllm_peers.lab.simulation.ledger import sent_a_second
+
+    messages, size = sent_a_second(result)
     known = result["known"]
     return (
         f"{result['peers']}",
-        f"{sum(rate['messages'] for rate in rates):.1f}",
-        f"{sum(rate['bytes'] for rate in rates) / 1000:.1f}",
+        f"{messages:.1f}",
+        f"{size / 1000:.1f}",
         _seconds(known["all_known_s"]),
         f"{known['mean']:.0f} of {known['possible']}",
         _seconds(result["first_roster_s"]),

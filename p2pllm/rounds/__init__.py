@@ -6,8 +6,8 @@ that gather what `plan` needs and act on its answer. Start reading at `loop.Trai
 How long one peer can delay a round for the others, in seconds. Of the manifest: roster_wait_s (W, 5 by default),
 exchange_deadline_s (E, 60). Constants: membership notices a death after a beat and a retry (1.2) and a freeze after
 ALIVE_S (5); a small call takes CALL_TIMEOUT_S (2) at most; the all-reduce calls a peer stalled after 5 and a check
-(5.6), while streams open after 7.5 and a check (8.1), and tells so within 1; VOTE_WAIT_S is 8, LEADER_GRACE_S 3. With more than 64 members the times of membership
-grow as their number does, to four times these with 256.
+(5.6), while streams open after 7.5 and a check (8.1), and tells so within 1; VOTE_WAIT_S is 8, LEADER_GRACE_S 3.
+With more than 64 members the times of membership grow as their number does, to four times these with 256.
 
 - dead: collecting or waiting for the roster 1.2; in the exchange, where its streams break at once, 1 + 1.2;
   voting or committing 1.2.

@@ -162,14 +162,12 @@ def _check_event(scenario: Scenario, event: Event) -> None:
         raise UsageError("no peer has a link that could change; add a [links.NAME] and give it to all [[peers]]")
     if event.peer and event.peer == event.other:
         raise UsageError("peer and other are the same; take two")
-    if event.do == "fill_disk" and not any(
-        spec.disk_mb for spec in scenario.peer_specs() if event.peer in (spec.name, ANYONE)
-    ):
-        raise UsageError(f"{event.peer} has no disk of its own; give its [[peers]] disk_mb")
-    if event.do == "slow_machine" and any(
-        spec.cores == event.cores for spec in scenario.peer_specs() if event.peer in (spec.name, ANYONE)
-    ):
-        raise UsageError(f"cores is {event.cores:g}, which {event.peer} has already; take another share")
+    specs = [spec for spec in scenario.peer_specs() if event.peer in (spec.name, ANYONE)]
+    if event.do == "fill_disk" and not any(spec.disk_mb for spec in specs):
+        who = "no peer has a disk" if event.peer == ANYONE else f"{event.peer} has no disk"
+        raise UsageError(f"{who} of its own; give its [[peers]] disk_mb")
+    if event.do == "slow_machine" and (same := [spec.name for spec in specs if spec.cores == event.cores]):
+        raise UsageError(f"cores is {event.cores:g}, which {same[0]} has already; take another share")
     if event.do == "partition":
         _check_groups(event, names)
     if event.do == "slow_link":

@@ -13,7 +13,7 @@ import psutil
 from p2pllm_peers.lab.machines import Machines
 
 CORES = 0.25
-"""Cores taken away from which on a run says so; the kernel's own work for the links is below."""
+"""A run says so if it lost that many cores; what the kernel itself does for the links stays below."""
 
 
 class Disturbance:

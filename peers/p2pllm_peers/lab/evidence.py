@@ -7,18 +7,20 @@
     out/peers/<peer>/    its disk at the end
 
 All times are seconds since `began_unix`, the moment when the first peers were ready. What does not live here: making
-these files (`experiment`) and drawing conclusions (`report`).
+these files (`experiment`) and drawing conclusions (`reporting`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2pllm.errors import UsageError
+from p2pllm.explain import explain
 from p2pllm_peers.lab.scenario import Scenario
 
 
@@ -129,15 +131,18 @@ class Evidence:
     """One run of the lab, read from its folder."""
 
     def __init__(self, out: Path) -> None:
-        """Raises UsageError if `out` is not the folder of a run of the lab."""
+        """Raises UsageError if `out` is not the folder of a run of this version of the lab."""
+        model: type[_Row] = Facts
+        file = out / "lab.json"
         try:
-            self.facts = Facts.model_validate_json((out / "lab.json").read_bytes())
+            self.facts = Facts.model_validate_json(file.read_bytes())
+            model, file = Sample, out / "samples.jsonl"
+            self.samples = [Sample.model_validate(row) for row in read_lines(file)]
         except OSError:
-            raise UsageError(f"{out} has no lab.json; name the folder that `p2pllm lab run` wrote.") from None
-        except ValueError as error:
-            raise UsageError(f"{out}/lab.json is not of this version of the lab: {error}".splitlines()[0]) from None
-        self.out = out
-        self.samples = [Sample.model_validate(row) for row in read_lines(out / "samples.jsonl")]
+            raise UsageError(f"There is no readable {file}; name the folder that `p2pllm lab run` wrote.") from None
+        except ValidationError as error:
+            problem = f"{file} is damaged or of another version of p2pllm: {explain(error, model)}"
+            raise UsageError(f"{problem}; read it with the p2pllm that wrote it.") from None
         self.records: dict[str, list[dict[str, Any]]] = {
             peer.name: read_lines(out / peer.records) for peer in self.facts.peers if peer.records
         }
@@ -145,14 +150,12 @@ class Evidence:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file; one that is being written, or was torn, is left out."""
-    rows = []
     try:
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
+    rows = []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
     return rows

@@ -108,7 +108,9 @@ class Experiment:
         ]
         if self._scenario.alone_s:
             seconds, say = self._scenario.alone_s, self._watcher.say
+            disturbance = Disturbance(machines)
             rates = measure_alone(machines, self._scenario.run, self._settings, seconds, say, time.sleep)
+            self.facts.notes += [f"While each peer trained alone: {note}" for note in disturbance.notes()]
             for peer in self.facts.peers:
                 peer.alone_tokens_per_s = rates[peer.name]
 
@@ -182,6 +184,9 @@ class _Life:
             if t >= next_sample:
                 next_sample = max(next_sample + SAMPLE_EVERY_S, t)
                 self._sample(t)
+            for strike in self._strikes:
+                if strike.done():
+                    strike.result()  # a defect of ours must not pass for a fault that struck
             peers = self._swarm.peers.values()
             someone = any(peer.is_up for peer in peers)
             if not duration_s and any(peer.crashes for peer in peers):
@@ -194,6 +199,8 @@ class _Life:
     def close(self) -> None:
         """Wait for strikes that are under way, and end the peers that these have started meanwhile."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        rows = zip(self._facts.struck, self._strikes, strict=True)
+        self._facts.struck = [row for row, strike in rows if not strike.cancelled()]
         self._swarm.stop()
 
     def _t(self) -> float:

@@ -36,8 +36,8 @@ class Faults:
             self._start(self._swarm.peers[strike.peer], bool(strike.args.get("keep_disk", True)), progress)
         elif strike.do in _ON_PEERS:
             _ON_PEERS[strike.do](self._swarm.peers[strike.peer])
-        elif strike.do in ("slow_machine", "fill_disk", "free_disk", "corrupt"):
-            getattr(self, f"_{strike.do}")(strike)
+        elif strike.do in _ON_MACHINES:
+            _ON_MACHINES[strike.do](self, strike)
         else:
             self._on_links(strike)
 
@@ -54,15 +54,14 @@ class Faults:
     def _on_links(self, strike: Strike) -> None:
         links = self._links()
         if strike.do in ("cut", "mend"):
-            getattr(links, strike.do)(strike.peer, strike.args.get("other") or None)
+            change = links.cut if strike.do == "cut" else links.mend
+            change(strike.peer, strike.args["other"] or None)
         elif strike.do == "partition":
             links.partition([list(group) for group in strike.args["groups"]])
         elif strike.do == "heal":
             links.heal()
         else:  # slow_link and restore_link
-            link = self._machines.specs[strike.peer].link
-            assert link is not None  # noqa: S101 - links are there for all peers or for none
-            links.change(strike.peer, Link.model_validate({**link.model_dump(), **strike.args.get("link", {})}))
+            links.change(strike.peer, Link.model_validate(strike.args["link"]))
 
     def _links(self) -> Links:
         if self._machines.links is None:
@@ -89,11 +88,12 @@ class Faults:
         (self._machines[strike.peer].home / FILLER).unlink(missing_ok=True)
 
     def _corrupt(self, strike: Strike) -> None:
-        """Flip one bit somewhere in the newest file that matches."""
+        """Flip one bit somewhere in the newest file that matches and holds something."""
         folder = self._swarm.peers[strike.peer].folder
-        found = [path for path in folder.path.glob(strike.args["file"]) if path.is_file()] if folder else []
+        files = [path for path in folder.path.glob(strike.args["file"]) if path.is_file()] if folder else []
+        found = [path for path in files if path.stat().st_size]
         if not found:
-            raise RunError(f"{strike.peer} has no file {strike.args['file']} to corrupt.")
+            raise RunError(f"{strike.peer} has no file {strike.args['file']} to corrupt, or only empty ones.")
         path = max(found, key=lambda file: file.stat().st_mtime_ns)
         with path.open("r+b") as file:
             place = self._random.randrange(path.stat().st_size)
@@ -103,6 +103,12 @@ class Faults:
             file.write(bytes([byte ^ 1 << self._random.randrange(8)]))
 
 
+_ON_MACHINES: dict[str, Callable[[Faults, Strike], None]] = {
+    "slow_machine": Faults._slow_machine,
+    "fill_disk": Faults._fill_disk,
+    "free_disk": Faults._free_disk,
+    "corrupt": Faults._corrupt,
+}
 _ON_PEERS: dict[str, Callable[[SwarmPeer], None]] = {
     "kill": SwarmPeer.kill,
     "freeze": SwarmPeer.freeze,

@@ -39,10 +39,11 @@ _NEED_LINKS = frozenset({"cut", "mend", "partition", "heal", "slow_link", "resto
 
 @dataclass(frozen=True)
 class Machine:
-    """Where one peer lives. `home` is its disk."""
+    """Where one peer lives. `home` is its disk, `sockets` where its daemons keep theirs."""
 
     spec: PeerSpec
     home: Path
+    sockets: Path
     host: str  # IP address to listen on
     prefix: tuple[str, ...]  # before every command that runs on it
 
@@ -123,7 +124,7 @@ class Machines:
             prefix, host = self._local_prefix(name), "127.0.0.1"
             if self.links is not None:
                 prefix, host = (*prefix, *self.links.prefix(name)), self.links.address(name)
-            self._machines[name] = Machine(spec, self._out / PEERS / name, host, prefix)
+            self._machines[name] = Machine(spec, self._out / PEERS / name, self._runtime / name, host, prefix)
             if spec.disk_mb:
                 self._mount(name, spec.disk_mb)
 
@@ -140,7 +141,8 @@ class Machines:
 
     def offline(self, peer: str) -> Machine:
         """The same machine with another disk and no network but its own loopback's."""
-        return Machine(self.specs[peer], self._out / "alone" / peer, "127.0.0.1", self._local_prefix(peer))
+        home, prefix = self._out / "alone" / peer, self._local_prefix(peer)
+        return Machine(self.specs[peer], home, self._runtime / peer, "127.0.0.1", prefix)
 
     def _local_prefix(self, peer: str) -> tuple[str, ...]:
         """Own sockets, own share of a core."""

@@ -98,7 +98,9 @@ class Churn(_Section):
     faults_per_hour: float = Field(0.0, ge=0, le=3600, description="in the whole swarm, at independent times")
     mean_down_s: float = Field(20.0, gt=0, le=3600, description="mean seconds until one is undone; exponential")
     kinds: tuple[Literal["kill", "freeze", "stop", "cut"], ...] = Field(
-        ("kill", "freeze", "stop"), min_length=1, description="drawn from these; one that is named twice comes twice"
+        ("kill", "freeze", "stop"),
+        min_length=1,
+        description="drawn from these; one that is named twice comes twice as often",
     )
     least_up: int = Field(1, ge=0, le=64, description="peers that are always left untouched at any time")
     lose_disk: float = Field(0.0, ge=0, le=1, description="share of restarts without the files it had")
@@ -109,11 +111,13 @@ class Churn(_Section):
 class Verdict(_Section):
     """What must hold at the end. A limit that is left out is not checked."""
 
-    no_divergence: bool = Field(True, description="equal state digests at every round, repaired by the next one")
-    agree_at_end: bool = Field(True, description="living peers that end at the same round hold the same state")
+    no_divergence: bool = Field(True, description="equal state digests at every round, or repaired by the next one")
+    agree_at_end: bool = Field(True, description="peers that live, or are done, at the same round hold the same state")
     nothing_lost: bool = Field(True, description="no round that was committed is missing from the survivors' history")
     nothing_left: bool = Field(True, description="no process, socket, namespace or cgroup after the end")
-    max_rounds_behind: int | None = Field(1, ge=0, description="all living peers are at most so far from the head")
+    max_rounds_behind: int | None = Field(
+        1, ge=0, description="peers that live, or are done, are at most so far from the head"
+    )
     max_validation_loss: float | None = Field(None, gt=0, description="newest validation loss, nats a token")
     min_rounds: int | None = Field(None, ge=1, description="rounds that were committed")
     min_efficiency: float | None = Field(

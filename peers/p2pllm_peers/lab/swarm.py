@@ -26,7 +26,7 @@ from p2pllm_peers.control import ask, watch
 from p2pllm_peers.folders import PeerFolder, RunFolder
 from p2pllm_peers.lab.evidence import read_lines
 from p2pllm_peers.lab.machines import Machine, Machines
-from p2pllm_peers.lab.scenario import Peers, Scenario, Verdict
+from p2pllm_peers.lab.scenario import Peers, Scenario
 from p2pllm_peers.launcher import DaemonProcess, Order
 
 LEAVE_TIMEOUT_S = 10.0
@@ -181,10 +181,11 @@ class SwarmPeer:
                     file.write(content if content.endswith(b"\n") else content + b"\n")  # a torn line stays alone
 
     def wipe(self) -> None:
-        """Lose the disk: files, identity and all."""
+        """Lose the disk: files, identity, what a killed daemon left, and all."""
         self._facts = {}
-        for entry in self.machine.home.iterdir() if self.machine.home.is_dir() else ():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for folder in (self.machine.home, self.machine.sockets):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _signal(self, number: int) -> None:
         """Send a signal to every process of a living peer, those included that appear meanwhile."""
@@ -266,17 +267,10 @@ def start_together(peers: list[SwarmPeer], start: Callable[[SwarmPeer], None]) -
 
 
 def plain_scenario(draft: RunDraft, count: int) -> Scenario:
-    """Peers on loopback, without links, budgets and faults, all of them from the first round to the last.
-
-    Then all have ended by themselves, so nobody is left to be asked at the end; states are compared at every round.
-    """
+    """Peers on loopback, without links, budgets and faults, all of them from the first round to the last."""
     together = draft.round.model_copy(update={"min_peers": count})  # else the first is done before the last has started
-    return Scenario(
-        name="swarm",
-        run=draft.model_copy(update={"round": together}),
-        peers=(Peers(count=count, micro_batch=0),),
-        verdict=Verdict(max_rounds_behind=None, agree_at_end=False),
-    )
+    run = draft.model_copy(update={"round": together})
+    return Scenario(name="swarm", run=run, peers=(Peers(count=count, micro_batch=0),))
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ def test_twice_as_fast(tmp_path: Path) -> None:
     assert figures["idle of a round, median"][:2] == (pytest.approx(2.5), pytest.approx(0.5))
     assert figures["efficiency"] == (None, None, None) and figures["bytes a token"] == (None, None, None)
     assert figures["validation of a round, median"][2] == pytest.approx(1.0)
-    assert sum(1 for name in figures if name.startswith("time to a validation loss")) <= MAX_LOSSES + 1
+    losses = [name.split()[-1] for name in figures if name.startswith("time to a validation loss")]
+    assert losses == ["3.9", "3.6", "3.3", "3.0"] and len(losses) <= MAX_LOSSES, "spread over 4.0 to 3.0"
 
 
 def test_recoveries(tmp_path: Path) -> None:
@@ -43,17 +44,21 @@ def test_recoveries(tmp_path: Path) -> None:
 def test_what_makes_runs_hard_to_compare(tmp_path: Path) -> None:
     model = {"config": {"hidden_size": 64, "num_hidden_layers": 4}}
     one = made(tmp_path / "1", 2.0, scenario={"seed": 1, "run": {"model": model}, "links": {"home": {"up_mbit": 5,
-               "down_mbit": 5}}}, peers=[peer("a", link="home"), peer("b", cores=0.5)])  # fmt: skip
+               "down_mbit": 5}}}, peers=[peer("a", link="home"), peer("b", cores=0.5)],
+               **strikes((5.0, "kill", "a")))  # fmt: skip
     model = {"config": {"hidden_size": 128, "num_hidden_layers": 4}}
     two = made(tmp_path / "2", 2.0, scenario={"seed": 2, "run": {"model": model, "name": "other"}, "links": {"far":
-               {"up_mbit": 1, "down_mbit": 5}}}, peers=[peer("a", link="far"), peer("b")], interrupted=True,
-               cpus=8)  # fmt: skip
+               {"up_mbit": 1, "down_mbit": 5}}, "peers": [{"micro_batch": 8}]}, interrupted=True, cpus=8,
+               peers=[peer("a", link="far"), peer("b")], **strikes((5.0, "kill", "a"), (9.0, "freeze", "b"))
+               )  # fmt: skip
     told = {row["what"]: (row["a"], row["b"]) for row in compare(one, two)["warnings"]}
     assert told == {
         "run.model.config.hidden_size": ("64", "128"),
         "scenario's seed": ("1", "2"),
         "links.a.up_mbit": ("5.0", "1.0"),
         "cores.b": ("0.5", "0.0"),
+        "micro_batch.peer": ("4", "8"),
+        "events, from number 2 on": ("–", "at_s 9.0, do freeze, peer b, args {}"),
         "cores of the machine": ("2", "8"),
         "interrupted": ("False", "True"),
     }

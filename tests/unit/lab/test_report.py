@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from fake_runs import digest, evidence, long_run, peer, record, sample, strikes
 
-from p2pllm_peers.lab.evidence import LinkCheck
+from p2pllm.errors import UsageError
+from p2pllm_peers.lab.evidence import Evidence, LinkCheck
 from p2pllm_peers.lab.reporting.report import report, summary_lines
 
 TOKENS = 2 * 4 * 32
@@ -131,12 +132,20 @@ def test_lines_are_judged_by_their_tolerance(tmp_path: Path) -> None:
     assert found[0]["unit"] == "Mbit/s" and found[0]["tolerance"] == pytest.approx(0.5)
 
 
+def test_own_counters_where_a_life_ended_before_it_was_ready(tmp_path: Path) -> None:
+    """Killed at 20 s, and again at 25 s, while it started."""
+    rows = [record(1, 10.0, traffic={"updates_sent": 100}), record(9, 40.0, traffic={"updates_sent": 7})]
+    peers = [peer("a", ready_s=[-1.0, 30.0], ended_s=[20.0, 25.0, 99.5])]
+    (found,) = report(evidence(tmp_path, {"a": rows}, peers=peers))["peers"]
+    assert found["own"] == {"updates_sent": 107}
+
+
 def test_damaged_records(tmp_path: Path) -> None:
     torn = json.dumps(record(2, 4.0))[:40] + "\n"
     flipped = json.dumps(record(3, 6.0)).replace('"round": 3', '"rounf": 3') + "\n"
     found = report(evidence(tmp_path, {"a": [record(1, 2.0), torn, flipped, "7\n", record(4, 8.0)]}))
     assert [row["round"] for row in found["rounds"]] == [1, 4]
-    assert found["notes"] == ["2 lines of the records of a cannot be read."]
+    assert found["notes"] == ["The records of a have 2 damaged lines."], "a torn one is what kills leave"
 
 
 def test_losses_that_are_not_numbers(tmp_path: Path) -> None:
@@ -157,6 +166,34 @@ def test_what_peers_did_while_leaving_does_not_count(tmp_path: Path) -> None:
     rows["b"][1]["state_digest"] = digest(2, "other")
     found = report(evidence(tmp_path, rows))
     assert found["swarm"]["rounds"] == 1 and found["lost"] == []
+
+
+def test_peers_that_trained_to_the_last_round_are_done(tmp_path: Path) -> None:
+    """They left by themselves before the lab noticed, and agree, or do not."""
+    peers = [peer(name, ended_s=[7.0]) for name in ("a", "b", "c")]
+    rows = {name: [record(n, 2.0 * n, ("a", "b", "c")) for n in (1, 2, 3)] for name in ("a", "b", "c")}
+    fields = {"peers": peers, "ended_s": 7.1, "scenario": {"run": {"round": {"rounds": 3}}}}
+    found = report(evidence(tmp_path / "1", rows, **fields))
+    assert found["swarm"]["completed"] and found["passed"], found["checks"]
+    assert [(row["state"], row["behind"], row["settling"]) for row in found["at_end"]] == [("done", 0, False)] * 3
+    rows["c"][2]["state_digest"] = digest(3, "flipped")
+    found = report(evidence(tmp_path / "2", rows, **fields))
+    assert [check["name"] for check in found["checks"] if not check["passed"]] == [
+        "no divergence",
+        "agreement at the end",
+    ]
+
+
+def test_a_folder_of_another_version(tmp_path: Path) -> None:
+    evidence(tmp_path, {"a": []})
+    (tmp_path / "samples.jsonl").write_text('{"t": 1.0, "nobody": {}}')
+    with pytest.raises(
+        UsageError, match=r"samples\.jsonl is damaged or .*: peers is missing; read it with .* wrote it\.$"
+    ):
+        Evidence(tmp_path)
+    (tmp_path / "lab.json").write_text((tmp_path / "lab.json").read_text().replace('"cpus"', '"cpu"'))
+    with pytest.raises(UsageError, match=r"lab\.json is damaged or of another .*: cpu is not a known field \(did you"):
+        Evidence(tmp_path)
 
 
 def test_events_are_the_plan_and_nothing_else(tmp_path: Path) -> None:

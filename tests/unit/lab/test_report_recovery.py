@@ -19,6 +19,11 @@ def story(tmp_path: Path, planned: dict, gap: tuple[float, float], back_s: float
     return report(evidence(tmp_path, rows, **planned, **fields))
 
 
+def states(found: dict, name: str) -> list[tuple[str, float]]:
+    """What a peer was, and from when on."""
+    return [(state["state"], state["from_s"]) for state in found["timeline"][name]]
+
+
 def test_a_kill_and_a_restart(tmp_path: Path) -> None:
     planned = strikes((20.5, "kill", "b"), (30.0, "restart", "b", {"keep_disk": True}))
     peers = [peer("a"), peer("b", ready_s=[-1.0, 37.0], ended_s=[20.6, 100.0])]
@@ -28,8 +33,7 @@ def test_a_kill_and_a_restart(tmp_path: Path) -> None:
     assert row["survivors_s"] == pytest.approx(5.5) and row["survivors_round"] == 11
     assert row["return_s"] == pytest.approx(10.0) and row["return_round"] == 18
     assert row["watched_s"] == pytest.approx(78.5)
-    states = [(state["state"], state["from_s"]) for state in found["timeline"]["b"]]
-    assert states == [("up", -1.0), ("down", 20.6), ("starting", 30.0), ("up", 37.0)]
+    assert states(found, "b") == [("up", -1.0), ("down", 20.6), ("starting", 30.0), ("up", 37.0)]
     assert found["timeline"]["a"] == [{"state": "up", "from_s": -1.0, "to_s": 99.0}]
 
 
@@ -37,8 +41,44 @@ def test_a_restart_that_waits_until_the_peer_has_left(tmp_path: Path) -> None:
     planned = strikes((20.5, "stop", "b"), (22.0, "restart", "b", {"keep_disk": True}))
     peers = [peer("a"), peer("b", ready_s=[-1.0, 37.0], ended_s=[24.0, 100.0])]
     found = story(tmp_path, planned, (20.0, 20.0), 40.0, peers=peers)
-    states = [(state["state"], state["from_s"]) for state in found["timeline"]["b"]]
-    assert states == [("up", -1.0), ("starting", 24.0), ("up", 37.0)]
+    assert states(found, "b") == [("up", -1.0), ("starting", 24.0), ("up", 37.0)]
+    assert found["recoveries"][0]["undone_s"] == 24.0 and found["recoveries"][0]["return_s"] == pytest.approx(16.0)
+    peers[1].ready_s, peers[1].ended_s = [-1.0], [99.5]
+    found = story(tmp_path, planned, (20.0, 20.0), peers=peers)
+    assert found["recoveries"][0]["undone_s"] is None, "it left only after the end"
+
+
+def test_a_peer_that_is_stopped_and_restarted_before_it_was_ready(tmp_path: Path) -> None:
+    planned = strikes(
+        (20.5, "kill", "b"), (22.0, "restart", "b", {"keep_disk": True}),
+        (27.9, "stop", "b"), (27.95, "restart", "b", {"keep_disk": True}),
+    )  # fmt: skip
+    peers = [peer("a"), peer("b", ready_s=[-1.0, 28.0, 50.0], ended_s=[20.6, 35.0, 100.0])]
+    found = story(tmp_path, planned, (20.0, 20.0), 52.0, peers=peers)
+    assert states(found, "b")[1:] == [
+        ("down", 20.6), ("starting", 22.0), ("up", 28.0), ("starting", 35.0), ("up", 50.0)
+    ]  # fmt: skip
+
+
+def test_a_peer_that_is_killed_while_it_starts(tmp_path: Path) -> None:
+    again = {"keep_disk": True}
+    planned = strikes(
+        (20.5, "kill", "b"), (25.0, "restart", "b", again), (28.0, "kill", "b"), (35.0, "restart", "b", again)
+    )
+    peers = [peer("a"), peer("b", ready_s=[-1.0, 45.0], ended_s=[20.6, 28.1, 100.0])]
+    found = story(tmp_path, planned, (20.0, 20.0), 46.0, peers=peers)
+    assert states(found, "b")[1:] == [
+        ("down", 20.6), ("starting", 25.0), ("down", 28.1), ("starting", 35.0), ("up", 45.0)
+    ]  # fmt: skip
+
+
+def test_a_peer_that_is_killed_while_it_is_frozen(tmp_path: Path) -> None:
+    planned = strikes((20.5, "freeze", "b"), (24.0, "kill", "b"), (30.0, "restart", "b", {"keep_disk": True}))
+    peers = [peer("a"), peer("b", ready_s=[-1.0, 37.0], ended_s=[24.1, 100.0])]
+    found = story(tmp_path, planned, (20.0, 20.0), 40.0, peers=peers)
+    assert [row["undone_s"] for row in found["recoveries"]] == [24.0, 30.0]
+    assert states(found, "b")[1:] == [("frozen", 20.5), ("up", 24.0), ("down", 24.1), ("starting", 30.0), ("up", 37.0)]
+    assert {end["name"]: end["state"] for end in found["at_end"]} == {"a": "up", "b": "up"}
 
 
 def test_a_victim_that_never_comes_back(tmp_path: Path) -> None:
@@ -66,8 +106,7 @@ def test_a_freeze_and_a_cut_at_once(tmp_path: Path) -> None:
     found = story(tmp_path, planned, (20.0, 26.0), 40.0)
     freeze, cut_off = found["recoveries"]
     assert freeze["return_s"] == pytest.approx(10.0) and cut_off["return_s"] == pytest.approx(8.0)
-    states = [(state["state"], state["from_s"]) for state in found["timeline"]["b"]]
-    assert states == [("up", -1.0), ("frozen", 20.5), ("cut", 30.0), ("up", 32.0)]
+    assert states(found, "b") == [("up", -1.0), ("frozen", 20.5), ("cut", 30.0), ("up", 32.0)]
 
 
 def test_a_slow_machine_is_never_away(tmp_path: Path) -> None:

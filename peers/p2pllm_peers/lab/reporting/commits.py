@@ -44,7 +44,6 @@ class Commit(BaseModel):
     loss: Loss
     validation_loss: Loss = None
     attempts: int = 1
-    own_steps: list[int] = []
     state_digest: str
     seconds: dict[str, float] = {}
     traffic: dict[str, int] = {}
@@ -70,7 +69,10 @@ class Commit(BaseModel):
 
 
 def read_commits(peer: str, rows: list[dict[str, Any]], began_unix: float) -> tuple[list[Commit], int]:
-    """One peer's commits by time, and how many rows were no records (a damaged file)."""
+    """One peer's commits by time, and how many rows were whole lines but no records: a damaged file.
+
+    Torn lines, which every kill may leave, are not among the rows.
+    """
     commits = []
     for row in rows:
         try:

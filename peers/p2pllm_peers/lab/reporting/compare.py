@@ -5,12 +5,13 @@ Pure. What does not live here: printing (`p2pllm_cli`).
 
 from __future__ import annotations
 
-import statistics
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from p2pllm_peers.lab.reporting.commits import PARTS
-from p2pllm_peers.lab.reporting.words import amount, share, size
+from p2pllm_peers.lab.reporting.words import amount, median, share, size
+from p2pllm_peers.lab.scenario import Scenario
 
 Report = dict[str, Any]
 MAX_LOSSES = 5
@@ -67,7 +68,7 @@ def _pairs(a: Report, b: Report) -> Iterator[tuple[str, str, float | None, float
         yield what, unit, _at(a, path), _at(b, path)
     yield from _losses(a, b)
     for what, key in (("others' next commit after a fault", "survivors_s"), ("return of the struck", "return_s")):
-        yield f"{what}, median", "s", _median(a, key), _median(b, key)
+        yield f"{what}, median", "s", median(a["recoveries"], key), median(b["recoveries"], key)
     for part in PARTS:
         first, second = (_at(report, ("anatomy", "swarm", part, "median")) for report in (a, b))
         yield f"{part} of a round, median", "s", first, second
@@ -87,11 +88,6 @@ def _losses(a: Report, b: Report) -> Iterator[tuple[str, str, float | None, floa
         yield f"time to a validation loss of {loss:.1f}", "s", times[0][loss], times[1][loss]
 
 
-def _median(report: Report, key: str) -> float | None:
-    known = [row[key] for row in report["recoveries"] if row[key] is not None]
-    return statistics.median(known) if known else None
-
-
 def _warnings(a: Report, b: Report) -> list[dict[str, str]]:
     """What would have to be the same for the figures to mean the same."""
     first, second = (_setup(report) for report in (a, b))
@@ -106,6 +102,7 @@ def _setup(report: Report) -> dict[str, Any]:
         "duration_s": scenario["duration_s"],
         "links": _links(report),
         "cores": {peer["name"]: peer["cores"] for peer in report["peers"]},
+        "micro_batch": {spec.name: spec.micro_batch for spec in Scenario.model_validate(scenario).peer_specs()},
         "events": report["events"],
         "cores of the machine": run["cpus"],
         "version": run["p2pllm"],
@@ -120,8 +117,10 @@ def _differences(place: str, one: Any, other: Any) -> Iterator[tuple[str, str, s
         for key in [*one, *(key for key in other if key not in one)]:
             yield from _differences(f"{place}.{key}".lstrip("."), one.get(key), other.get(key))
     elif isinstance(one, list) and isinstance(other, list):
-        if one != other:
-            yield place, f"{len(one)} in all", f"{len(other)} in all"
+        for number, (ours, theirs) in enumerate(itertools.zip_longest(one, other), 1):
+            if ours != theirs:  # all that follow may differ, too
+                yield f"{place}, from number {number} on", _short(ours), _short(theirs)
+                return
     elif one != other:
         yield place, _short(one), _short(other)
 
@@ -134,5 +133,7 @@ def _links(report: Report) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     """Enough of a value to recognise it."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{key} {part}" for key, part in value.items())
     text = "–" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -5,7 +5,7 @@ What lives here: adding up counters that begin anew with every process of a peer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from p2pllm_peers.lab.evidence import Facts, PeerFacts, PeerSample, Sample
@@ -15,7 +15,9 @@ KINDS = ("control", "updates", "state")
 """Kinds of a peer's own payload: calls, all-reduce, and the states and aggregates of those who catch up."""
 
 
-def costs(facts: Facts, samples: Sequence[Sample], commits: Mapping[str, list[Commit]], main: Mapping[int, str]) -> Any:
+def costs(
+    facts: Facts, samples: Sequence[Sample], commits: Mapping[str, list[Commit]], main: Mapping[int, str]
+) -> list[dict[str, Any]]:
     """One row a peer, in the order of the facts; see `report` for the fields."""
     kept = {commit.round: commit for row in commits.values() for commit in row if _is_kept(commit, main)}
     return [_cost(peer, samples, commits.get(peer.name, []), kept, main) for peer in facts.peers]
@@ -32,7 +34,7 @@ def _cost(
     samples_given, tokens = _contributed(peer, kept)
     seen = [(sample.t, sample.peers[peer.name]) for sample in samples if peer.name in sample.peers]
     traffic = _traffic(peer, seen, own)
-    payload = {way: _both(traffic, way) for way in ("sent", "received")}
+    payload = {way: _payload(traffic, way) for way in ("sent", "received")}
     wire = {"up": _largest(seen, lambda row: row.wire_up), "down": _largest(seen, lambda row: row.wire_down)}
     up = payload["sent"] if wire["up"] is None else wire["up"]
     down = payload["received"] if wire["down"] is None else wire["down"]
@@ -69,9 +71,10 @@ def _traffic(peer: PeerFacts, seen: list[tuple[float, PeerSample]], own: list[Co
     said = [(time_s, row.traffic) for time_s, row in seen if row.phase]
     best: dict[tuple[int, str], int] = {}
     for time_s, counters in [*said, *((commit.time_s, commit.traffic) for commit in own)]:
-        life = sum(1 for ended_s in peer.ended_s if ended_s < time_s)
-        if life and (life >= len(peer.ready_s) or time_s < peer.ready_s[life] + STALE_S):
+        begun = [ready_s for ready_s in peer.ready_s if ready_s <= time_s]
+        if len(begun) > 1 and time_s < begun[-1] + STALE_S:
             continue  # still what the process before has said
+        life = max(1, len(begun))  # the first one may have said something before it was ready
         for key, value in counters.items():
             best[life, key] = max(best.get((life, key), 0), value)
     total: dict[str, int] = {}
@@ -80,10 +83,9 @@ def _traffic(peer: PeerFacts, seen: list[tuple[float, PeerSample]], own: list[Co
     return total
 
 
-def _both(traffic: Mapping[str, int], way: str) -> int | None:
+def _payload(traffic: Mapping[str, int], way: str) -> float | None:
     """Bytes of all kinds one way; None if the peer never told."""
-    known = [traffic[f"{kind}_{way}"] for kind in KINDS if f"{kind}_{way}" in traffic]
-    return sum(known) if known else None
+    return _sum(traffic.get(f"{kind}_{way}") for kind in KINDS)
 
 
 def _largest(
@@ -98,18 +100,26 @@ def _ratio(amount: float | None, by: float) -> float | None:
 
 
 def together(rows: Sequence[dict[str, Any]], rounds: int, tokens: int) -> dict[str, Any]:
-    """Bytes of all peers, each byte counted once, where it was sent; CPU seconds, where they were read."""
+    """Bytes of all peers, each byte counted once, where it was sent; CPU seconds, where they were read.
+
+    source: "wire", "own" (payload, as each peer counts it) or None. total, per_round (of those recorded), per_token:
+    by that source. payload: by the peers' own counters. cpu_s. All since the first process was started.
+    """
     on_wire = [row["wire"]["up"] for row in rows]
     by_peers = [row["payload"]["sent"] for row in rows]
     source = "wire" if any(value is not None for value in on_wire) else "own"
-    known = [value for value in (on_wire if source == "wire" else by_peers) if value is not None]
-    cpu = [row["cpu_s"] for row in rows if row["cpu_s"] is not None]
-    total = sum(known) if known else None
+    total = _sum(on_wire if source == "wire" else by_peers)
     return {
-        "source": source if known else None,
+        "source": source if total is not None else None,
         "total": total,
-        "payload": sum(value for value in by_peers if value is not None) if any(by_peers) else None,
+        "payload": _sum(by_peers),
         "per_round": _ratio(total, rounds),
         "per_token": _ratio(total, tokens),
-        "cpu_s": sum(cpu) if cpu else None,
+        "cpu_s": _sum(row["cpu_s"] for row in rows),
     }
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Of those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

@@ -77,13 +77,11 @@ def trace(
     parents = _parents(seen)
     last = [seen[peer][-1].node for peer in sorted(survivors) if seen.get(peer)]
     main = _main(last or [row[-1].node for row in seen.values() if row], commits, parents)
-    branches = [
-        Branch(_kind(group[0], main, commits), _cause(group[0], main, commits, struck, names), rows)
-        for group in _groups(commits, parents, main)
-        for rows in [[commit for node in group for commit in commits[node]]]
-    ]
-    for branch in branches:
-        _find_return(branch, seen, main)
+    branches = []
+    for group in _groups(commits, parents, main):
+        kind, cause = _kind(group[0], main, commits), _cause(group[0], main, commits, struck, names)
+        branches.append(Branch(kind, cause, [commit for node in group for commit in commits[node]]))
+        _find_return(branches[-1], seen, main)
     return History(main, sorted(branches, key=lambda branch: (branch.rounds[0], branch.peers)))
 
 

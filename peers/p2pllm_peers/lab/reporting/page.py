@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pllm.errors import UsageError
+from p2pllm_peers.lab.reporting.costs import KINDS
 from p2pllm_peers.lab.reporting.words import (
     amount,
     branch_in_words,
@@ -19,11 +20,11 @@ from p2pllm_peers.lab.reporting.words import (
     count,
     duration,
     in_words,
-    median_s,
+    median,
     share,
     size,
     source,
-)  # fmt: skip
+)
 
 Report = dict[str, Any]
 MAX_EVENTS = 400
@@ -48,7 +49,9 @@ def write_page(report: Report, path: Path) -> None:
         import jinja2
 
         from p2pllm_peers.lab.reporting.plots import charts
-    except ImportError:
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("jinja2", "matplotlib"):
+            raise
         raise UsageError(
             "The report's page needs matplotlib and jinja2, which are not installed: pip install 'p2pllm[lab]'."
         ) from None
@@ -87,7 +90,8 @@ def headline(report: Report) -> list[tuple[str, str, str]]:
         ("time", duration(run["ended_s"]), f"on {count(run['cpus'], 'core')} of one machine"),
     ]
     if report["recoveries"]:
-        rows.append(("recovery", median_s(report["recoveries"], "survivors_s"), "next commit of the others, median"))
+        after = median(report["recoveries"], "survivors_s")
+        rows.append(("recovery", amount(after, "s"), "next commit of the others, median"))
     return rows
 
 
@@ -145,7 +149,7 @@ def _peers(report: Report) -> list[Table]:
             [row["name"], end["state"], row["link"] or "loopback", cores, f"{row['rounds']:,}", f"{row['samples']:,}",
              amount(row["alone_tokens_per_s"], "tokens/s"), amount(row["cpu_s"], "s"), _or_dash(end["behind"])]
         )  # fmt: skip
-        own = [size(row["own"].get(f"{kind}_{way}")) for way in _WAYS for kind in _KINDS]
+        own = [size(row["own"].get(f"{kind}_{way}")) for way in ("sent", "received") for kind in KINDS]
         wire = [size(row["wire"][way]) for way in ("up", "down")]
         cost = [size(row["bytes_per_round"]["up"]), size(row["bytes_per_token"]["up"])]
         traffic.append([row["name"], wire[0], *own[:3], wire[1], *own[3:], *cost])
@@ -156,21 +160,19 @@ def _peers(report: Report) -> list[Table]:
         ),
         Table(
             "traffic", "Bytes of each peer, in numbers",
-            "On the wire: counters of the interface, with all headers. The others: payload, as the peer counts it.",
+            "On the wire: counters of the interface, with all headers. Control, updates, states: payload, as the peer "
+            f"counts it. A round that it committed, a token that it gave: {source(report['swarm'])}.",
             ("peer", "up on the wire", "control up", "updates up", "states up", "down on the wire", "control down",
-             "updates down", "states down", "up, a round", "up, a token it gave"), traffic,
+             "updates down", "states down", "up, a round", "up, a token"), traffic,
         ),
     ]  # fmt: skip
-
-
-_WAYS, _KINDS = ("sent", "received"), ("control", "updates", "state")
 
 
 def _links(report: Report) -> Table:
     rows = []
     for row in report["links"]:
         judged = {None: "not judged", True: "within", False: "OUTSIDE"}[row["passed"]]
-        tolerance = "–" if row["tolerance"] is None else f"± {compact(row['tolerance'])}"
+        tolerance = "–" if row["tolerance"] is None else f"± {compact(row['tolerance'])} {row['unit']}"
         values = [f"{compact(row[key])} {row['unit']}" for key in ("asked", "measured")]
         rows.append([row["peer"], row["what"], judged, *values, tolerance])
     head = ("peer", "what", "tolerance held", "asked", "measured", "tolerance")

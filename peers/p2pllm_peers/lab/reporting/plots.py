@@ -6,6 +6,8 @@ there with the extra `lab`.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from p2pllm_peers.lab.reporting.svg import (
     legend_above,
     new_figure,
 )
+from p2pllm_peers.lab.reporting.words import count
 
 Report = dict[str, Any]
 
@@ -45,8 +48,12 @@ KIND_COLOURS = dict(zip(KINDS, (AMBER, BLUE, GREEN), strict=True))
 STATE_COLOURS = {"up": GREEN, "starting": SKY, "frozen": BLUE, "cut": VERMILION, "down": GRID}
 
 TIME_LABEL = "time since the first peers were ready, s"
-MAX_POINTS = 1200
+MAX_POINTS = 600
+"""Of one curve; a page is hardly wider."""
+MAX_MARKERS = 120
+"""Of one curve; more would hide it."""
 MAX_BARS = 240
+"""Of one chart; beyond, rounds that follow each other share one."""
 MAX_ROWS = 24
 """Peers in one chart; tables show all."""
 MAX_NUMBERED = 16
@@ -119,12 +126,10 @@ def _loss_by_tokens(report: Report, width: float) -> tuple[Figure, str]:
 
 def _losses(report: Report, axes: Axes, key: str, scale: float) -> str:
     told = []
-    for name, label, colour, marker in (
-        ("loss", "training", BLUE, ""),
-        ("validation_loss", "validation", VERMILION, "o"),
-    ):
+    for name, label, colour in (("loss", "training", BLUE), ("validation_loss", "validation", VERMILION)):
         rows = _thin([row for row in report["rounds"] if row[name] is not None])
         if rows:
+            marker = "o" if name == "validation_loss" and len(rows) <= MAX_MARKERS else ""
             axes.plot([row[key] / scale for row in rows], [row[name] for row in rows], label=label, color=colour,
                       marker=marker, markersize=3.5, linewidth=1.4)  # fmt: skip
             told.append(f"{label} loss from {rows[0][name]:.3f} to {rows[-1][name]:.3f} nats a token")
@@ -139,7 +144,7 @@ def _speed(report: Report, width: float) -> tuple[Figure, str]:
     window = max(5.0, 4 * (report["swarm"]["round_interval_s"] or 0.0))
     first = min(rounds[0]["time_s"] + window, rounds[-1]["time_s"])
     times = [first + (end_s - first) * step / 400 for step in range(401)] if end_s > first else [first]
-    rates = [_tokens(rounds, time_s - window, time_s) / window for time_s in times]
+    rates = _rates(rounds, times, window)
     axes.plot(times, rates, color=BLUE)
     axes.set_xlabel(TIME_LABEL)
     axes.set_ylabel(f"tokens/s, mean of {window:.0f} s")
@@ -150,27 +155,32 @@ def _speed(report: Report, width: float) -> tuple[Figure, str]:
         label = f"the peers alone, added up: {alone:,.0f}"
         axes.annotate(label, (0.01, alone), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points")
     marked = _mark_faults(report, axes)
-    return figure, f"the swarm's tokens a second, {max(rates):,.0f} at most{marked}"
+    return figure, f"the swarm's tokens a second, mean of the last {window:.0f} s, {max(rates):,.0f} at most{marked}"
 
 
-def _tokens(rounds: Sequence[dict[str, Any]], after: float, until: float) -> int:
-    return sum(row["tokens"] for row in rounds if after < row["time_s"] <= until)
+def _rates(rounds: Sequence[dict[str, Any]], times: Sequence[float], window: float) -> list[float]:
+    """Tokens a second of the rounds that were committed in the `window` seconds until each of the times."""
+    committed = sorted((row["time_s"], row["tokens"]) for row in rounds)
+    at = [time_s for time_s, _ in committed]
+    so_far = [0, *itertools.accumulate(tokens for _, tokens in committed)]
+    return [(so_far[bisect_right(at, time_s)] - so_far[bisect_right(at, time_s - window)]) / window for time_s in times]
 
 
 def _mark_faults(report: Report, axes: Axes) -> str:
-    """A line where each fault struck, with its number in the table, and a shade until it was undone."""
+    """Time from 0 to the end, a line where each fault struck, its number in the table, a shade until it was undone."""
     rows = report["recoveries"]
     axes.set_xlim(min(0.0, axes.dataLim.x0), report["run"]["ended_s"])
     for number, row in enumerate(rows, 1):
         axes.axvline(row["at_s"], color=MUTED, linewidth=1, linestyle=(0, (2, 2)), zorder=0.6)
-        axes.axvspan(row["at_s"], row["undone_s"] or row["at_s"], color=MUTED, alpha=0.13, linewidth=0, zorder=0.1)
+        if row["undone_s"] is not None:
+            axes.axvspan(row["at_s"], row["undone_s"], color=MUTED, alpha=0.13, linewidth=0, zorder=0.1)
         if len(rows) <= MAX_NUMBERED:
             axes.annotate(
                 str(number), (row["at_s"], 1), (3, -2), xycoords=("data", "axes fraction"),
                 textcoords="offset points", va="top", fontsize=12, fontweight="bold",
             )  # fmt: skip
-    numbered = ", numbered as in the table below," if len(rows) <= MAX_NUMBERED else ""
-    return f"; shaded: from each fault{numbered} until it was undone" if rows else ""
+    numbered = ", numbered as in the table below" if len(rows) <= MAX_NUMBERED else ""
+    return f"; dotted lines: faults{numbered}; shaded: until they were undone" if rows else ""
 
 
 def _shown(report: Report) -> tuple[list[str], str]:
@@ -213,7 +223,7 @@ def _timeline(report: Report, width: float) -> tuple[Figure, str]:
     if backs:
         handles += axes.plot([], [], "^", color=INK, label="commits again")
     legend_above(figure, handles, width)
-    return figure, f"when each peer was up, and {len(report['recoveries'])} faults{marked}{more}"
+    return figure, f"when each peer was up, and {count(len(report['recoveries']), 'fault')}{marked}{more}"
 
 
 def _bytes(report: Report, width: float) -> tuple[Figure, str]:

@@ -48,9 +48,18 @@ def faults(facts: Facts) -> list[Fault]:
         if (strike.do in OPPOSITE or strike.do == "corrupt") and not _sets_free(strike, facts):
             later = ((time_s, facts.events[other]) for time_s, other in done[place + 1 :])
             undone = next((time_s for time_s, other in later if _undoes(other, strike, facts)), None)
+            if undone is not None and OPPOSITE.get(strike.do) == "restart":
+                undone = _restarted(strike.peer, at_s, undone, facts)
             there = [peer.name for peer in facts.peers if _is_there(peer, at_s)]
             found.append(_fault(index, strike, at_s, undone, there))
     return found
+
+
+def _restarted(name: str, at_s: float, due_s: float, facts: Facts) -> float | None:
+    """When the restart that was due began: it waits until the peer is gone; None if that was after the end."""
+    ends = [ended_s for peer in facts.peers if peer.name == name for ended_s in peer.ended_s if ended_s >= at_s]
+    began_s = max([due_s, *sorted(ends)[:1]])
+    return None if 0 < facts.ended_s < began_s else began_s
 
 
 def _fault(index: int, strike: Strike, at_s: float, undone: float | None, there: list[str]) -> Fault:
@@ -72,6 +81,8 @@ def _sets_free(strike: Strike, facts: Facts) -> bool:
 
 
 def _undoes(later: Strike, fault: Strike, facts: Facts) -> bool:
+    if (fault.do, later.do) == ("freeze", "kill"):  # the dead are not frozen, nor is who comes back
+        return later.peer == fault.peer
     if later.do != OPPOSITE.get(fault.do) or (later.do == "slow_machine" and not _sets_free(later, facts)):
         return False
     return fault.do == "partition" or (later.peer, later.args.get("other")) == (fault.peer, fault.args.get("other"))
@@ -87,9 +98,9 @@ def recoveries(
 
 
 def _recovery(fault: Fault, everything: list[Commit], common: list[Commit], end_s: float) -> dict[str, Any]:
-    away = () if fault.splits else fault.victims
+    not_others = () if fault.splits else fault.victims
     known = max((commit.round for commit in everything if commit.time_s <= fault.at_s), default=0)
-    new = (c for c in everything if c.time_s > fault.at_s and c.round > known and c.peer not in away)
+    new = (c for c in everything if c.time_s > fault.at_s and c.round > known and c.peer not in not_others)
     after = next(new, None)
     back_s = fault.undone_s if fault.do in TAKES_AWAY else fault.at_s
     returned = None if back_s is None else _return(fault.victims, common, back_s)
@@ -134,10 +145,12 @@ def _states(peer: PeerFacts, facts: Facts, struck: Sequence[Fault], end_s: float
     marks = {*peer.ready_s, *peer.ended_s, *starts, *(fault.at_s for fault in mine)}
     marks |= {fault.undone_s for fault in mine if fault.undone_s is not None}
     first = min([*peer.ready_s, *starts], default=end_s)
+    joins = any(strike.do == "join" and strike.peer == peer.name for strike in facts.events)
+    begun = starts if joins else [float("-inf"), *starts]
     times = sorted({time_s for time_s in marks if first <= time_s < end_s} | {end_s})
     states: list[State] = []
     for from_s, to_s in itertools.pairwise(times):
-        state = _state_at(peer, mine, starts, from_s)
+        state = _state_at(peer, mine, begun, from_s)
         if states and states[-1]["state"] == state:
             states[-1]["to_s"] = to_s
         else:
@@ -151,10 +164,10 @@ def _is_there(peer: PeerFacts, time_s: float) -> bool:
     return ready is not None and not any(ready <= at <= time_s for at in peer.ended_s)
 
 
-def _state_at(peer: PeerFacts, mine: list[Fault], starts: list[float], time_s: float) -> str:
+def _state_at(peer: PeerFacts, mine: list[Fault], begun: list[float], time_s: float) -> str:
     if not _is_there(peer, time_s):
-        # a restart may be due before the peer has left
-        ready = max((at for at in peer.ready_s if at <= time_s), default=float("-inf"))
-        return "starting" if any(ready < at <= time_s for at in starts) else "down"
+        # counted, as a restart may be due before the peer has left, or even before it was ready
+        lives, ends = (sum(1 for at in times if at <= time_s) for times in (begun, peer.ended_s))
+        return "starting" if lives > ends else "down"
     active = {fault.do for fault in mine if fault.active(time_s)}
     return "frozen" if "freeze" in active else "cut" if active else "up"

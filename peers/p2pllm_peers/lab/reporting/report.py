@@ -31,10 +31,10 @@ The report is JSON:
     branches        committed beside the history: kind, cause (event), rounds, peers, from_s, to_s, tokens, rejoined
                     (peer -> round), rejoined_s, repaired
     diverged, lost, abandoned    rounds with differing states; rounds missing in the history, without and with a cut
-    at_end          name, state, round, digest, behind (rounds to the head), settling (trouble ended just before)
+    at_end          name, state (or "done": it ended after the run's last round), round, digest, behind (rounds to the
+                    head), settling (trouble ended just before)
     timeline        name -> [{state, from_s, to_s}]
-    left_over, notes
-    checks, passed  the verdict, see `verdict.Check`
+    left_over, notes, checks and passed (the verdict, see `verdict.Check`)
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from p2pllm_peers.lab.reporting.costs import costs, together
 from p2pllm_peers.lab.reporting.history import Branch, History, trace
 from p2pllm_peers.lab.reporting.progress import reached, rounds_of, speed
 from p2pllm_peers.lab.reporting.recovery import State, faults, recoveries, timeline
-from p2pllm_peers.lab.reporting.verdict import judge
-from p2pllm_peers.lab.reporting.words import amount, branch_in_words, count, duration, median_s, share, size, source
+from p2pllm_peers.lab.reporting.verdict import DELAY_TOLERANCE_MS, RATE_TOLERANCE, judge
+from p2pllm_peers.lab.reporting.words import amount, branch_in_words, count, duration, median, share, size, source
 
 VERSION = 1
 NETWORK_PARTS = ("roster", "exchange", "vote", "outer_step", "digest")
@@ -62,9 +62,6 @@ SETTLE_S = 30.0
 
 START_S = 120.0
 """A slow machine may take so long from the start of a process until it takes part."""
-
-RATE_TOLERANCE = 0.05
-DELAY_TOLERANCE_MS = 2.0
 
 Records = Mapping[str, list[dict[str, Any]]]
 Row = dict[str, Any]
@@ -79,13 +76,20 @@ def report(evidence: Evidence) -> Row:
     seen = {name: sights(name, rows, evidence.samples, end_s) for name, rows in commits.items()}
     struck, names = faults(facts), _names(facts)
     states = timeline(facts, struck, end_s)
-    living = [name for name, row in states.items() if row and row[-1]["state"] in ("up", "starting")]
-    there = [name for name, row in states.items() if row and row[-1]["state"] != "down"]
+    ends = {name: _end(row, seen.get(name, []), facts) for name, row in states.items()}
+    living = [name for name, end in ends.items() if end["state"] in ("up", "starting", "done")]
+    there = [name for name, end in ends.items() if end["state"] not in ("down", "never there")]
     history = trace(seen, living, struck, names)
     rounds = rounds_of(commits, history, names)
     completed = history.head >= facts.scenario.run.round.rounds
-    parts = [_parts(commit) for rows in commits.values() for commit in rows]
+    parts = [
+        {"peer": name, "round": commit.round, "time_s": commit.time_s, **commit.parts()}
+        for name, rows in commits.items()
+        for commit in rows
+    ]
     peers = costs(facts, evidence.samples, commits, history.main)
+    last_s = min(end_s, rounds[-1]["time_s"]) if completed and rounds else end_s
+    damaged = [f"The records of {name} have {count(bad, 'damaged line')}." for name, (_, bad) in read.items() if bad]
     found = {
         "version": VERSION,
         "run": _run(facts, end_s),
@@ -103,18 +107,15 @@ def report(evidence: Evidence) -> Row:
         "links": [row for link in facts.links for row in _link(link)],
         "events": [strike.model_dump(mode="json") for strike in facts.events],
         "struck": [row.model_dump(mode="json") for row in facts.struck],
-        "recoveries": recoveries(
-            struck, commits, history.main, min(end_s, rounds[-1]["time_s"]) if completed and rounds else end_s
-        ),
+        "recoveries": recoveries(struck, commits, history.main, last_s),
         "branches": [_branch(branch, there) for branch in history.branches],
         "diverged": _rounds(history, lambda branch: branch.kind == "divergence"),
         "lost": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is None),
         "abandoned": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is not None),
-        "at_end": [_at_end(name, row, seen.get(name, []), history, end_s) for name, row in states.items()],
+        "at_end": [_at_end(name, end, seen.get(name, []), history, end_s) for name, end in ends.items()],
         "timeline": states,
         "left_over": facts.left_over,
-        "notes": facts.notes
-        + [f"{bad} lines of the records of {name} cannot be read." for name, (_, bad) in read.items() if bad],
+        "notes": facts.notes + damaged,
     }
     checks = [asdict(check) for check in judge(found, facts.scenario.verdict)]
     return found | {"checks": checks, "passed": all(check["passed"] for check in checks)}
@@ -128,8 +129,8 @@ def summary_lines(report: Row) -> list[str]:
     if report["rounds"]:
         lines += _achieved(report)
     if report["recoveries"]:
-        others, back = (median_s(report["recoveries"], key) for key in ("survivors_s", "return_s"))
-        told = f"next commit of the others after {others} (median), of the struck one after {back}"
+        others, back = (amount(median(report["recoveries"], key), "s") for key in ("survivors_s", "return_s"))
+        told = f"next commit of the others after {others}, of the struck one {back} after the fault's end (medians)"
         lines.append(f"{count(len(report['recoveries']), 'fault')}: {told}")
     judged = [row["passed"] for row in report["links"] if row["passed"] is not None]
     if judged:
@@ -142,18 +143,19 @@ def summary_lines(report: Row) -> list[str]:
 
 def _achieved(report: Row) -> list[str]:
     swarm, spent = report["swarm"], report["swarm"]["bytes"]
-    rate = f"{amount(swarm['tokens_per_s'], 'tokens/s')}"
-    alone = swarm["efficiency"] is not None and f", {share(swarm['efficiency'])} of what the peers make alone"
+    rate = amount(swarm["tokens_per_s"], "tokens/s")
+    rate += "" if swarm["efficiency"] is None else f", {share(swarm['efficiency'])} of what the peers make alone"
     losses = f"{amount(report['rounds'][0]['loss'], '')} -> {amount(swarm['final_loss'], '')}"
     apart = [branch_in_words(branch) for branch in report["branches"]]
+    shared = sum(len(row["digests"]) > 1 for row in report["rounds"])
     parts = [f"{part} {row['mean']:.2f} s" for part, row in report["anatomy"]["swarm"].items()]
     return [
-        f"rounds: {swarm['rounds']}, one in {amount(swarm['round_interval_s'], 's')} (median); {rate}{alone or ''}",
+        f"rounds: {swarm['rounds']}, one in {amount(swarm['round_interval_s'], 's')} (median); {rate}",
         f"training loss: {losses}; validation loss: {amount(swarm['final_validation_loss'], '')} nats a token",
         f"bytes sent ({source(swarm)}): {size(spent['total'])}, {size(spent['per_round'])} a round, "
         f"{size(spent['per_token'])} a token",
         f"a round (mean): {', '.join(parts)}",
-        f"states: {'; '.join(apart) or 'equal after every round'}",
+        f"states: {'; '.join(apart) or f'equal after {shared} of {shared} rounds that several peers recorded'}",
     ]
 
 
@@ -219,10 +221,6 @@ def _totals(rounds: list[Row], history: History, parts: list[Row]) -> Row:
     }
 
 
-def _parts(commit: Commit) -> Row:
-    return {"peer": commit.peer, "round": commit.round, "time_s": commit.time_s, **commit.parts()}
-
-
 def _anatomy(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     return _spread((part, row[part]) for row in rows for part in PARTS if row[part] is not None)
 
@@ -277,12 +275,20 @@ def _rounds(history: History, wanted: Callable[[Branch], bool]) -> list[int]:
     return sorted({number for branch in history.branches if wanted(branch) for number in branch.rounds})
 
 
-def _at_end(name: str, states: list[State], seen: list[Sight], history: History, end_s: float) -> Row:
+def _end(states: list[State], seen: list[Sight], facts: Facts) -> State:
+    """What became of a peer: its last state, or "done" for one that ended since no round was left to do."""
+    if not states:
+        return {"state": "never there", "from_s": 0.0}
+    finished = bool(seen) and seen[-1].node[0] >= facts.scenario.run.round.rounds
+    return {"state": "done", "from_s": 0.0} if finished and states[-1]["state"] == "down" else states[-1]
+
+
+def _at_end(name: str, end: State, seen: list[Sight], history: History, end_s: float) -> Row:
     """Where a peer stood last; one on a branch is as far behind as its last round of the history."""
     common = [sight.node[0] for sight in seen if history.main.get(sight.node[0]) == sight.node[1]]
     last = seen[-1].node if seen else (0, "")
     on_main = bool(common) and history.main.get(last[0]) == last[1]
-    state, since_s = (states[-1]["state"], states[-1]["from_s"]) if states else ("never there", 0.0)
+    state, since_s = end["state"], end["from_s"]
     return {
         "name": name,
         "state": state,

@@ -51,8 +51,11 @@ STYLE: dict[Any, Any] = {
 
 def inline(figure: Figure, prefix: str) -> str:
     """The figure as an svg element without a size of its own, whose ids are unique in a page."""
-    file = io.StringIO()
-    FigureCanvasSVG(figure)
+    FigureCanvasSVG(figure)  # which measures text as it will be drawn
+    layout, file = figure.get_layout_engine(), io.StringIO()
+    if layout is not None:  # savefig would draw everything once more for it
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     needless = re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.DOTALL)
@@ -65,6 +68,7 @@ def inline(figure: Figure, prefix: str) -> str:
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty chart of so many units (see WIDE) on the page's own background."""
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -73,5 +77,6 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def legend_above(figure: Figure, handles: Sequence[Any], width: float) -> None:
+    """A legend outside the axes, which covers no data; `width` is that of the figure."""
     columns = len(handles) if width == WIDE else 3
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.2)

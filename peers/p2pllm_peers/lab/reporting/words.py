@@ -76,13 +76,13 @@ def share(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes in steps of a thousand; "–" for None."""
+    """Bytes in steps of a thousand, three digits that matter; "–" for None."""
     if value is None:
         return "–"
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= step:
-            return f"{value / step:.3g} {unit}" if value < 1000 * step else f"{value / step:,.0f} {unit}"
-    return f"{value:.0f} B"
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)):
+        if value >= 0.9995 * step:  # what three digits would round up to a thousand is one of the next unit
+            return f"{value / step:.3g} {unit}" if value < 999.5 * step else f"{value / step:,.0f} {unit}"
+    return f"{value:.3g} B"
 
 
 def source(swarm: dict[str, Any]) -> str:
@@ -90,7 +90,7 @@ def source(swarm: dict[str, Any]) -> str:
     return {"wire": "on the wire", "own": "payload", None: "not measured"}[swarm["bytes"]["source"]]
 
 
-def median_s(rows: Iterable[dict[str, Any]], key: str) -> str:
-    """Median seconds of the rows that have them; "–" if none has."""
+def median(rows: Iterable[dict[str, Any]], key: str) -> float | None:
+    """Median of the rows that have the value; None if none has."""
     known = [row[key] for row in rows if row[key] is not None]
-    return amount(statistics.median(known) if known else None, "s")
+    return statistics.median(known) if known else None
