@@ -1,14 +1,19 @@
 """Shared by all tests: a machine of its own for a peer, from which nothing escapes."""
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from p2pllm.testing.plugin import Machine
+from p2pllm_cli.main import main
 
 TINY_RUN = """
 name = "tiny"
@@ -54,6 +59,22 @@ class PeerEnv(Machine):
             timeout=timeout,
         )
 
+    def p2pllm_here(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        """The same in this process, for a command that ends at once: most of its time would go into imports."""
+        command = ["p2pllm", *map(str, arguments)]
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, self.variables | variables, clear=True),
+            mock.patch.object(sys, "argv", command),
+            contextlib.chdir(self.folder),
+            _signals_as_they_are(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as end,
+        ):
+            main()
+        return subprocess.CompletedProcess(command, end.value.code, out.getvalue(), err.getvalue())
+
     def write_run(self, *changes: tuple[str, str]) -> Path:
         """A run file of the tiny run, with its text; each change replaces one piece of it."""
         lines = (f"{number} little words about machines that train together" for number in range(2000))
@@ -67,8 +88,12 @@ class PeerEnv(Machine):
         return path
 
     def refuses(self, code: int, words: list[str], *arguments: object, **variables: str) -> None:
-        """Run a command that must fail with one clear sentence that holds all the `words`."""
-        result = self.p2pllm(*arguments, **variables)
+        """Run a command in this process that must fail with one clear sentence that holds all the `words`."""
+        self.check_refused(self.p2pllm_here(*arguments, **variables), code, words)
+
+    @staticmethod
+    def check_refused(result: subprocess.CompletedProcess[str], code: int, words: list[str]) -> None:
+        """A command has failed with this exit code and one clear sentence that holds all the `words`."""
         assert result.returncode == code, result.stdout + result.stderr
         assert len(result.stderr.splitlines()) == 1, result.stderr
         sentence = result.stderr.strip()
@@ -83,6 +108,17 @@ class PeerEnv(Machine):
         assert self.left_behind() == []
         kept = [path.name for path in self.home.glob("runs/*")] if self.home.is_dir() else []
         assert runs or kept == [], kept
+
+
+@contextlib.contextmanager
+def _signals_as_they_are() -> Iterator[None]:
+    """What commands do with signals ends with them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +136,8 @@ def make_peer_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Peer
 
 
 @pytest.fixture
-def peer_env(make_peer_env: Callable[[], PeerEnv], monkeypatch: pytest.MonkeyPatch) -> PeerEnv:
-    """A machine of its own for one test, whose variables hold in this process too; ended with the test."""
+def peer_env(make_peer_env: Callable[[], PeerEnv]) -> Iterator[PeerEnv]:
+    """A machine of its own for one test; ended with the test."""
     env = make_peer_env()
-    for name in os.environ:
-        if name.startswith("P2PLLM_"):
-            monkeypatch.delenv(name)
-    for name, value in env.variables.items():
-        monkeypatch.setenv(name, value)
     yield env
     env.clean()

@@ -133,22 +133,21 @@ def _where(waiting: Any) -> str:
     return where
 
 
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
+def run(coroutine: Coroutine[Any, Any, T], loop_class: type[VirtualLoop] = VirtualLoop) -> T:
     """Run a coroutine to its end in virtual time; tasks that it leaves behind are cancelled.
 
     Raises DeadlockError if it waits for what cannot come, and whatever the coroutine raises.
     """
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(_to_the_end(coroutine))
+    loop = loop_class()
 
-
-async def _to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:
-    loop = asyncio.get_running_loop()
-    try:
-        return await coroutine
-    finally:
-        if isinstance(loop, VirtualLoop):
+    async def to_the_end() -> T:
+        try:
+            return await coroutine
+        finally:
             loop.thaw_all()  # what is frozen could not be cancelled
+
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        return runner.run(to_the_end())
 
 
 def virtual(test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., T]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from p2pllm.rounds.messages import Phase
 
@@ -29,8 +29,11 @@ SLOW_S = 0.5
 def fail_at(peer: MemoryPeer, round_: int, phase: Phase, how: How, *, delay: float = 0.0, for_s: float = 0.0) -> None:
     """Let a fault strike `delay` seconds after the peer has entered `phase` of the round, once.
 
-    for_s: undone after so many seconds; 0: never. Raises ValueError for a fault that there is not.
+    for_s: undone after so many seconds; 0: never. It is for this life of the peer: who is killed and comes back has no
+    faults to come. Raises ValueError for a phase or a fault that there is not, which would never strike.
     """
+    if phase not in get_args(Phase):
+        raise ValueError(f"There is no phase {phase!r}; choose one of {', '.join(get_args(Phase))}.")
     strike, undo = _fault(peer, how)
 
     def act() -> None:

@@ -32,10 +32,8 @@ from typing import Any
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import peer_id_of
 from p2pllm.testing.clock import TICK_S
-from p2pllm.testing.host import OPEN_STREAM_S, OWNER, Call, Count, MemoryHost
+from p2pllm.testing.host import OWNER, Call, MemoryHost
 from p2pllm.testing.pipe import Pipe
-
-__all__ = ["LATENCY_S", "OPEN_STREAM_S", "Count", "MemoryHost", "MemoryNetwork", "peer_number"]
 
 LATENCY_S = 0.001
 """One way, unless a network is told otherwise."""

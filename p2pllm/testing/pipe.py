@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from p2pllm.testing.clock import TICK_S
 
 if TYPE_CHECKING:
-    from p2pllm.testing.network import MemoryHost
+    from p2pllm.testing.host import MemoryHost
 
 WINDOW_BYTES = 1 << 15
 """Bytes on their way beyond which a writer waits; a single write may be larger."""

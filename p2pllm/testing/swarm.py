@@ -90,8 +90,8 @@ class WatchedView(SwarmView):
 
 
 class MemoryPeer:
-    """One peer, wired as the daemon wires it: `host`, `view`, `membership`, `keeper`, `compute`, `desk`, `votes`,
-    `allreduce`, `loop` are its parts, `records` what it committed, `committed_at` when, by round.
+    """One peer, wired as the daemon wires it: `host`, `directory`, `view`, `membership`, `keeper`, `compute`, `desk`,
+    `votes`, `allreduce`, `loop` are its parts, `records` what it committed, `committed_at` when, by round.
     """
 
     def __init__(self, swarm: MemorySwarm, number: int, state: SharedState | None = None) -> None:
@@ -101,6 +101,7 @@ class MemoryPeer:
         self.swarm, self.number = swarm, number
         self.host = swarm.network.host(number)
         self.id = self.host.peer_id
+        self.directory: Any = parts.directory(self)
         initial = bytes.fromhex(manifest.initial_state)
         self.view = WatchedView(self.id, initial_state=initial, last_round=section.rounds)
         self.membership = Membership(
@@ -108,7 +109,7 @@ class MemoryPeer:
             status=self.view.own_bytes,
             on_status=self.view.hear,
             addresses=lambda: [self.host.address],
-            directory=parts.directory(self),
+            directory=self.directory,
             clock=clock,
         )
         self.view.attach(self.membership)

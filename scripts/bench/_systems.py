@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import cProfile
 import ctypes
 import multiprocessing
 import os
-import pstats
 import signal
 import tempfile
 import time
@@ -28,15 +26,18 @@ RUN_ID = "be" * 32
 
 
 def wait_until(at: float) -> None:
+    """Return at a moment of the machine's monotonic clock, to a few microseconds."""
     while (left := at - time.monotonic()) > 0:
         time.sleep(left if left < 0.002 else left - 0.001)
 
 
 def value(index: int) -> float:
+    """What a peer gives in every element."""
     return 1.0 + index
 
 
 def check(mean: float, peers: int) -> None:
+    """Stop a benchmark that averages wrongly; fp16 may be off by rounding."""
     expected = sum(map(value, range(peers))) / peers
     assert abs(mean - expected) < 1e-2 * expected, f"the mean is {mean}, not {expected}"
 
@@ -50,14 +51,13 @@ class Ours:
         from p2pllm.network.node import Node, NodeSettings
 
         self.index, self.peers, self.shared = index, peers, shared
-        self.runner = asyncio.Runner(loop_factory=loop_factory())
+        self.runner = asyncio.Runner()
         self.folder = tempfile.TemporaryDirectory(prefix="bench-")
         identity = Identity.load_or_create(Path(self.folder.name) / "key")
 
         async def start() -> None:
             self.node = await Node.start(identity, RUN_ID, Path(self.folder.name) / "run", NodeSettings())
-            options = {"part_bytes": int(os.environ.get("BENCH_PART", 1 << 20))}
-            self.engine = DenseAllReduce(self.node, **options)
+            self.engine = DenseAllReduce(self.node)
             await self.engine.start()
 
         self.runner.run(start())
@@ -71,7 +71,6 @@ class Ours:
             peer, address = (shared / f"ours-{other}").read_text().split()
             self.node.learn(peer, [address])
             self.members.append(peer)
-        self.profile = cProfile.Profile() if os.environ.get("BENCH_CPROFILE") and index == 0 else None
 
     def prepare(self, size: int, codec: str) -> None:
         self.vector = np.full(size, value(self.index), np.float32)
@@ -90,11 +89,7 @@ class Ours:
             result = await self.engine.run(self.group, self.vector, 300)
             return result, time.monotonic() - at
 
-        if self.profile:
-            self.profile.enable()
         result, seconds = self.runner.run(run())
-        if self.profile:
-            self.profile.disable()
         assert result.aggregate is not None, result.reason
         check(float(result.aggregate[:: 1 + self.vector.size // 1000].mean()), self.peers)
         return {**result.seconds, "seconds": seconds}
@@ -106,8 +101,6 @@ class Ours:
         self.runner.run(self.node.stop())
         self.runner.close()
         self.folder.cleanup()
-        if self.profile:
-            pstats.Stats(self.profile).sort_stats("tottime").print_stats(25)
 
 
 class Hivemind:
@@ -148,7 +141,7 @@ class Hivemind:
             target_group_size=self.peers,
             min_group_size=self.peers,
             compression=NoCompression() if codec == "fp32" else Float16Compression(),
-            part_size_bytes=int(os.environ.get("BENCH_HIVEMIND_PART", 2 << 20)),
+            part_size_bytes=2 << 20,
             allow_state_sharing=False,
             start=True,
         )
@@ -218,14 +211,6 @@ class Gloo:
 
 
 SYSTEMS: dict[str, Callable[[int, int, Path], Any]] = {"ours": Ours, "hivemind": Hivemind, "gloo": Gloo}
-
-
-def loop_factory() -> Any:
-    if os.environ.get("BENCH_UVLOOP"):
-        import uvloop
-
-        return uvloop.new_event_loop
-    return None
 
 
 def peer_main(system: str, index: int, peers: int, shared: str, pipe: Connection) -> None:

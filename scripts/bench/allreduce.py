@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _systems import peer_main
+from _systems import SYSTEMS, peer_main
 from _table import table
 
 STARTUP_SECONDS = 180
@@ -56,6 +56,7 @@ class Fleet:
         return answers
 
     def tell(self, *command: Any, timeout: float = RUN_SECONDS) -> list[Any]:
+        """Give all peers a command; one answer of each."""
         for pipe in self.pipes:
             pipe.send(command)
         return self.collect(timeout)
@@ -127,7 +128,8 @@ class Measured:
         self.shares: list[dict[str, float]] = []
 
     def median(self, name: str) -> float:
-        return statistics.median(getattr(self, name))
+        """Of `seconds`, `python` or `p2pd`, over the repeats."""
+        return float(statistics.median(getattr(self, name)))
 
 
 def measure(running: dict[str, Fleet], size: int, codec: str, repeats: int) -> dict[str, Measured]:
@@ -181,11 +183,12 @@ def profile_of(label: str, codec: str, each: Measured) -> list[str]:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[10, 50], help="millions of float32 values")
     parser.add_argument("--peers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--codecs", nargs="+", default=["fp32", "fp16"], choices=["fp32", "fp16"])
-    parser.add_argument("--systems", nargs="+", default=["ours", "hivemind", "gloo"])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="also say where our time goes")
     options = parser.parse_args()
@@ -202,29 +205,10 @@ def main() -> None:
                     if "ours" in measured:
                         profiles.append(profile_of(label, codec, measured["ours"]))
                     print(f"measured {label} {codec}", flush=True)
-    head = [
-        "peers x values",
-        "system",
-        "median s",
-        "range s",
-        "/ hivemind",
-        "/ gloo",
-        "CPU s Python",
-        "CPU s p2pd",
-    ]
+    head = ["peers x values", "system", "median s", "range s", "/ hivemind", "/ gloo", "CPU s Python", "CPU s p2pd"]
     print("\n" + table(head, rows))
     if options.profile:
-        head = [
-            "ours",
-            "codec",
-            "total s",
-            "connect",
-            "encode",
-            "decode",
-            "reduce",
-            "CPU s Python",
-            "CPU s p2pd",
-        ]
+        head = ["ours", "codec", "total s", "connect", "encode", "decode", "reduce", "CPU s Python", "CPU s p2pd"]
         print("\n" + table(head, profiles))
 
 

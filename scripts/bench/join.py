@@ -78,7 +78,7 @@ def first_contribution(swarm: Swarm, peer: SwarmPeer) -> float:
     try:
         while (committed := first_commit(peer)) is None:
             if time.time() - begin > LIMIT_S:
-                raise SystemExit(f"no contribution after {LIMIT_S:.0f} s; see {peer.folder.path}/daemon.log")
+                raise SystemExit(f"{peer.name} has contributed to no round after {LIMIT_S:.0f} s")
             time.sleep(0.02)  # a file has no event that works everywhere
     finally:
         peer.leave()

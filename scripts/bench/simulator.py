@@ -13,6 +13,7 @@ from typing import Any
 
 from _table import table
 
+from p2pllm_peers.lab.simulation.ledger import sent_a_second
 from p2pllm_peers.lab.simulation.process import simulate_apart
 from p2pllm_peers.lab.simulation.simulator import Setting
 
@@ -37,28 +38,21 @@ def main() -> None:
 
 def row(result: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
     """One line of the table."""
-    (messages, size), (first_messages, first_size) = rates(result), rates(baseline)
+    (messages, size), (first_messages, first_size) = sent_a_second(result), sent_a_second(baseline)
     peers = result["peers"]
     extra = (result["memory_mb"] - baseline["memory_mb"]) / max(1, peers - baseline["peers"])
     return [
         str(peers),
         f"{messages:.1f}",
-        f"{messages / first_messages:.1f}",
+        f"{messages / first_messages:.1f}" if first_messages else "",
         f"{size / 1000:.2f}",
-        f"{size / first_size:.1f}",
+        f"{size / first_size:.1f}" if first_size else "",
         f"{result['virtual_s']:.0f}",
         f"{result['cpu_s']:.1f}",
-        f"{1e6 * result['cpu_s'] / result['messages']:.0f}",
+        f"{1e6 * result['cpu_s'] / max(1, result['messages']):.0f}",
         f"{result['memory_mb']:.0f}",
         f"{extra:.2f}" if result is not baseline else "",
     ]
-
-
-def rates(result: dict[str, Any]) -> tuple[float, float]:
-    """Messages and bytes a peer a second of all kinds, after the first round if there are others."""
-    stage = "training" if any(rate["messages"] for rate in result["training"].values()) else "forming"
-    kinds = result[stage].values()
-    return sum(rate["messages"] for rate in kinds), sum(rate["bytes"] for rate in kinds)
 
 
 if __name__ == "__main__":

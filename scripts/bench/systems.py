@@ -127,7 +127,9 @@ class Contest:
             rounds = rounds_of(fleet.rows())
         return Trained(began, rounds, wire)
 
-    def _watch(self, seconds: float, check: Callable[[], None], go: Callable[[], None] = lambda: None) -> Any:
+    def _watch(
+        self, seconds: float, check: Callable[[], None], go: Callable[[], None] = lambda: None
+    ) -> tuple[float, Wire]:
         """Let the peers train under their budgets; returns when that began, and what the wires counted."""
         wire: list[tuple[float, int]] = []
         with self._budgets():

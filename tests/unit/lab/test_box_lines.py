@@ -1,5 +1,6 @@
 """Rates, delays, jitter, losses, cuts and NAT of the box, on a clock that the test moves."""
 
+import itertools
 import struct
 
 import pytest
@@ -158,6 +159,21 @@ def test_losses_are_of_packets_of_both_lines_and_follow_from_the_seed():
     assert packets / 5000 == pytest.approx(0.9 * 0.9, abs=0.02)
     assert len(one) > 500  # what is left of a super-segment is not lost with it
     assert one == received(1) != received(2)
+
+
+def test_a_packet_is_lost_whatever_became_of_the_one_before():
+    bench = Bench()
+    bench.send(0, 1)
+    bench.set(1, loss=0.2)  # from now on
+    for tag in range(1, 20001):
+        bench.send(0, 1, tag=tag)
+        bench.pause(1e-4)
+    arrived = {tag_of(frame) for _, _, frame in bench.arrived}
+    lost = [tag not in arrived for tag in range(1, 20001)]
+    after_a_loss = [is_lost for before, is_lost in itertools.pairwise(lost) if before]
+    assert sum(lost) / len(lost) == pytest.approx(0.2, abs=0.015)
+    assert sum(after_a_loss) / len(after_a_loss) == pytest.approx(0.2, abs=0.03)
+    assert bench.lines.dropped == sum(lost)
 
 
 def test_blocked_pairs_are_dead_one_way():

@@ -94,8 +94,10 @@ async def test_several_faults_at_one_peer() -> None:
 
 
 @virtual
-async def test_a_fault_that_there_is_not() -> None:
+async def test_a_fault_or_a_phase_that_there_is_not() -> None:
     swarm = MemorySwarm()
     swarm.add(1)
+    with pytest.raises(ValueError, match="no phase 'votes'; choose one of starting, "):
+        swarm.fail_at(peer=0, round=1, phase="votes", how="kill")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="choose kill, freeze, cut or slow"):
         swarm.fail_at(peer=0, round=1, phase="vote", how="explode")  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.testing import MemoryHost, MemoryNetwork, virtual
-from p2pllm.testing.network import OPEN_STREAM_S
+from p2pllm.testing.host import OPEN_STREAM_S
 from p2pllm.testing.pipe import WINDOW_BYTES
 
 Ends = tuple[StreamReader, StreamWriter]

@@ -1,4 +1,4 @@
-"""Ledger: what a simulation saw, and the record that is made of it, with notes in plain words.
+"""Ledger: what a simulation saw, the record that is made of it, and what can be said of that in few or plain words.
 
 What does not live here: the simulation (`simulator`).
 """
@@ -161,6 +161,15 @@ class Ledger:
             "faults": dict(sorted(self.faults.items())),
             "by_round": rows,
         }
+
+
+def sent_a_second(result: Mapping[str, Any]) -> tuple[float, float]:
+    """Messages and bytes of all kinds that a peer sends a second: after the first round, or up to the end if there is
+    nothing after it.
+    """
+    after = result["training"].values()
+    rates = after if any(rate["messages"] for rate in after) else result["forming"].values()
+    return sum(rate["messages"] for rate in rates), sum(rate["bytes"] for rate in rates)
 
 
 def islands(links: Mapping[str, frozenset[str]]) -> list[int]:

@@ -19,7 +19,6 @@ import numpy as np
 
 from p2pllm.errors import NetworkError
 from p2pllm.metrics import RoundRecord
-from p2pllm.network.membership import Membership
 from p2pllm.rounds.messages import Status
 from p2pllm.rounds.round import Update
 from p2pllm.state import Layout, SharedState
@@ -96,18 +95,14 @@ class QuickHost(MemoryHost):
 class PathNetwork(MemoryNetwork):
     """Every path has a delay of its own, drawn once: the order of what is sent changes nothing."""
 
+    host_class = QuickHost
+
     def __init__(self, low_s: float, high_s: float, seed: int) -> None:
         """low_s, high_s: seconds one way."""
         super().__init__(latency_s=low_s, seed=seed)
         self.mean_s = (low_s + high_s) / 2
         self._low, self._range = low_s, (high_s - low_s) / (1 << 32)
         self._seed = random.Random(seed).getrandbits(64)  # noqa: S311 - the same in every run
-
-    def host(self, who: int | str) -> MemoryHost:
-        """See MemoryNetwork."""
-        made = super().host(who)
-        made.__class__ = QuickHost  # the network makes plain ones
-        return made
 
     def delay(self, sender: MemoryHost, receiver: MemoryHost) -> float:
         """See MemoryNetwork."""
@@ -216,29 +211,19 @@ class WaitingCompute:
 
 
 class SimulatedPeer(MemoryPeer):
-    """A peer that looks into the directory, and whose rounds go into the ledger."""
+    """A peer that announces itself in the directory, and whose rounds go into the ledger."""
 
     def __init__(self, simulation: Simulation, number: int, state: SharedState | None = None) -> None:
         """state: where it begins; else at round 0."""
         super().__init__(simulation.swarm, number, state)
         self._simulation = simulation
-        self._directory = DirectoryClient(self.host, simulation.directory, simulation.look_up_s)
-        self.membership = Membership(
-            self.host,
-            status=self.view.own_bytes,
-            on_status=self.view.hear,
-            addresses=lambda: (self.host.address,),
-            directory=self._directory,
-            clock=asyncio.get_running_loop().time,
-        )
-        self.view.attach(self.membership)
         self.view.watchers.append(self._on_phase)
         self._has_trained = False
 
     async def start(self) -> None:
         """See MemoryPeer."""
         await super().start()
-        self.host.spawn(self._directory.announce_forever())
+        self.host.spawn(self.directory.announce_forever())
 
     def _on_round(self, record: RoundRecord) -> None:
         self._simulation.ledger.commit(self.number, record, self._simulation.now)

@@ -36,6 +36,7 @@ def simulate_apart(setting: Setting, progress: Progress = lambda text: None) -> 
                 if "result" in message:
                     return dict(message["result"])
                 progress(message["progress"])
+            process.wait()  # it ends by itself, and with its own code
         finally:
             process.kill()
     raise RunError(

@@ -21,12 +21,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 from p2pllm.averaging import Group
 from p2pllm.errors import UsageError
 from p2pllm.manifest import RoundSection
 from p2pllm.network.table import MAX_MEMBERS
+from p2pllm.testing.clock import run
 from p2pllm.testing.fakes import copy_state
 from p2pllm.testing.swarm import MemoryPeer, MemorySwarm, Parts
 from p2pllm_peers.lab.simulation.exchange import FewFloats
@@ -37,6 +38,7 @@ from p2pllm_peers.lab.simulation.parts import (
     LOOK_UP_HOPS,
     STEP_S,
     CoarseLoop,
+    DirectoryClient,
     MemoryDirectory,
     PathNetwork,
     SimulatedPeer,
@@ -100,14 +102,14 @@ class Simulation:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.ledger = Ledger(setting.rounds)
-        self.directory = MemoryDirectory()
         low, high = setting.delay_ms
         network = PathNetwork(low / 1000, high / 1000, setting.seed)
-        self.look_up_s = LOOK_UP_HOPS * network.mean_s
+        directory, look_up_s = MemoryDirectory(), LOOK_UP_HOPS * network.mean_s
         parts = Parts(
             layout=LAYOUT,
             allreduce=lambda peer: FewFloats(peer.host, lambda group: self._on_attempt(peer, group)),
             compute=lambda peer: WaitingCompute(peer, setting.seed),
+            directory=lambda peer: DirectoryClient(peer.host, directory, look_up_s),
         )
         # A round ends when those whom one peer can see have worked for COMPUTE_S on average.
         samples = round(min(setting.peers, MAX_MEMBERS + 1) * COMPUTE_S / STEP_S)
@@ -261,19 +263,14 @@ def simulate(setting: Setting, progress: Progress = lambda text: None) -> dict[s
     """
 
     async def whole() -> dict[str, Any]:
-        try:
-            return await Simulation(setting).run(progress)
-        finally:
-            loop.thaw_all()  # what is frozen could not be cancelled
+        return await Simulation(setting).run(progress)
 
     real, cpu = time.perf_counter(), time.process_time()
     before, thresholds = random.getstate(), gc.get_threshold()
     random.seed(setting.seed)  # hearsay is a random choice
     gc.set_threshold(100_000, 50, 100)  # millions of objects, hardly any in circles
     try:
-        with asyncio.Runner(loop_factory=CoarseLoop) as runner:
-            loop = cast(CoarseLoop, runner.get_loop())
-            result = runner.run(whole())
+        result = run(whole(), CoarseLoop)
     finally:
         random.setstate(before)
         gc.set_threshold(*thresholds)
