@@ -69,12 +69,12 @@ class Beat:
         return cls(status, tuple(checked_addresses(addresses)), dict(_hint(hint) for hint in hints))
 
 
-@functools.lru_cache(maxsize=16384)  # most beats carry a status alone, and that of the beat before
+@functools.lru_cache(maxsize=4096)  # most beats carry a status alone, and that of the beat before
 def _opened(data: bytes) -> Beat:
     return Beat._open(data)
 
 
-@functools.lru_cache(maxsize=16384)
+@functools.lru_cache(maxsize=64)
 def plain(status: bytes) -> bytes:
     """The packed beat that carries a status alone. Raises ValueError for one above 4 KiB."""
     return Beat(status).encode()

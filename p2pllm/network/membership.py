@@ -175,9 +175,7 @@ class Membership:
                 await asyncio.sleep(tick_s / 10)
 
     def tick(self) -> None:
-        """Send what is due and notice who fell silent. Runs every 0.1 s; public for tests with a clock of
-        their own.
-        """
+        """Send what is due, notice who fell silent. Every 0.1 s, less often in large swarms; public for tests."""
         now = self._clock()
         gap, self._last_tick = now - self._last_tick, now
         if gap > _STALL_S:
@@ -244,7 +242,9 @@ class Membership:
 
     def _take(self, peer: str, beat: Beat) -> bool:
         """Use what a member says; False if there is no room for it."""
-        if not is_peer_id(peer) or not self._table.heard(peer, self._clock(), beat.addresses):
+        if not is_peer_id(peer):
+            raise NetworkError("malformed peer id")
+        if not self._table.heard(peer, self._clock(), beat.addresses):
             return False
         if beat.addresses:
             self._transport.learn(peer, beat.addresses)

@@ -13,7 +13,7 @@ from p2pllm.network.beat import Beat, plain
 from p2pllm.network.table import MemberTable
 
 AGAIN_S = 10.0
-"""A member is told everything once more after this, in swarms that the table does not slow down."""
+"""After this a member is told once more what fits, in swarms that the table does not slow down."""
 
 LATER_HINTS = 8
 """Members that one beat tells of after the first beat: everybody else tells of them, too."""

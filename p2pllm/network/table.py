@@ -23,7 +23,7 @@ BEATS_A_SECOND = 64
 """What all members together may cost one of them, in beats that it sends. With more members than that, each
 has its beats less often, and its silence is borne with for longer in the same measure."""
 
-DIALS = 4
+DIALS = 2
 """Members that are not known to live that one look (`due`) gives: who joins a large swarm does not call all of it at
 once."""
 
@@ -85,6 +85,7 @@ class MemberTable:
         self._left: dict[str, float] = {}
         self._status = 0  # the number of the status that we have now
         self._alive: frozenset[str] | None = frozenset()  # None: to be worked out anew
+        self._living = 0  # how many they were at last
         self._until = math.inf  # when the first of them would be silent for too long
         self.version = 0
 
@@ -100,6 +101,7 @@ class MemberTable:
         if self._alive is None or now >= self._until:
             living = [member for member in self._members.values() if member.is_alive(now)]
             self._alive = frozenset(member.peer for member in living)
+            self._living = len(living)
             self._until = min((member.alive_until for member in living), default=math.inf)
         return self._alive
 
@@ -138,12 +140,12 @@ class MemberTable:
 
     @property
     def slowness(self) -> float:
-        """How much longer than with few members everything takes that is done for each of them; at least 1."""
-        return max(1.0, len(self._members) * BEAT_EVERY_S / BEATS_A_SECOND)
+        """How much longer than with few living members everything takes that is done for each of them; at least 1."""
+        return max(1.0, self._living * BEAT_EVERY_S / BEATS_A_SECOND)
 
     @property
     def _push_every_s(self) -> float:
-        return max(PUSH_EVERY_S, len(self._members) / BEATS_A_SECOND)
+        return max(PUSH_EVERY_S, self._living / BEATS_A_SECOND)
 
     def learn(self, peer: str, addresses: Iterable[str], now: float, *, pinned: bool = False) -> bool:
         """Hearsay: somebody, a file or the DHT says that the peer may be there. Whether that was news.
@@ -188,6 +190,7 @@ class MemberTable:
             member.news = self.version
         if not was_alive and self._alive is not None:
             self._alive |= {peer}
+            self._living += 1
         member.addresses = known or member.addresses
         member.heard = now
         member.alive_until = now + ALIVE_S * self.slowness

@@ -57,7 +57,7 @@ def _progress(status: Status) -> _Progress:
     return _Progress((status.round, status.phase in plan.FINISHING))
 
 
-@functools.lru_cache(maxsize=16384)  # most heartbeats say what the one before said
+@functools.lru_cache(maxsize=4096)  # most heartbeats say what the one before said
 def _status(payload: bytes) -> Status:
     return Status.unpack(payload)
 

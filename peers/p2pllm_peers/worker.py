@@ -106,7 +106,6 @@ class Worker:
 
         self._pipe = pipe
         settings, draft = PeerSettings(**job["settings"]), RunDraft.model_validate(job["draft"])
-        _stand_back(settings.nice)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._device = device.choose_device(settings.device)
@@ -139,6 +138,7 @@ class Worker:
             micro_batch=self._accumulator.micro_batch,
             data_digest=digest,
         )
+        _stand_back(settings.nice)  # not while somebody waits for the start
 
     def _accumulate(self, run_id: str, peer: str, micro_batch: int) -> Any:
         from p2pllm.training.inner import GradientAccumulator
@@ -213,8 +213,11 @@ class Worker:
 
 
 def _stand_back(nice: int) -> None:
-    """Leave the CPU to whoever else wants it, the daemon's heartbeats included. Threads inherit it."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
+    """Leave the CPU to whoever else wants it, the daemon's heartbeats included."""
+    threads = Path("/proc/self/task")  # Linux has a niceness for each
+    for thread in [int(entry.name) for entry in threads.iterdir()] if threads.is_dir() else [0]:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.setpriority(os.PRIO_PROCESS, thread, max(nice, os.getpriority(os.PRIO_PROCESS, thread)))
     with contextlib.suppress(OSError):  # not on macOS, and not where the kernel does not group by session
         Path("/proc/self/autogroup").write_text(str(nice))
 

@@ -29,7 +29,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def statuses(env) -> dict[str, dict]:
-    result = env.p2pllm("status", "--json")
+    result = env.p2pllm_here("status", "--json")
     assert result.returncode == 0, result.stderr
     return {status["name"]: status for status in map(json.loads, result.stdout.splitlines())}
 

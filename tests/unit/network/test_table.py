@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from p2pllm.network.table import (
     ALIVE_S,
+    BEATS_A_SECOND,
+    DIALS,
     FORGET_S,
     MAX_BACKOFF_S,
     MAX_MEMBERS,
@@ -95,6 +97,36 @@ def test_push_is_limited():
     assert table.due(0.51 + PUSH_EVERY_S) == [ANN]
     table.beat_sent(ANN, 0.51 + PUSH_EVERY_S)
     assert not table.due(0.52 + 2 * PUSH_EVERY_S)
+
+
+def test_a_joiner_calls_those_whom_it_does_not_know_to_live_a_few_at_a_time():
+    table = table_with(ANN)
+    strangers = [peer_number(number) for number in range(10, 10 + 3 * DIALS)]
+    for number, stranger in enumerate(strangers):
+        table.learn(stranger, ["/x"], 1.0 + number / 100)
+    called = []
+    for look in range(4):
+        due = table.due(2.0 + look / 10)
+        assert len([peer for peer in due if peer != ANN]) <= DIALS
+        for peer in due:
+            table.beat_sent(peer, 2.0 + look / 10)
+            called.append(peer)
+    assert [peer for peer in called if peer != ANN] == strangers, "who has waited longest is called first"
+
+
+def test_the_silent_and_those_of_hearsay_slow_nothing_down():
+    table = table_with(ANN)
+    for number in range(10, 10 + 2 * BEATS_A_SECOND):
+        table.learn(peer_number(number), ["/x"], 0.0)
+    table.alive(1.0)
+    assert table.slowness == 1.0
+    for number in 2 * list(range(10, 10 + 2 * BEATS_A_SECOND)):
+        table.heard(peer_number(number), 1.0)
+    table.alive(1.0)
+    assert 2.0 <= table.slowness < 2.1
+    assert len(table.alive(1.0 + 0.99 * ALIVE_S * 2)) > BEATS_A_SECOND, "borne with for longer"
+    table.alive(30.0)
+    assert table.slowness == 1.0
 
 
 def test_the_dead_are_forgotten_unless_pinned():
