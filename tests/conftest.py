@@ -11,9 +11,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from hypothesis import settings
 
 from p2pllm.testing.plugin import Machine
 from p2pllm_cli.main import main
+
+settings.register_profile("steady", derandomize=True, deadline=None, max_examples=100)
+settings.load_profile("steady")  # property tests draw the same examples in every run
 
 TINY_RUN = """
 name = "tiny"

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import load_settings
-from p2pllm_peers.lab.reporting.report import NETWORK_PARTS, overhead
 from p2pllm_peers.lab.swarm import swarm_on_loopback
 
 WARM_UP_ROUNDS = 3
+OUTSIDE = ("roster", "exchange", "vote", "outer_step", "digest")
 
 
 def main() -> None:
@@ -52,11 +52,11 @@ def main() -> None:
     table = Table(title=f"{arguments.peers} peers, {len(rows)} measured rounds (all peers)")
     for heading in ("part", "median s", "largest s", "of the round"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
-    for part in ("compute", *NETWORK_PARTS, "validation"):
+    for part in ("compute", *OUTSIDE, "validation"):
         seconds = [row["seconds"][part] for row in rows]
         median = statistics.median(seconds)
         table.add_row(part, f"{median:.4f}", f"{max(seconds):.4f}", f"{median / whole:.1%}")
-    outside = overhead(records) or 0.0
+    outside = statistics.median(sum(row["seconds"][part] for part in OUTSIDE) for row in rows)
     table.add_row("outside compute", f"{outside:.4f}", "", f"{outside / whole:.1%}")
     console.print(table)
     digests: dict[int, set[str]] = {}

@@ -40,7 +40,7 @@ The report is JSON:
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -54,8 +54,6 @@ from p2pllm_peers.lab.reporting.verdict import DELAY_TOLERANCE_MS, RATE_TOLERANC
 from p2pllm_peers.lab.reporting.words import amount, branch_in_words, count, duration, median, share, size, source
 
 VERSION = 1
-NETWORK_PARTS = ("roster", "exchange", "vote", "outer_step", "digest")
-"""Parts of a round outside compute, as records name them."""
 
 SETTLE_S = 30.0
 """A peer whose trouble ended so short before the end may still be catching up."""
@@ -63,7 +61,6 @@ SETTLE_S = 30.0
 START_S = 120.0
 """A slow machine may take so long from the start of a process until it takes part."""
 
-Records = Mapping[str, list[dict[str, Any]]]
 Row = dict[str, Any]
 
 
@@ -157,17 +154,6 @@ def _achieved(report: Row) -> list[str]:
         f"a round (mean): {', '.join(parts)}",
         f"states: {'; '.join(apart) or f'equal after {shared} of {shared} rounds that several peers recorded'}",
     ]
-
-
-def anatomy(records: Records) -> dict[str, dict[str, float]]:
-    """Median, mean and largest seconds of each part of a round, as records name them, over all peers and rounds."""
-    return _spread((part, value) for rows in records.values() for row in rows for part, value in row["seconds"].items())
-
-
-def overhead(records: Records) -> float | None:
-    """Median seconds of a round outside compute; None without rounds."""
-    sums = [sum(row["seconds"].get(part, 0.0) for part in NETWORK_PARTS) for rows in records.values() for row in rows]
-    return statistics.median(sums) if sums else None
 
 
 def _spread(values: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
