@@ -16,8 +16,9 @@ import math
 import random
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 
 from p2pllm_peers.lab.network import frames
 from p2pllm_peers.lab.network.frames import DESTINATION, PLAIN, packets
@@ -32,19 +33,24 @@ HELD_LIMIT = 1 << 29
 """Bytes held in all. Queues are bounded by their lines; this bounds what is in flight on fast and long ones."""
 
 EARLY_S = 100e-6
-"""What is due so soon is handed over at once: on average that makes up for the box's rest after each turn."""
+"""What is due so soon is handed over at once, which makes up for a part of the box's rest after each turn."""
 
 _LEAST_MS = 0.05
 LATE_BOUNDS_MS = [_LEAST_MS * 1.25**step for step in range(60)]
 """Upper bounds of the classes in which latenesses are counted: 0.05 ms to 26 s, each a quarter wider."""
 
 
+_UnderWay = tuple[float, int, "Path", bytes, int, int, float]
+"""A frame between two lines: when its last packet reaches the receiver's, the sender's number (it settles ties: a heap
+has one frame of each sender), path, frame, packets, bytes, and how much earlier its first packet is there."""
+
+
 class Line:
     """One peer's line: its parameters, when it is free again in each direction, and what crossed it."""
 
     __slots__ = (
-        "delay_s", "down_free", "down_s_per_byte", "flows", "jitter_s", "loss", "nat", "number", "paths", "received",
-        "sent", "up_free", "up_s_per_byte",
+        "arriving", "crossing", "delay_s", "down_free", "down_s_per_byte", "flows", "jitter_s", "loss", "nat", "number",
+        "paths", "received", "sent", "up_free", "up_s_per_byte",
     )  # fmt: skip
 
     def __init__(self, number: int) -> None:
@@ -55,6 +61,8 @@ class Line:
         self.sent = self.received = 0
         self.paths: dict[bytes, Path] = {}  # by the receiver's address
         self.flows: dict[frames.Flow, float] = {}  # begun by this peer: when their last packets passed
+        self.arriving: list[_UnderWay] = []  # a heap: from each peer the frame that arrives here next
+        self.crossing: list[tuple[float, bytes, int]] = []  # to this peer, in order: when each is due, frame, bytes
 
     def passes_nat(self, frame: bytes, now: float) -> bool:
         """An incoming frame belongs to a flow that this peer began and that is not forgotten yet."""
@@ -73,15 +81,17 @@ class Line:
 
 
 class Path:
-    """From one peer to another: what follows from both their lines, and when the last frame arrives."""
+    """From one peer to another: what follows from both their lines, and the frames between these."""
 
-    __slots__ = ("blocked", "delay_s", "jitters", "last", "loss", "other")
+    __slots__ = ("blocked", "delay_s", "jitters", "last", "loss", "other", "source", "spared", "under_way")
 
-    def __init__(self, other: Line) -> None:
-        self.other = other
+    def __init__(self, source: int, other: Line) -> None:
+        self.source, self.other = source, other
         self.delay_s = self.loss = self.last = 0.0
         self.jitters: tuple[float, ...] = ()
         self.blocked = False
+        self.spared = math.inf  # so many packets pass before the next is lost
+        self.under_way: deque[_UnderWay] = deque()  # in order: nothing overtakes
 
     def follow(self, line: Line) -> None:
         """Take over what one of the two lines has become."""
@@ -103,7 +113,7 @@ class Lines:
         """addresses: the IPv4 address of each peer, 4 bytes, in the order of their numbers."""
         self.lines = [Line(number) for number in range(len(addresses))]
         for line in self.lines:
-            line.paths = {addresses[other.number]: Path(other) for other in self.lines}
+            line.paths = {addresses[other.number]: Path(line.number, other) for other in self.lines}
         self.frames = self.dropped = 0
         self.late_counts = [0] * (len(LATE_BOUNDS_MS) + 1)
         self.late_max_ms = 0.0
@@ -111,10 +121,7 @@ class Lines:
         self._send = send
         self._clock = clock
         self._random = random.Random(seed).random  # noqa: S311 - losses, not secrets
-        # when, number, receiver, frame, packets, bytes, how much earlier the first packet comes; -1: both lines crossed
-        self._held: list[tuple[float, int, Line, bytes, int, int, float]] = []
         self._held_bytes = 0
-        self._number = 0
 
     def change(
         self, peer: int, up_mbit: float, down_mbit: float, delay_ms: float, jitter_ms: float, loss: float, nat: bool
@@ -128,6 +135,7 @@ class Lines:
         for sender in self.lines:
             for path in sender.paths.values():
                 path.follow(sender)
+                path.spared = self._spared(path.loss)  # chance has no memory: a new draw is as good
 
     def block(self, pairs: Collection[tuple[int, int]]) -> None:
         """From now on exactly what goes (from, to) vanishes."""
@@ -149,36 +157,27 @@ class Lines:
         path = line.paths.get(frame[DESTINATION])
         if path is None or path.blocked:
             return
-        if not path.loss:
-            self._leave(now, line, path, frame, count, size)
+        if path.spared < count:
+            for piece in self._survivors(path, frame, count):
+                self._leave(now, line, path, piece, *packets(piece))
             return
-        for piece in self._survivors(frame, count, path.loss):
-            self._leave(now, line, path, piece, *packets(piece))
+        path.spared -= count
+        self._leave(now, line, path, frame, count, size)
 
     def deliver(self) -> float | None:
         """Hand over everything that is due; returns the seconds until the next frame is, None if none is held."""
-        held = self._held
-        while held:
-            now = self._clock()
-            due = held[0][0]
-            if due > now + EARLY_S:
-                return due - EARLY_S - now
-            _, _, line, frame, count, size, lag = heappop(held)
-            if lag >= 0:
-                self._enter(due, line, frame, count, size, lag)
-                continue
-            self._send(line.number, frame)
-            line.received += size
-            self.frames += 1
-            self._held_bytes -= size
-            late_ms = (now - due) * 1e3
-            if late_ms < _LEAST_MS:
-                self.late_counts[0] += 1
-                continue
-            self.late_counts[bisect_left(LATE_BOUNDS_MS, late_ms)] += 1
-            if late_ms > self.late_max_ms:
-                self.late_max_ms = late_ms
-        return None
+        soonest = math.inf
+        for line in self.lines:
+            until = self._clock() + EARLY_S
+            if line.arriving and line.arriving[0][0] <= until:
+                self._enter(line, until)
+            if line.crossing and line.crossing[0][0] <= until:
+                self._hand_over(line, until)
+            if line.arriving:
+                soonest = min(soonest, line.arriving[0][0])
+            if line.crossing:
+                soonest = min(soonest, line.crossing[0][0])
+        return None if soonest == math.inf else max(0.0, soonest - EARLY_S - self._clock())
 
     def late_p99_ms(self) -> float:
         """Upper bound of the lateness of 99 % of the frames handed over so far."""
@@ -199,26 +198,72 @@ class Lines:
         if arrival < path.last:
             arrival = path.last
         path.last = arrival
-        self._number += 1
         self._held_bytes += size
-        heappush(self._held, (arrival, self._number, path.other, frame, count, size, whole - whole / count))
+        one = (arrival, path.source, path, frame, count, size, whole - whole / count)
+        if not path.under_way:
+            heappush(path.other.arriving, one)
+        path.under_way.append(one)
 
-    def _enter(self, due: float, line: Line, frame: bytes, count: int, size: int, lag: float) -> None:
-        """A frame reaches the receiver's line. Its packets came one after the other: the first of a super-segment may
-        have gone on before the last one was here."""
-        if (line.nat and not line.passes_nat(frame, due)) or line.down_free - due > QUEUE_S:
-            self.dropped += count
-            self._held_bytes -= size
-            return
-        whole = size * line.down_s_per_byte
-        start = due - lag
-        if line.down_free > start:
-            start = line.down_free
-        line.down_free = done = max(start + whole, due + whole / count)
-        self._number += 1
-        heappush(self._held, (done, self._number, line, frame, count, size, -1.0))
+    def _enter(self, line: Line, until: float) -> None:
+        """Frames that reach the receiver's line by then begin to cross it. Their packets came one after the other: the
+        first of a super-segment may have gone on before the last one was here."""
+        arriving, crossing, nat = line.arriving, line.crossing, line.nat
+        s_per_byte, free = line.down_s_per_byte, line.down_free
+        while arriving:
+            due, _, path, frame, count, size, lag = arriving[0]
+            if due > until:
+                break
+            under_way = path.under_way
+            under_way.popleft()
+            if under_way:
+                heapreplace(arriving, under_way[0])
+            else:
+                heappop(arriving)
+            if (nat and not line.passes_nat(frame, due)) or free - due > QUEUE_S:
+                self.dropped += count
+                self._held_bytes -= size
+                continue
+            whole = size * s_per_byte
+            if free < due - lag:
+                free = due - lag
+            free += whole
+            if free < due + whole / count:
+                free = due + whole / count
+            crossing.append((free, frame, size))
+        line.down_free = free
 
-    def _survivors(self, frame: bytes, count: int, loss: float) -> list[bytes]:
-        lost = {index for index in range(count) if self._random() < loss}
+    def _hand_over(self, line: Line, until: float) -> None:
+        """Frames that have crossed the receiver's line by then are there."""
+        number, send, clock, late_counts = line.number, self._send, self._clock, self.late_counts
+        gone = gone_bytes = 0
+        latest_ms = 0.0
+        for due, frame, size in line.crossing:
+            if due > until:
+                break
+            late_ms = (clock() - due) * 1e3
+            send(number, frame)
+            gone += 1
+            gone_bytes += size
+            late_counts[bisect_left(LATE_BOUNDS_MS, late_ms)] += 1
+            if late_ms > latest_ms:
+                latest_ms = late_ms
+        del line.crossing[:gone]
+        line.received += gone_bytes
+        self.frames += gone
+        self._held_bytes -= gone_bytes
+        if latest_ms > self.late_max_ms:
+            self.late_max_ms = latest_ms
+
+    def _survivors(self, path: Path, frame: bytes, count: int) -> list[bytes]:
+        """What the losses of a path leave of a frame of so many packets."""
+        lost = set()
+        while path.spared < count:
+            lost.add(int(path.spared))
+            path.spared += 1 + self._spared(path.loss)
+        path.spared -= count
         self.dropped += len(lost)
-        return frames.without(frame, lost) if lost else [frame]
+        return frames.without(frame, lost)
+
+    def _spared(self, loss: float) -> float:
+        """How many packets pass before the next is lost, if each is with this probability: one draw for all of them."""
+        return math.log(1 - self._random()) // math.log1p(-loss) if loss else math.inf
