@@ -8,6 +8,7 @@ sees to that), and guards (`claims`, `guard`).
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -21,7 +22,14 @@ def run(arguments: Sequence[str], text: str = "") -> subprocess.CompletedProcess
     """Run a command with `text` as its input, and wait for its end; one at a time in this process. Raises OSError."""
     with _lock:
         ends = [pipe.fileno() for pipe in _pipes]
-        return subprocess.run(arguments, input=text, capture_output=True, text=True, pass_fds=ends)
+        return subprocess.run(
+            arguments, input=text, capture_output=True, text=True, pass_fds=ends, env={**os.environ, "PATH": _path()}
+        )
+
+
+def _path() -> str:
+    """Where to look for commands: `tc` and `bridge` lie where the PATH of a user or of a service may not go."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 def hold(pipe: IO[bytes]) -> None:

@@ -161,6 +161,6 @@ def has_netem() -> bool:
     """The kernel has netem and this machine `tc`: tried on the loopback device of a namespace that nobody else sees."""
     try:
         words = ["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
-        return subprocess.run(words, capture_output=True).returncode == 0
+        return run(words).returncode == 0
     except FileNotFoundError:
         return False
