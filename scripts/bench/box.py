@@ -5,7 +5,9 @@
 Every line is full both ways. Rates are those of TCP streams, counted on the wire, as ratios to the rate that was asked
 for: the least and the mean of all peers. "trip" is the median round trip of datagrams on idle lines. The CPU is the
 box's, in cores, while the streams run, and includes the TCP input of all receiving peers, which the kernel works off
-in the box's name. Several streams a peer make smaller frames, and so more work of the same bytes.
+in the box's name. Several streams a peer make smaller frames, and so more work of the same bytes. At the defaults the
+box took 0.14 to 0.27 of a 2.1 GHz core with one stream, and with four 0.25 to 0.40 while nothing else ran on the two
+cores, up to 0.49 while something did.
 """
 
 from __future__ import annotations
