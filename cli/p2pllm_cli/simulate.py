@@ -42,7 +42,7 @@ def simulate(
     """Simulate swarms of several sizes with the real protocol code, without training and without a real network.
 
     Say the sizes as in `--peers 10 30 100`; without --peers 10 and 100. One round of 1,000 takes two to three minutes
-    of a core, one of 10,000 about half an hour and 1.2 GB; the largest swarms are simulated for fewer virtual seconds.
+    of a core, one of 10,000 about twenty and 1.2 GB; the largest swarms are simulated for fewer virtual seconds.
     """
     from p2pllm_cli.lab_view import print_rows
     from p2pllm_peers.lab.simulation.process import simulate_apart
