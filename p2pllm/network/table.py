@@ -20,8 +20,9 @@ ALIVE_S = 5.0
 """A member that was not heard of for so long is not alive, in such swarms."""
 
 BEATS_A_SECOND = 64
-"""What all members together may cost one of them, in beats that it sends. With more members than that, each
-has its beats less often, and its silence is borne with for longer in the same measure."""
+"""Beats that one member begins towards all the living together. Replies to those that others begin come on top, and so
+do calls to members that are not known to live. With more living members than that, each has its beats less often, and
+its silence is borne with for longer in the same measure."""
 
 DIALS = 2
 """Members that are not known to live that one look (`due`) gives: who joins a large swarm does not call all of it at
