@@ -136,6 +136,9 @@ class RoundSection(_Section):
     )
     min_peers: int = Field(1, ge=1, le=64, description="peers that must be there for a round to begin")
     max_peers: int = Field(64, ge=1, le=64, description="largest roster of one round")
+    snapshot_every: int = Field(
+        25, ge=1, le=10**6, description="rounds between snapshots of the state, the same at all peers"
+    )
     codec: Literal["fp32", "fp16"] = Field("fp32", description="how values travel in the all-reduce")
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ class RoundRecord:
     loss: float  # training loss over all members
     validation_loss: float | None
     learning_rate: float
+    record_digest: str  # of the round's record in the log
     aggregate_digest: str
     state_digest: str
     attempts: int

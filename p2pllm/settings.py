@@ -59,8 +59,8 @@ class PeerSettings(BaseSettings):
     )
     nat: bool = Field(True, description="open a port on the router and use relays when behind one")
     data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
-    save_every: int = Field(
-        10, ge=1, le=10**9, description="rounds between saved states; one is always saved on leaving"
+    disk_gb: float = Field(
+        10.0, gt=0, le=10**6, description="GB on disk for what a peer replays; its log and two states come on top"
     )
     startup_timeout_s: float = Field(
         120.0, ge=1, le=3600, description="seconds that p2pd may take to start, and the worker may be silent"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from p2pllm.errors import DaemonError, StateError
+from p2pllm.errors import StateError
 from p2pllm_cli.options import find_peer, run_options
 
 if TYPE_CHECKING:
@@ -72,23 +71,22 @@ def export(folder: Path, home: Path | None, run_prefix: str | None, name: str | 
 
 
 def _load(peer: PeerFolder) -> tuple[Any, Any]:
-    """(model, tokenizer) of the newest state; a running daemon is asked to save it first."""
-    from p2pllm.state import snapshot
+    """(model, tokenizer) of the newest state: it is made of the peer's files, whether its daemon runs or not."""
+    from p2pllm.rounds.disk import Disk
+    from p2pllm.state import AdamW
     from p2pllm.training import model as models
     from p2pllm.training.tokenizer import load_tokenizer
-    from p2pllm_peers.control import ask
 
-    if running := peer.running():
-        with contextlib.suppress(DaemonError):  # an older saved state still serves
-            ask(running["socket"], {"do": "save"}, timeout=60)
     loaded = peer.run.load()
     if loaded is None:
         raise StateError(f"The manifest of run {peer.run.run_id[:16]} is missing; join again with an invite.")
     manifest, _, tokenizer_json = loaded
     tokenizer = load_tokenizer(tokenizer_json)
     model = models.build(manifest, tokenizer)
-    state = snapshot.newest(peer.path / "state", manifest.run_id, models.layout_of(model))
-    if state is None:
+    layout = models.layout_of(model)
+    disk = Disk(peer.path, manifest, layout, read_only=True)
+    state = disk.recover(AdamW(manifest.optimizer, manifest.round.rounds, layout), None)
+    if state is None or not state.round:
         raise StateError(
             f"'{peer.name}' has saved no state of run {manifest.run_id[:16]} yet; try again after its first round."
         )

@@ -33,7 +33,7 @@ def peer_options(function: F) -> F:
             click.option("--announce", multiple=True, help="Multiaddress that others shall use; may be repeated."),
             click.option("--nat/--no-nat", default=None, help="Open a port on the router, use relays if needed."),
             click.option("--data", "data_path", help='Where this machine keeps the text of a "text:" source.'),
-            click.option("--save-every", type=int, help="Rounds between saved states."),
+            click.option("--disk", "disk_gb", type=float, help="GB on disk for rounds to replay."),
             _HOME,
         )
     ):

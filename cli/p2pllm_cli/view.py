@@ -116,7 +116,7 @@ def peer_table(rows: list[dict[str, Any]]) -> Table:
             str(row["round"]),
             str(row["samples"]),
             f"{row['tokens_per_s']:,.0f}",
-            row["state_digest"][:8],
+            row["record"][:8],
         )
     return table
 
@@ -134,7 +134,7 @@ def print_status(report: dict[str, Any]) -> None:
         for peer in report["peers"]:
             console.print(
                 f"peer {peer['peer']} {peer['phase']} round {peer['round']} samples {peer['samples']} "
-                f"tokens/s {peer['tokens_per_s']:.0f} state {peer['state_digest'][:16]}",
+                f"tokens/s {peer['tokens_per_s']:.0f} record {peer['record'][:16]}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -1,12 +1,11 @@
-"""StateKeeper: the shared state of this peer, how it moves forward, and how others get it from us.
+"""StateKeeper: the shared state of this peer, and how it moves forward.
 
-There are two ways forward, and both end in a digest that must be the one expected: apply the aggregate of a
-round, or adopt a whole state from a peer. The aggregates of the last rounds are kept, so that whoever missed a
-few rounds, or spent them downloading a state, replays them instead of starting over.
+A round is proposed, then committed. To propose is to take the outer step into a spare state, which gives the digest
+that the record needs; the state itself stays as it was until the record has its votes and is on the disk. What a
+peer missed it catches up with (`catchup`), in the same spare state.
 
-Memory, with a state of S bytes (12 a parameter): S for the state, S for the copy that joiners are served (at most
-one older copy a fetch that is under way, see `bulk.MAX_CONCURRENT`), 2S while a whole state is fetched (its bytes and
-the vectors made of them), and the aggregates.
+Memory, with a state of S bytes (12 a parameter): S for the state, S for the spare, S while a snapshot is written,
+and an aggregate (4 a parameter) or two.
 """
 
 from __future__ import annotations
@@ -14,240 +13,278 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
-from p2pllm.errors import NetworkError, StateError
-from p2pllm.network.bulk import Blob, fetch
+from p2pllm.errors import StateError
+from p2pllm.network.bulk import Blob
 from p2pllm.network.transport import Transport
-from p2pllm.rounds import plan
-from p2pllm.state.layout import Layout
-from p2pllm.state.outer import AdamW
-from p2pllm.state.shared import SharedState
+from p2pllm.rounds.catchup import CatchUp
+from p2pllm.rounds.chain import Branch, check_claims
+from p2pllm.rounds.disk import Disk, copy_of, vector_digest
+from p2pllm.rounds.packing import MessageError
+from p2pllm.rounds.record import Body, Checkpoint, Claim, Head, Record
+from p2pllm.rounds.serving import Serving
+from p2pllm.state import AdamW, Layout, SharedState
 
 log = logging.getLogger(__name__)
 
-KEPT_ROUNDS = 64
-KEPT_BYTES = 256 << 20
-"""Aggregates are kept for replay up to this many rounds and bytes, but always the last one."""
+MAX_HELD = 4
+"""Proposals of one round that are kept: of the attempts that found no majority."""
 
 Vector = NDArray[np.float32]
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One round as it was applied: what a peer that is one round behind needs, and where it leads."""
-
-    aggregate: Vector
-    aggregate_digest: bytes
-    next: bytes  # digest of the state after it
-
-
-def aggregate_digest(aggregate: Vector) -> bytes:
-    """BLAKE3 of the bytes of a flat float32 vector, 32 bytes."""
-    many = aggregate.nbytes >= 1 << 20
-    hasher = blake3(max_threads=blake3.AUTO if many else 1)
-    return bytes(hasher.update(aggregate.data.cast("B")).digest())
-
-
 class StateKeeper:
-    """Holds the state and the last aggregates; the only one who changes them."""
+    """Holds the state; the only one who changes it and the log."""
 
-    def __init__(self, state: SharedState, optimizer: AdamW, transport: Transport) -> None:
+    def __init__(self, state: SharedState, optimizer: AdamW, disk: Disk, transport: Transport) -> None:
+        """state: what `disk` recovers to, or round 0. initial: digest of the run's state at round 0.
+
+        Raises StateError if the log does not know the state's round.
+        """
+        self.run_id = disk.run_id
+        self.disk = disk
         self.state = state
-        self.head: plan.Head = (state.round, bytes.fromhex(state.digest()))
-        self.refuted: set[str] = set()
-        """Peers that `follow` last found to hold something else than they claim; not those that only failed."""
+        self.layout: Layout = state.layout
+        self.has_state = state.round > 0 or bytes.fromhex(state.digest()) == disk.initial_state
+        """False on a machine that makes other initial weights than the run's: it must have the state from others."""
+        self.seconds: dict[str, float] = {}
+        """What the last round took here: {"outer_step", "digest", "store", "log"}."""
         self._optimizer = optimizer
-        self._transport = transport
-        self._applied: OrderedDict[plan.Head, _Step] = OrderedDict()
-        self._proposed: tuple[bytes, Vector] | None = None
-        self._copy: tuple[plan.Head, Blob] | None = None
+        self._spare = _empty(state.layout)
+        self._in_spare = b""  # digest of the body whose state lies in the spare
+        self._held: OrderedDict[bytes, Body] = OrderedDict()
+        self.serving = Serving(disk)
+        self._catchup = CatchUp(transport, disk, optimizer, state.layout)
+        self._saving: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
+        if disk.log.branch.head[0] > state.round:
+            log.warning("the log goes on to round %d, but the state is of %d", disk.log.branch.head[0], state.round)
+            disk.log.rewind(disk.head_at(state.round))
+        if state.round == 0 and self.has_state:
+            disk.snapshots.save(state, self.head[1])  # who makes other initial weights needs these
 
     @property
-    def layout(self) -> Layout:
-        """Layout of every flat vector here."""
-        return self.state.layout
+    def branch(self) -> Branch:
+        """The log that we hold; its head is where the state is."""
+        return self.disk.log.branch
 
-    @asynccontextmanager
-    async def held(self) -> AsyncIterator[SharedState]:
-        """The state, kept as it is until the block ends."""
-        async with self._lock:
-            yield self.state
+    @property
+    def head(self) -> Head:
+        """The place in the log where the state is."""
+        return self.branch.head
 
-    def propose(self, digest: bytes, aggregate: Vector) -> None:
-        """Hold the aggregate of the round that is being voted on, for members that lack it."""
-        self._proposed = (digest, aggregate)
+    @property
+    def holding(self) -> bytes:
+        """Digest of the body that we last proposed or took over in this round; empty: none."""
+        return next(reversed(self._held), b"")
 
-    async def apply(self, aggregate: Vector) -> dict[str, float]:
-        """Take the outer step of the round after the head.
+    @property
+    def refuted(self) -> set[str]:
+        """Peers that `follow` last found to hold something else than they claim; not those that only failed."""
+        return self._catchup.refuted
 
-        Returns the seconds of its parts: {"outer_step", "digest"}. Raises StateError if the aggregate does
-        not fit; nothing has changed then. If cancelled, it ends first: half a step would be no state at all.
+    # -- a round -----------------------------------------------------------------------------------------------------
+
+    async def propose(self, claims: tuple[Claim, ...], aggregate: Vector) -> Body:
+        """What the round after the head would be with this aggregate of the claims' updates.
+
+        The aggregate is on the disk then. Raises StateError if it does not fit, or the disk does not take it.
         """
-        return await _to_the_end(self._apply(aggregate))
+        return await to_the_end(self._propose(claims, aggregate))
 
-    async def _apply(self, aggregate: Vector) -> dict[str, float]:
+    async def _propose(self, claims: tuple[Claim, ...], aggregate: Vector) -> Body:
         clock = asyncio.get_running_loop().time
-        begin = clock()  # a state that is being saved is waited for, too
         async with self._lock:
-            proposed = self._proposed if self._proposed and self._proposed[1] is aggregate else None
-            digest = proposed[0] if proposed else await asyncio.to_thread(aggregate_digest, aggregate)
-            await asyncio.to_thread(self._optimizer.step, self.state, aggregate)
-            stepped = clock()
-            after = bytes.fromhex(await asyncio.to_thread(self.state.digest))
-            self._keep(self.head, _Step(aggregate, digest, after))
-            self.head = (self.state.round, after)
-            self._proposed = self._copy = None
-            return {"outer_step": stepped - begin, "digest": clock() - stepped}
-
-    def _keep(self, before: plan.Head, step: _Step) -> None:
-        self._applied[before] = step
-        kept = max(1, min(KEPT_ROUNDS, KEPT_BYTES // max(1, step.aggregate.nbytes)))
-        while len(self._applied) > kept:
-            self._applied.popitem(last=False)
-
-    # -- catching up -----------------------------------------------------------------------------------------------
-
-    async def fetch_aggregate(self, peers: list[str], digest: bytes) -> Vector | None:
-        """The aggregate with this digest from the first of `peers` that serves it; None if none does."""
-        for peer in peers:
-            got = await self._ask(peer, {"what": "proposed", "digest": digest}, self.state.params.nbytes)
-            vector = None if got is None else _as_vector(got[1], self.layout.size)
-            if vector is not None and await asyncio.to_thread(aggregate_digest, vector) == digest:
-                return vector
-        return None
-
-    async def follow(self, head: plan.Head, peers: list[str]) -> bool:
-        """Move to `head`, which `peers` claim to hold, or further along their rounds; False if none could help.
-
-        A few rounds are replayed; for more, or after a divergence, the whole state is fetched. Our state changes
-        only when another one is whole and has the digest that was claimed.
-        """
-        self.refuted.clear()
-        for peer in peers:
-            if await self._replay(peer, head) or await self._adopt(peer, head):
-                return True
-        return False
-
-    async def _replay(self, peer: str, head: plan.Head) -> bool:
-        """Apply the aggregates that lead from our head to `head`, on a copy that is taken if it arrives there."""
-        if not 0 < head[0] - self.head[0] <= KEPT_ROUNDS:
-            return False
-        trial: SharedState | None = None
-        at, steps = self.head, list[tuple[plan.Head, _Step]]()
-        while at[0] < head[0]:
-            got = await self._ask(peer, {"what": "applied", "round": at[0], "digest": at[1]}, self.state.params.nbytes)
-            vector = None if got is None else _as_vector(got[1], self.layout.size)
-            if got is None or vector is None:
-                return False
-            if trial is None:
-                trial = await asyncio.to_thread(_copy_of, self.state)
-            try:
-                digest, after = await _to_the_end(asyncio.to_thread(self._try_step, trial, vector))
-            except StateError as error:
-                log.warning("an aggregate of %s does not fit: %s", peer[-8:], error)
-                return False
-            steps.append((at, _Step(vector, digest, after)))
-            at = (trial.round, after)
-            if after != got[0].get("next"):
-                log.warning("replaying round %d did not lead where %s is", at[0], peer[-8:])
-                return False
-        if trial is None or at != head:
-            return False
-        await self._take(trial, at)
-        for before, step in steps:
-            self._keep(before, step)
-        return True
-
-    def _try_step(self, state: SharedState, aggregate: Vector) -> tuple[bytes, bytes]:
-        """One step; returns the digests of the aggregate and of the state after it."""
-        self._optimizer.step(state, aggregate)
-        return aggregate_digest(aggregate), bytes.fromhex(state.digest())
-
-    async def _adopt(self, peer: str, head: plan.Head) -> bool:
-        """Replace our state by the one of `peer`."""
-        size = self.state.params.nbytes
-        request = {"what": "state", "round": head[0], "digest": head[1]}
-        try:
-            got = await fetch(self._transport, peer, request, 3 * size)
-        except NetworkError as error:
-            log.info("%s", error)
-            return False
-        try:
-            if got is None:
-                raise StateError("It has none.")
-            state = await asyncio.to_thread(_state_of, self.layout, got[0], got[1])
-        except StateError as error:
-            log.warning("the state of %s was refused: %s", peer[-8:], error)
-            self.refuted.add(peer)
-            return False
-        at = (state.round, bytes.fromhex(await asyncio.to_thread(state.digest)))
-        if at[1] != got[0].get("digest") or at[0] < head[0] or (at[0] == head[0] and at != head):
-            log.warning("the state of %s is not the one that it announced", peer[-8:])
-            self.refuted.add(peer)
-            return False
-        await self._take(state, at)
-        self._applied.clear()
-        return True
-
-    async def _take(self, state: SharedState, head: plan.Head) -> None:
-        async with self._lock:
-            # The worker maps the parameters' memory, so they are overwritten, never replaced.
-            np.copyto(self.state.params, state.params)
-            powers = (state.beta1_power, state.beta2_power)
-            self.state = SharedState(
-                self.layout, self.state.params, state.m, state.v, round=state.round, beta_powers=powers
+            digest = await asyncio.to_thread(vector_digest, aggregate)
+            begin = clock()
+            # Written while the outer step computes: neither needs the other.
+            storing = asyncio.to_thread(self.disk.aggregates.put, digest, aggregate.data.cast("B"))
+            after, stored = await asyncio.gather(self._step(aggregate), storing, return_exceptions=True)
+            if isinstance(after, BaseException):
+                raise after
+            if isinstance(stored, BaseException):
+                raise stored
+            self.seconds["store"] = max(0.0, clock() - begin - self.seconds["outer_step"] - self.seconds["digest"])
+            branch = self.branch
+            body = Body(
+                run=bytes.fromhex(self.run_id),
+                round=branch.head[0] + 1,
+                previous=branch.head[1],
+                total=branch.total + sum(claim.samples for claim in claims),
+                members=claims,
+                aggregate=digest,
+                state=after,
             )
-            self.head = head
-            self._proposed = self._copy = None
+            self._in_spare = body.digest
+            self._hold(body)
+            return body
 
-    async def _ask(self, peer: str, request: dict[str, Any], max_bytes: int) -> tuple[dict[str, Any], bytearray] | None:
-        try:
-            return await fetch(self._transport, peer, request, max_bytes)
-        except NetworkError as error:
-            log.info("%s", error)
+    async def _step(self, aggregate: Vector) -> bytes:
+        """The outer step into the spare; returns the digest of what is there then."""
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        self._in_spare = b""
+        await asyncio.to_thread(self._optimizer.step, self.state, aggregate, self._spare)
+        stepped = clock()
+        digest = bytes.fromhex(await asyncio.to_thread(self._spare.digest))
+        self.seconds.update(outer_step=stepped - begin, digest=clock() - stepped)
+        return digest
+
+    def _hold(self, body: Body) -> None:
+        self._held[body.digest] = body
+        self._held.move_to_end(body.digest)
+        while len(self._held) > MAX_HELD:
+            self._held.popitem(last=False)
+
+    async def fetch_proposal(self, peers: list[str], digest: bytes) -> Body | None:
+        """The body with this digest, from `peers` unless we hold it; None if none gives one that our state leads to."""
+        body = self._held.get(digest)
+        if body is not None and self._in_spare == digest:
+            return body
+        for peer in [] if body else peers:
+            found = await self._catchup.proposal(peer, digest)
+            if found is not None and found.base == self.head:
+                body = found
+                break
+        if body is None or not await self._can_claim(body):
             return None
+        vector = await self._catchup.aggregate(body.aggregate, peers)
+        if vector is None:
+            return None
+        try:
+            mine = await self.propose(body.members, vector)
+        except StateError as error:
+            log.error("round %d cannot be voted for: %s", body.round, error)
+            return None
+        if mine.digest != digest:
+            log.warning("our state of round %d differs from the swarm's", self.head[0])
+            self._held.pop(mine.digest, None)
+            await self.check()
+            return None
+        return mine
 
-    # -- serving ---------------------------------------------------------------------------------------------------
+    async def _can_claim(self, body: Body) -> bool:
+        try:
+            await asyncio.to_thread(check_claims, Record.of(body, {body.peers[0]: bytes(64)}))
+        except MessageError as error:
+            log.warning("a proposal was refused: %s", error)
+            return False
+        return True
+
+    async def commit(self, record: Record) -> dict[str, float]:
+        """Take the round that the record tells of; returns the seconds of its parts.
+
+        The record is on the disk before anything moves. Raises StateError if the disk does not take it; nothing has
+        changed then. If cancelled, it ends first: half a commit would be none.
+        """
+        return await to_the_end(self._commit(record))
+
+    async def _commit(self, record: Record) -> dict[str, float]:
+        clock = asyncio.get_running_loop().time
+        async with self._lock:
+            digest = record.body.digest
+            if self._in_spare != digest:
+                vector = await asyncio.to_thread(self.disk.aggregate, record.body.aggregate, self.layout.size)
+                if vector is None or await self._step(vector) != record.body.state:
+                    raise StateError(f"The aggregate of round {record.body.round} is damaged here.")
+            begin = clock()
+            await asyncio.to_thread(self.disk.log.append, record)
+            self.seconds["log"] = clock() - begin
+            await self._move()
+            return dict(self.seconds)
+
+    async def _move(self) -> None:
+        """The spare becomes the state; the parameters are overwritten, since the worker maps their memory."""
+        old, new = self.state, self._spare
+        np.copyto(old.params, new.params)
+        powers = (new.beta1_power, new.beta2_power)
+        self.state = SharedState(self.layout, old.params, new.m, new.v, round=new.round, beta_powers=powers)
+        self._spare = SharedState(self.layout, new.params, old.m, old.v)
+        self._in_spare = b""
+        self._held.clear()
+        self.has_state = True
+        if self.disk.is_snapshot_round(new.round) or self.disk.is_over_budget:
+            await self._save()
+
+    # -- what others hold ---------------------------------------------------------------------------------------------
+
+    async def follow(self, branch: Branch, peers: list[str]) -> bool:
+        """Move to `branch`, which `peers` claim to hold, or further along it; False if none could help.
+
+        Our state changes only when another one is whole and is the one that the records name.
+        """
+        async with self._lock:
+            self._in_spare = b""
+            before = self.branch
+            if not await self._catchup.run(branch, peers, self.state if self.has_state else None, self._spare):
+                return False
+            if self.head != before.head or not self.has_state:
+                await to_the_end(self._move())
+            return True
+
+    async def check(self) -> bool:
+        """Whether the state is what its record says; if not, it is made anew from the disk."""
+        async with self._lock:
+            record = self.disk.log.record(self.head[0])
+            digest = bytes.fromhex(await asyncio.to_thread(self.state.digest))
+            if record is None or record.body.state == digest:
+                return True
+            log.error("the state in memory is not that of round %d any more; making it anew", self.head[0])
+            state = await asyncio.to_thread(self.disk.recover, self._optimizer, None)
+            if state is None:
+                self.has_state = False
+                return False
+            if state.round < self.head[0]:
+                self.disk.log.rewind(self.disk.head_at(state.round))
+            self._spare = state
+            await self._move()
+            return False
+
+    async def anchor(self, checkpoint: Checkpoint) -> bool:
+        """Take the organiser's checkpoint; True if it was new."""
+        async with self._lock:
+            return await asyncio.to_thread(self.disk.log.add_checkpoint, checkpoint)
 
     async def serve(self, request: dict[str, Any]) -> Blob | None:
-        """Answer another peer's fetch: {"what": "proposed" | "applied" | "state", ...}."""
-        digest = request.get("digest")
-        match request.get("what"):
-            case "proposed" if self._proposed and self._proposed[0] == digest:
-                return Blob({}, [self._proposed[1].data])
-            case "proposed":
-                found = next((step for step in self._applied.values() if step.aggregate_digest == digest), None)
-                return None if found is None else Blob({}, [found.aggregate.data])
-            case "applied":
-                head = (request.get("round"), digest)
-                step = next((kept for key, kept in self._applied.items() if key == head), None)
-                return None if step is None else Blob({"next": step.next}, [step.aggregate.data])
-            case "state":
-                return await self._state_blob()
-        return None
+        """Answer another peer's fetch, see `serving`."""
+        if request.get("what") == "proposal":
+            body = next((body for digest, body in self._held.items() if digest == request.get("digest")), None)
+            if body is not None:
+                return Blob({}, [body.pack()])
+        return await self.serving.answer(request)
 
-    async def _state_blob(self) -> Blob:
-        """A copy of the state as it is now; joiners that come in the same round share it."""
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    async def _save(self) -> None:
+        """Write a snapshot in the background: of a copy, since rounds go on."""
+        if self._saving is not None and not self._saving.done():
+            return
+        state, record = await asyncio.to_thread(copy_of, self.state), self.head[1]
+
+        async def save() -> None:
+            try:
+                await asyncio.to_thread(self.disk.save, state, record)
+            except StateError as error:
+                log.error("%s", error)  # the one before still stands, and its aggregates
+
+        self._saving = asyncio.create_task(save())
+
+    async def close(self) -> None:
+        """Wait for a snapshot that is being written, and close the log."""
+        if self._saving is not None:
+            await asyncio.wait({self._saving})
         async with self._lock:
-            if self._copy is None or self._copy[0] != self.head:
-                buffers = await _to_the_end(asyncio.to_thread(lambda: [bytes(view) for view in self.state.payload()]))
-                header = {"state": self.state.header(), "digest": self.head[1]}
-                self._copy = (self.head, Blob(header, buffers))
-            return self._copy[1]
+            self.disk.close()
 
 
-async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     """Await `work`; if we are cancelled meanwhile, only when it is over: a thread goes on whoever waits for it."""
     task = asyncio.ensure_future(work)
     try:
@@ -257,25 +294,5 @@ async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def _copy_of(state: SharedState) -> SharedState:
-    powers = (state.beta1_power, state.beta2_power)
-    vectors = (state.params.copy(), state.m.copy(), state.v.copy())
-    return SharedState(state.layout, *vectors, round=state.round, beta_powers=powers)
-
-
-def _state_of(layout: Layout, header: dict[str, Any], body: bytearray) -> SharedState:
-    """The state in a fetched blob. Raises StateError if it is none."""
-    view, third = memoryview(body), 4 * layout.size
-    if len(view) != 3 * third:
-        raise StateError(f"It has {len(view)} bytes instead of {3 * third}.")
-    return SharedState.from_payload(
-        layout, header.get("state", {}), [view[i * third : (i + 1) * third] for i in range(3)]
-    )
-
-
-def _as_vector(body: bytearray, size: int) -> Vector | None:
-    """The body as a float32 vector of `size` finite elements; None if it is not one."""
-    if len(body) != 4 * size:
-        return None
-    vector: Vector = np.frombuffer(body, dtype="<f4")
-    return vector if bool(np.isfinite(vector).all()) else None
+def _empty(layout: Layout) -> SharedState:
+    return SharedState.initial(layout, np.zeros(layout.size, np.float32))

@@ -13,13 +13,16 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from p2pllm.errors import StateError
 from p2pllm.manifest import RunManifest
 from p2pllm.metrics import RoundRecord
 from p2pllm.rounds import plan
+from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase
+from p2pllm.rounds.record import Head
 from p2pllm.rounds.roster import RosterDesk
-from p2pllm.rounds.round import RoundResult, RoundRunner, Update
+from p2pllm.rounds.round import RoundResult, RoundRunner, Update, joined
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.state.outer import learning_rate
 
@@ -95,7 +98,9 @@ class TrainingLoop:
         self._on_round = on_round
         self._stopping = False
         self._empty_handed = False
+        self._pending: Update | None = None  # computed, and in no committed round yet
         self._failed_follows = 0
+        self._trouble = ""
         self._at_head_since = time.monotonic()
 
     def stop(self) -> None:
@@ -107,44 +112,69 @@ class TrainingLoop:
         """Train until the run's last round is committed, or until `stop`."""
         self._at_head_since = time.monotonic()
         while not self._stopping:
-            if self._view.is_turned_away():
-                await self._wait_for_room()
-                continue
-            head = self._head_to_follow()
-            if head is not None:
-                await self._follow(head)
-                continue
-            if self._keeper.head[0] >= self._manifest.round.rounds:
-                if await self._see_off():
+            try:
+                if await self._step():
                     return
-                continue
-            begin = time.monotonic()
-            await self._collect()
-            if self._stopping or self._head_to_follow() is not None:
+                self._trouble = ""
+            except StateError as error:  # our disk: nothing is committed that it does not hold
+                if str(error) != self._trouble:
+                    log.error("this peer takes no part until this is mended: %s", error)
+                self._trouble = str(error)
                 await self._compute.abandon()
-                continue
-            update = await self._compute.finish()
-            collected = time.monotonic()
-            self._empty_handed = update is None
-            if update is None:
                 await self._rest()
-                continue
-            result = await self._runner.run(update)
-            if not result.committed:
-                log.info("round %d is not ours: %s", self._keeper.head[0], result.reason)
-            if result.committed and result.aggregate is not None and result.roster is not None:
-                self._view.presume_commit(result.roster.members, self._keeper.head)
-                self._view.say(phase="commit")
-                seconds = await self._keeper.apply(result.aggregate)
-                await self._report(result, {"compute": collected - begin, **result.seconds, **seconds})
+
+    async def _step(self) -> bool:
+        """Do what is next; True when the run is complete."""
+        last, turned_away = self._manifest.round.rounds, self._view.is_turned_away()
+        match plan.next_step(self._own(), last, self._view.statuses(), turned_away):
+            case plan.Step.WAIT_FOR_ROOM:
+                await self._wait_for_room()
+            case plan.Step.FOLLOW:
+                await self._follow()
+            case plan.Step.SEE_OFF:
+                return await self._see_off()
+            case plan.Step.TRAIN:
+                await self._train()
+        return False
+
+    async def _train(self) -> None:
+        """Work on the round after our head, until it is committed or the swarm has gone on without us."""
+        begin = time.monotonic()
+        await self._collect()
+        if self._stopping:
+            return await self._compute.abandon()
+        fresh = await self._compute.finish()
+        collected = time.monotonic()
+        self._empty_handed = fresh is None
+        update = joined(self._pending, fresh)
+        if update is None:
+            return await self._rest()
+        self._pending = None
+        if self._is_behind():
+            self._pending = update.kept()
+            return None
+        result = await self._runner.run(update)
+        if result.record is None:
+            log.info("round %d is not ours: %s", self._keeper.head[0], result.reason)
+        if result.record is None or not result.included:
+            self._pending = update.kept()
+        if result.record is None:
+            return None
+        self._view.presume_commit({*result.record.voters, *result.record.body.peers}, self._keeper.branch)
+        self._view.say(phase="commit")
+        seconds = await self._keeper.commit(result.record)
+        return await self._report(result, {"compute": collected - begin, **result.seconds, **seconds})
 
     async def _wait_for_room(self) -> None:
         log.warning("the swarm is full; waiting until it has room for this peer")
         self._view.say(phase="joining", samples=0)
         await self._view.wait_until(lambda: self._stopping or not self._view.is_turned_away(), ROOM_S)
 
-    def _head_to_follow(self) -> plan.Head | None:
-        return plan.head_to_follow(self._keeper.head, self._view.statuses())
+    def _own(self) -> Branch | None:
+        return self._keeper.branch if self._keeper.has_state else None
+
+    def _is_behind(self) -> bool:
+        return plan.branch_to_follow(self._own(), self._view.statuses()) is not None
 
     async def _rest(self) -> None:
         """There is no update and the worker may need a moment; nobody is to wait for us meanwhile."""
@@ -153,15 +183,16 @@ class TrainingLoop:
 
     async def _collect(self) -> None:
         """Gather samples until the swarm has enough of them, or the deadline passes and we have some."""
-        head, section = self._keeper.head, self._manifest.round
-        self._view.say(head=head, phase=self._phase(0), samples=0)
+        branch, section = self._keeper.branch, self._manifest.round
+        head, pending = branch.head, self._pending.samples if self._pending else 0
+        self._view.say(branch=branch, phase=self._phase(0), samples=pending)
         while not self._over() and self._present(head) < section.min_peers:
             await self._view.wait_change(1.0)
         await self._compute.begin(head[0])
         loop = asyncio.get_running_loop()
         deadline = loop.time() + section.deadline_s
         while not self._over():
-            samples = self._compute.samples
+            samples = self._compute.samples + pending
             phase = self._phase(samples)
             if (samples, phase) != (self._view.own.samples, self._view.own.phase):
                 self._view.say(phase=phase, samples=samples)
@@ -177,34 +208,36 @@ class TrainingLoop:
         return "collecting" if able else "starting"
 
     def _over(self) -> bool:
-        return self._stopping or self._head_to_follow() is not None
+        return self._stopping or self._is_behind()
 
-    def _present(self, head: plan.Head) -> int:
+    def _present(self, head: Head) -> int:
         """Peers that take part in the round after `head`, ourselves included."""
         return 1 + len(plan.taking_part(head, self._view.statuses()))
 
-    async def _follow(self, head: plan.Head) -> None:
-        """Catch up with the swarm; who claims a head and cannot show it is doubted.
+    async def _follow(self) -> None:
+        """Catch up with the swarm; who claims a branch and cannot show it is doubted.
 
         A peer that trained doubts who failed it FOLLOW_TRIES times. One at round 0 has nothing to go on with and
         would start the run anew, so it goes on trying unless what it was given is refuted.
         """
+        statuses = self._view.statuses()
+        branch = plan.branch_to_follow(self._own(), statuses)
+        if branch is None:
+            await self._rest()  # we have no state, and nobody is there to have it from
+            return
         own = self._keeper.head
-        if head[0] == own[0]:
-            log.warning("our state of round %d differs from the swarm's; fetching theirs", own[0])
-        else:
-            log.info("catching up from round %d to %d", own[0], head[0])
-        await self._compute.abandon()
+        log.info("catching up from round %d to %d", own[0], branch.head[0])
         self._view.say(phase="joining", samples=0)
-        donors = plan.donors(head, self._view.statuses())
-        if await self._keeper.follow(head, donors):
+        donors = plan.donors(branch, statuses)
+        if await self._keeper.follow(branch, donors):
             self._failed_follows = 0
             self._at_head_since = time.monotonic()
-            reached = self._keeper.head
-            if reached[0] > head[0]:
-                # Whoever served a state further along than it had last said is where we are now, or ahead.
-                self._view.presume_commit(donors, (reached[0] - 1, bytes(32)))
-            self._view.say(head=reached)
+            reached = self._keeper.branch
+            if reached.head[0] > branch.head[0]:
+                # Whoever served more than it had last said is where we are now, or ahead.
+                self._view.presume_commit(donors, Branch((reached.head[0] - 1, bytes(32)), 0, 0))
+            self._drop_included(own)
+            self._view.say(branch=reached)
             return
         self._failed_follows += 1
         if own[0] > 0 and self._failed_follows >= FOLLOW_TRIES:
@@ -215,30 +248,37 @@ class TrainingLoop:
         # Not until the next change: others' statuses change many times a second.
         await self._view.wait_until(lambda: self._stopping, RETRY_S)
 
+    def _drop_included(self, before: Head) -> None:
+        """The swarm may have committed our update without our knowing: then it is not pending any more."""
+        record = self._keeper.disk.log.record(before[0] + 1)
+        if record is not None and record.body.base == before and self._view.peer_id in record.body.peers:
+            self._pending = None
+
     async def _report(self, result: RoundResult, seconds: dict[str, float]) -> None:
         """Announce the new head, evaluate if it is time, and hand over the record."""
-        head, roster = self._keeper.head, result.roster
-        assert roster is not None  # noqa: S101 - a committed round has a roster
-        self._view.say(head=head, samples=0)
+        assert result.record is not None  # noqa: S101 - it was just committed
+        body = result.record.body
+        self._view.say(branch=self._keeper.branch, samples=0)
         data = self._manifest.data
         begin = time.monotonic()
-        due = head[0] == 1 or head[0] % data.validation_every == 0 or head[0] == self._manifest.round.rounds
+        due = body.round == 1 or body.round % data.validation_every == 0 or body.round == self._manifest.round.rounds
         validation_loss = await self._compute.evaluate() if due else None
         now = time.monotonic()
         seconds["validation"] = now - begin
         round_s, self._at_head_since = now - self._at_head_since, now
         self._on_round(
             RoundRecord(
-                round=head[0],
+                round=body.round,
                 unix_time=time.time(),
-                samples=roster.total_samples,
-                tokens=roster.total_samples * data.context_length,
-                members=dict(zip(roster.members, roster.samples, strict=True)),
-                loss=roster.mean_loss,
+                samples=body.samples,
+                tokens=body.samples * data.context_length,
+                members={claim.peer: claim.samples for claim in body.members},
+                loss=body.loss,
                 validation_loss=validation_loss,
-                learning_rate=learning_rate(self._manifest.optimizer, self._manifest.round.rounds, head[0] - 1),
-                aggregate_digest=result.aggregate_digest.hex(),
-                state_digest=head[1].hex(),
+                learning_rate=learning_rate(self._manifest.optimizer, self._manifest.round.rounds, body.round - 1),
+                record_digest=body.digest.hex(),
+                aggregate_digest=body.aggregate.hex(),
+                state_digest=body.state.hex(),
                 attempts=result.attempts,
                 own_steps=self._compute.own_steps,
                 bytes_sent=result.bytes_sent,
@@ -253,10 +293,10 @@ class TrainingLoop:
 
         False if it turns out that ours is not the swarm's last round.
         """
-        own = self._keeper.head
-        self._view.say(head=own, phase="done", samples=0)
+        own = self._keeper.branch
+        self._view.say(branch=own, phase="done", samples=0)
         await self._view.wait_until(
-            lambda: self._over() or all(status.head == own for status in self._view.statuses().values()),
+            lambda: self._over() or all(status.head == own.head for status in self._view.statuses().values()),
             FAREWELL_S,
         )
-        return self._stopping or self._head_to_follow() is None
+        return self._stopping or not self._is_behind()

@@ -1,136 +1,116 @@
-"""What peers say to each other about rounds: typed, bounded, msgpack.
-
-A message is a frozen pydantic model in strict mode; on the wire it is the array of its fields in order. Size,
-types and ranges are checked before a message exists. What is done with one lives in `roster`, `vote`, `loop`.
-"""
+"""What peers say to each other about a round while it is under way. What is done with it: `roster`, `vote`, `loop`."""
 
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-MAX_ROSTER = 64
-
-Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
-PeerId = Annotated[str, Field(min_length=8, max_length=128)]
-RoundNumber = Annotated[int, Field(ge=0, le=10**9)]
-Samples = Annotated[int, Field(ge=0, le=10**9)]
-Weight = Annotated[int, Field(ge=1, le=10**9)]  # samples behind an update
-Loss = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+from p2pllm.rounds.chain import Branch
+from p2pllm.rounds.packing import (
+    MAX_ROSTER,
+    Digest,
+    MaybeDigest,
+    MaybeSignature,
+    Message,
+    MessageError,
+    RoundNumber,
+    Samples,
+    Total,
+)
+from p2pllm.rounds.record import Claim, Head
 
 Phase = Literal["starting", "joining", "collecting", "roster", "exchange", "vote", "commit", "done", "leaving"]
 
-
-class MessageError(ValueError):
-    """Bytes from the network that are not the message that they should be."""
-
-
-class Message(BaseModel):
-    """Base of all messages."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-    max_bytes: ClassVar[int] = 1024
-
-    def pack(self) -> bytes:
-        """The wire form: a msgpack array of the fields in their order."""
-        packed: bytes = msgpack.packb([getattr(self, name) for name in type(self).model_fields])
-        return packed
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """Parse and check. Raises MessageError."""
-        if len(data) > cls.max_bytes:
-            raise MessageError(f"{cls.__name__} has {len(data)} bytes, more than {cls.max_bytes}")
-        try:
-            values = msgpack.unpackb(data, use_list=False)
-        except Exception as error:  # noqa: BLE001 - msgpack raises many kinds on hostile bytes
-            raise MessageError(f"{cls.__name__} is not msgpack: {error}") from None
-        if not isinstance(values, tuple) or len(values) != len(cls.model_fields):
-            raise MessageError(f"{cls.__name__} does not have {len(cls.model_fields)} fields")
-        try:
-            return cls.model_validate(dict(zip(cls.model_fields, values, strict=True)))
-        except ValidationError as error:
-            raise MessageError(f"{cls.__name__}: {error.error_count()} fields are not valid") from None
+__all__ = ["MAX_ROSTER", "Enrol", "EnrolReply", "MessageError", "Phase", "Roster", "Status", "Vote"]
 
 
 class Status(Message):
     """What a peer says of itself in every heartbeat."""
 
-    round: RoundNumber  # rounds that its state has behind it
-    digest: Digest  # of its state
+    round: RoundNumber  # of the newest record that its state has behind it
+    digest: Digest  # of that record
+    total: Total  # samples behind it
+    anchor: RoundNumber  # of the newest checkpoint on its branch; 0: none
     phase: Phase
-    samples: Samples  # gathered towards this round
+    samples: Samples  # gathered towards the next round
     tokens_per_s: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
     @property
-    def head(self) -> tuple[int, bytes]:
-        """(round, state digest): what two peers compare."""
+    def head(self) -> Head:
+        """The place in the log where it is."""
         return (self.round, self.digest)
+
+    @property
+    def branch(self) -> Branch:
+        """The log that it claims to hold."""
+        return Branch(self.head, self.total, self.anchor)
 
 
 class Enrol(Message):
-    """A member tells the leader that its update for a round is ready."""
+    """A member tells the leader that its update for the round after a head is ready."""
 
     round: RoundNumber
     digest: Digest
-    samples: Weight
-    loss: Loss  # mean training loss of the update, nats a token
+    claim: Claim
+    holding: MaybeDigest  # the body that it has voted for in an attempt that found no majority; empty: none
 
 
 class EnrolReply(Message):
-    """The leader noted it, or is at another head."""
+    """Whether the leader noted it, or is at another head."""
 
     accepted: bool
-    round: RoundNumber
-    digest: Digest
 
 
 class Roster(Message):
-    """The leader closes a round: who takes part, in this order, with which weight."""
+    """The leader closes a round: who takes part, in this order, with which claim.
+
+    With a proposal nothing is exchanged: its holders have its aggregate from an attempt before, and the roster votes
+    on that, so that what one of them may have committed is not lost.
+    """
 
     max_bytes: ClassVar[int] = 16 * 1024
 
     round: RoundNumber
     digest: Digest
     nonce: Annotated[bytes, Field(min_length=16, max_length=16)]  # tells attempts of a round apart
-    members: Annotated[tuple[PeerId, ...], Field(min_length=1, max_length=MAX_ROSTER)]
-    samples: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=MAX_ROSTER)]
-    losses: Annotated[tuple[Loss, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    claims: Annotated[tuple[Claim, ...], Field(min_length=1, max_length=MAX_ROSTER)]
+    proposal: MaybeDigest
+    holders: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_ROSTER)], ...], Field(max_length=MAX_ROSTER)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(set(self.members)) != len(self.members):
+        if len({claim.key for claim in self.claims}) != len(self.claims):
             raise ValueError("a member is named twice")
-        if not len(self.members) == len(self.samples) == len(self.losses):
-            raise ValueError("members, samples and losses differ in number")
+        if bool(self.proposal) != bool(self.holders) or any(index >= len(self.claims) for index in self.holders):
+            raise ValueError("a proposal needs holders, and holders are members")
         return self
 
     @property
-    def head(self) -> tuple[int, bytes]:
+    def head(self) -> Head:
         """The head that the round starts from."""
         return (self.round, self.digest)
 
     @property
-    def total_samples(self) -> int:
-        """Samples behind the aggregate."""
-        return sum(self.samples)
+    def members(self) -> tuple[str, ...]:
+        """Peer ids, in the order of the roster."""
+        return tuple(claim.peer for claim in self.claims)
 
     @property
-    def mean_loss(self) -> float:
-        """Training loss over all members, weighted by samples, nats a token."""
-        return sum(s * x for s, x in zip(self.samples, self.losses, strict=True)) / self.total_samples
+    def holding(self) -> list[str]:
+        """Members that hold the proposal."""
+        return [self.claims[index].peer for index in self.holders]
 
 
 class Vote(Message):
-    """What a member holds after the exchange: the digest of its aggregate, or nothing."""
+    """What a member holds after the exchange: the body it makes of it, signed, or nothing."""
 
     group: Digest
-    aggregate: Annotated[bytes, Field(max_length=32)]  # 32 bytes, or empty: the exchange failed here
+    body: MaybeDigest  # empty: the exchange failed here
+    signature: MaybeSignature
 
     @model_validator(mode="after")
-    def _whole_or_empty(self) -> Self:
-        if len(self.aggregate) not in (0, 32):
-            raise ValueError("an aggregate's digest has 32 bytes")
+    def _signed(self) -> Self:
+        if bool(self.body) != bool(self.signature):
+            raise ValueError("a vote for a body is signed, and no other")
         return self

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from p2pllm.rounds.messages import Phase, Roster, Status
-
-Head = tuple[int, bytes]
-"""(round, digest of the state): what a peer has committed."""
+from p2pllm.rounds.chain import Branch
+from p2pllm.rounds.messages import Enrol, Phase, Roster, Status
+from p2pllm.rounds.record import Head
 
 TAKING_PART: frozenset[Phase] = frozenset({"collecting", "roster", "exchange", "vote", "commit"})
 """Phases in which a peer works on the round after its head."""
@@ -81,16 +80,16 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict and, for COMMIT, the digest that more than half of the roster holds."""
+    """A verdict and, for COMMIT, the body that more than half of the roster voted for."""
 
     verdict: Verdict
-    aggregate: bytes = b""
+    body: bytes = b""
 
 
 def decide(members: Iterable[str], votes: Mapping[str, bytes], absent: frozenset[str]) -> Decision:
-    """Judge the votes of a roster; `absent` will not vote any more. Empty votes hold no aggregate.
+    """Judge the votes of a roster; `absent` will not vote any more. Empty votes hold no body.
 
-    An aggregate commits when more than half of the roster holds it. Once no aggregate can reach that, retry.
+    A body commits when more than half of the roster voted for it. Once none can reach that, retry.
     """
     roster = tuple(members)
     counts = Counter(votes[peer] for peer in roster if votes.get(peer))
@@ -131,33 +130,51 @@ def culprits(
     return others & accused.keys()
 
 
-def head_to_follow(own: Head | None, statuses: Mapping[str, Status]) -> Head | None:
-    """The head that we should move to, or None where ours is as good as any.
+def proposal(enrolments: Mapping[str, Enrol], failed: frozenset[bytes] = frozenset()) -> bytes:
+    """The body that a new attempt settles instead of exchanging anew; empty if no member holds any but `failed` ones.
 
-    own: our head; None if we hold no state yet.
-
-    The head with the most peers behind it wins, ourselves included; ties go to the later round, then to the
-    smaller digest. So one peer with a wild claim moves nobody as long as two agree, and a peer that diverged
-    finds itself in the minority. The round just before ours is no candidate: whoever is there is about to
-    commit what we have committed. Two exceptions keep fresh peers harmless: nobody who trained goes back to
-    round 0, and whoever is at round 0 goes to any later round.
+    What a member has voted for may have been committed by one that is gone since, so it goes first. Of several, the
+    one that most hold; ties go to the greater digest.
     """
-    support = Counter(
-        (status.round, status.digest)  # in full, not `status.head`: hundreds of times a second for hundreds of peers
-        for status in statuses.values()
-        if status.phase not in ("starting", "joining") and (own is None or status.round != own[0] - 1)
-    )
-    if own is not None:
-        support[own] += 1
-    fresh = own is None or own[0] == 0
-    if not fresh or any(round_ > 0 for round_, _ in support):
-        support = Counter({head: count for head, count in support.items() if head[0] > 0})
-    if not support:
+    held = Counter(enrol.holding for enrol in enrolments.values() if enrol.holding and enrol.holding not in failed)
+    return max(held, key=lambda body: (held[body], body), default=b"")
+
+
+def branch_to_follow(own: Branch | None, statuses: Mapping[str, Status]) -> Branch | None:
+    """The branch that we should move to, or None where ours is as good as any.
+
+    own: ours; None if we hold no state yet. The best branch wins, see `chain`: one that goes on where we are is
+    better than ours, too. Whoever claims it must show it before anything is changed. Round 0 has nothing behind it,
+    so nobody who trained goes back there, and whoever is there goes anywhere else.
+    """
+    claimed = {status.branch for status in statuses.values() if status.phase not in ("starting", "joining")}
+    best = max(claimed, key=lambda branch: branch.rank, default=None)
+    if best is None or (own is not None and best.rank <= own.rank):
         return None
-    best = min(support, key=lambda head: (-support[head], -head[0], head[1]))
-    return None if best == own else best
+    return best
 
 
-def donors(head: Head, statuses: Mapping[str, Status]) -> list[str]:
-    """Peers that hold `head`, to fetch it from."""
-    return sorted(peer for peer, status in statuses.items() if status.head == head and status.phase != "joining")
+def donors(branch: Branch, statuses: Mapping[str, Status]) -> list[str]:
+    """Peers to fetch `branch` from: those that claim it first, then those that are further along."""
+    found = {
+        peer: status.branch.rank for peer, status in statuses.items() if status.phase not in ("starting", "joining")
+    }
+    return sorted((peer for peer in found if found[peer] >= branch.rank), key=lambda peer: (found[peer], peer))
+
+
+class Step(enum.Enum):
+    """What a peer does next."""
+
+    WAIT_FOR_ROOM = "wait for room"
+    FOLLOW = "follow"
+    SEE_OFF = "see off"
+    TRAIN = "train"
+
+
+def next_step(own: Branch | None, last_round: int, statuses: Mapping[str, Status], turned_away: bool) -> Step:
+    """The one decision of the main loop. turned_away: the swarm has no room for us."""
+    if turned_away:
+        return Step.WAIT_FOR_ROOM
+    if own is None or branch_to_follow(own, statuses) is not None:
+        return Step.FOLLOW
+    return Step.SEE_OFF if own.head[0] >= last_round else Step.TRAIN

@@ -21,6 +21,7 @@ from p2pllm.manifest import RoundSection
 from p2pllm.network.transport import Transport
 from p2pllm.rounds import plan
 from p2pllm.rounds.messages import Enrol, EnrolReply, MessageError, Phase, Roster
+from p2pllm.rounds.record import Claim, Head
 from p2pllm.rounds.swarm import SwarmView
 
 log = logging.getLogger(__name__)
@@ -44,11 +45,20 @@ IN_ATTEMPT: frozenset[Phase] = frozenset({"exchange", "vote"})
 Clock = Callable[[], float]
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What we bring to a round."""
+
+    claim: Claim
+    holding: bytes = b""  # digest of the body that we voted for in an attempt without majority; empty: none
+    failed: frozenset[bytes] = frozenset()  # proposals that we would not settle again
+
+
 @dataclass
 class _Gathering:
     """What is known of the round that is being closed."""
 
-    head: plan.Head
+    head: Head
     enrolments: dict[str, Enrol] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)  # leaders that hold our enrolment
     closed: tuple[Roster, str] | None = None  # and who sent it
@@ -107,12 +117,11 @@ class RosterDesk:
 
     async def gather(
         self,
-        samples: int,
-        loss: float,
+        offer: Offer,
         left_out: frozenset[str] = frozenset(),
         not_leading: frozenset[str] = frozenset(),
     ) -> Roster | None:
-        """Enrol our update of `samples` samples and return the closed roster with us in it.
+        """Enrol what we bring and return the closed roster with us in it.
 
         left_out: peers that are neither waited for nor taken in. not_leading: peers that are passed over as
         leaders, ourselves too if anybody else is there. None if the swarm is at another head, so that there is
@@ -122,7 +131,7 @@ class RosterDesk:
         gathering = self._at(head)
         gathering.closed = None
         gathering.asked.clear()
-        enrol = Enrol(round=head[0], digest=head[1], samples=samples, loss=loss)
+        enrol = Enrol(round=head[0], digest=head[1], claim=offer.claim, holding=offer.holding)
         gathering.enrolments[me] = enrol
         search = _Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf), left_out)
         while True:
@@ -130,24 +139,24 @@ class RosterDesk:
                 roster, self.leader = gathering.closed
                 return roster
             statuses = self._view.statuses()
-            if plan.head_to_follow(head, statuses) is not None:
+            if plan.branch_to_follow(self._view.own.branch, statuses) is not None:
                 return None
             first = self._first(head, plan.at_head(head, statuses), search)
             if first != me:
                 await self._be_member(gathering, first, search)
             elif self._is_whole(plan.taking_part(head, statuses), gathering, search):
                 self.leader = me
-                return self._close(gathering, left_out)
+                return self._close(gathering, left_out, offer.failed)
             if gathering.closed is None:
                 await self._view.wait_change(0.2)
 
-    def _at(self, head: plan.Head) -> _Gathering:
+    def _at(self, head: Head) -> _Gathering:
         """The gathering of the round after `head`; a newer head starts an empty one."""
         if self._now.head != head:
             self._now = _Gathering(head=head)
         return self._now
 
-    def _first(self, head: plan.Head, candidates: frozenset[str], search: _Search) -> str:
+    def _first(self, head: Head, candidates: frozenset[str], search: _Search) -> str:
         """The leader: the first in the order that was not passed over; ourselves if nobody else is left."""
         me, now = self._view.peer_id, self._clock()
         passed_over = {peer for peer, until in search.passed_over.items() if until > now}
@@ -206,7 +215,7 @@ class RosterDesk:
             log.info("round %d: leader %s does not answer: %s", gathering.head[0], leader[-8:], error)
             return None
 
-    def _close(self, gathering: _Gathering, left_out: frozenset[str]) -> Roster:
+    def _close(self, gathering: _Gathering, left_out: frozenset[str], failed: frozenset[bytes]) -> Roster:
         """Close with who is in, ourselves included, and tell the others."""
         me = self._view.peer_id
         present = self._view.statuses().keys() & gathering.enrolments.keys() - left_out
@@ -215,14 +224,15 @@ class RosterDesk:
         members = plan.ranked(self._run_id, gathering.head, [me, *others])
         # An enrolment counts for one attempt: for the next one a member enrols again, or it is not there. Who was
         # not taken in still waits for us.
-        enrolled = [gathering.enrolments.pop(peer) for peer in members]
+        enrolled = {peer: gathering.enrolments.pop(peer) for peer in members}
+        proposal = plan.proposal(enrolled, failed)
         roster = Roster(
             round=gathering.head[0],
             digest=gathering.head[1],
             nonce=secrets.token_bytes(16),
-            members=tuple(members),
-            samples=tuple(enrol.samples for enrol in enrolled),
-            losses=tuple(enrol.loss for enrol in enrolled),
+            claims=tuple(enrol.claim for enrol in enrolled.values()),
+            proposal=proposal,
+            holders=tuple(i for i, peer in enumerate(members) if proposal and enrolled[peer].holding == proposal),
         )
         payload = roster.pack()
         for peer in others:
@@ -244,12 +254,14 @@ class RosterDesk:
         own = self._view.own
         accepted = (enrol.round, enrol.digest) == own.head and own.phase in plan.TAKING_PART
         if accepted:
+            if enrol.claim.peer != peer or not enrol.claim.is_signed(own.head):
+                raise MessageError("this claim is not signed by who sent it")
             enrolments = self._at(own.head).enrolments
             if peer not in enrolments and len(enrolments) >= MAX_ENROLMENTS:
                 raise MessageError("too many have enrolled")
             enrolments[peer] = enrol
-            self._view.hear_head(peer, own.head)
-        return EnrolReply(accepted=accepted, round=own.round, digest=own.digest).pack()
+            self._view.hear_ready(peer, own.branch)
+        return EnrolReply(accepted=accepted).pack()
 
     async def _on_roster(self, peer: str, payload: bytes) -> bytes:
         roster = Roster.unpack(payload)
@@ -259,14 +271,13 @@ class RosterDesk:
             roster.head != gathering.head
             or peer not in gathering.asked
             or mine is None
-            or me not in roster.members
-            or roster.samples[roster.members.index(me)] != mine.samples
-            or roster.losses[roster.members.index(me)] != mine.loss
+            or mine.claim not in roster.claims
+            or not all(claim.is_signed(roster.head) for claim in roster.claims)
         ):
             raise MessageError("this roster is not for an update of ours")
         gathering.closed = (roster, peer)
         for member in roster.members:
-            self._view.hear_head(member, roster.head)
+            self._view.hear_ready(member, self._view.own.branch)
             if member != me:
                 # It may have enrolled with us, too, before it found this leader. That was for this attempt: kept,
                 # it would let us close the next one with a member that does not know of it.

@@ -1,6 +1,6 @@
 """One round from a ready update to a result: roster, exchange, vote, and again among the survivors.
 
-Whatever other peers do is a `RoundResult`, never an exception.
+Whatever other peers do is a `RoundResult`, never an exception. The protocol is on one page in README.md.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from p2pllm.averaging import ExchangeResult, Group
+from p2pllm.errors import StateError
+from p2pllm.identity import Identity
 from p2pllm.manifest import RoundSection
 from p2pllm.rounds import plan
-from p2pllm.rounds.keeper import StateKeeper, aggregate_digest
+from p2pllm.rounds.disk import vector_digest
+from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase, Roster
-from p2pllm.rounds.roster import RosterDesk
+from p2pllm.rounds.record import Body, Claim, Record
+from p2pllm.rounds.roster import Offer, RosterDesk
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
 
+K = TypeVar("K", str, bytes)
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -31,7 +36,8 @@ VOTE_WAIT_S = 8.0
 """Longest wait for the others' votes: a member that saw a stall votes up to the stall time-out later."""
 
 MAX_STRIKES = 2
-"""Failed attempts that speak against a peer before it is left out of the round; and those that a leader may close."""
+"""Failed attempts that speak against a peer before it is left out of the round; that a leader may close; and in which
+one proposal may fail."""
 
 
 class AllReduce(Protocol):
@@ -48,22 +54,49 @@ class Update:
 
     samples: int
     loss: float  # mean training loss, nats a token
-    vector: np.ndarray  # float32, shape (parameters,): mean gradient a sample
+    vector: np.ndarray  # float32, shape (parameters,): mean gradient a sample; the worker may write there again
+
+    def kept(self) -> Update:
+        """The same in memory of its own, for a later round."""
+        return Update(self.samples, self.loss, self.vector.copy())
+
+
+def joined(pending: Update | None, fresh: Update | None) -> Update | None:
+    """Both as one update, in memory of its own; None if there is none.
+
+    pending: computed for a round that was committed without it, so on an older state: a little stale, and not lost.
+    """
+    updates = [update for update in (pending, fresh) if update is not None]
+    if not updates:
+        return None
+    if pending is None or fresh is None:
+        return updates[0]
+    samples = sum(update.samples for update in updates)
+    vector = np.zeros_like(updates[0].vector)
+    for update in updates:
+        vector += update.vector * np.float32(update.samples / samples)
+    return Update(samples, sum(update.loss * update.samples for update in updates) / samples, vector)
 
 
 @dataclass
 class RoundResult:
     """What became of a round."""
 
-    committed: bool
+    record: Record | None = None  # to be committed; None: there is none of this round for us
+    included: bool = False  # our update is in it
     reason: str = ""
-    roster: Roster | None = None
-    aggregate: np.ndarray | None = None
-    aggregate_digest: bytes = b""
     attempts: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"roster": 0.0, "exchange": 0.0, "vote": 0.0})
+
+
+@dataclass
+class _Proposed:
+    """What an attempt has for us to vote on, and how the exchange went."""
+
+    body: Body | None
+    exchange: ExchangeResult
 
 
 class RoundRunner:
@@ -71,74 +104,90 @@ class RoundRunner:
 
     def __init__(
         self,
+        identity: Identity,
         view: SwarmView,
         desk: RosterDesk,
         votes: VoteBox,
         allreduce: AllReduce,
         keeper: StateKeeper,
         section: RoundSection,
-        run_id: str,
     ) -> None:
+        self._identity = identity
         self._view = view
         self._desk = desk
         self._votes = votes
         self._allreduce = allreduce
         self._keeper = keeper
         self._section = section
-        self._run_id = run_id
 
     async def run(self, update: Update) -> RoundResult:
-        """Average `update` with the others' until one aggregate is agreed on, or the swarm has moved on.
+        """Average `update` with the others' until one record is agreed on, or the swarm has moved on.
 
         There is no last attempt: who fails twice is left out, so that in the end those agree who can.
         """
-        result = RoundResult(committed=False)
+        result = RoundResult()
         strikes: Counter[str] = Counter()
         leaders: Counter[str] = Counter()
+        proposals: Counter[bytes] = Counter()  # that failed
+        digest = await asyncio.to_thread(vector_digest, update.vector)
+        claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
         while True:
             result.attempts += 1
-            gathering = self._desk.gather(update.samples, update.loss, _out(strikes), _out(leaders))
+            offer = Offer(claim, self._keeper.holding, _out(proposals))
+            gathering = self._desk.gather(offer, _out(strikes), _out(leaders))
             roster = await self._timed(result, "roster", gathering)
             if roster is None:
                 result.reason = "the swarm committed this round without us"
                 return result
-            result.roster = roster
             culprits = await self._attempt(result, roster, update)
-            if result.committed:
+            if result.record is not None:
+                result.included = claim in result.record.body.members
                 return result
             if len(roster.members) == 1:
                 return result  # nobody else to blame
             leaders[self._desk.leader] += 1
+            proposals[roster.proposal] += 1
             strikes.update(culprits)
 
     async def _attempt(self, result: RoundResult, roster: Roster, update: Update) -> frozenset[str]:
         """Exchange and vote with one roster, and fill in `result`; returns whom a failure speaks against."""
-        group_id = plan.group_id(self._run_id, roster)
+        group_id = plan.group_id(self._keeper.run_id, roster)
+        proposed = await self._propose(result, group_id, roster, update)
+        body, exchange = proposed.body, proposed.exchange
+        own = body.digest if body else b""
+        voting = self._votes.settle(group_id, roster.members, own, VOTE_WAIT_S)
+        decision, ballot = await self._timed(result, "vote", voting)
+        if decision.verdict is not plan.Verdict.COMMIT:
+            result.reason = exchange.reason or "no record found a majority"
+            log.info("round %d, attempt %d: %s", roster.round, result.attempts, result.reason)
+            if own and any(voted not in (b"", own) for voted in ballot.votes.values()):
+                await self._keeper.check()  # somebody's state is wrong: is it ours?
+            return plan.culprits(self._view.peer_id, roster.members, ballot.votes, exchange.failed, exchange.accused)
+        if body is None or own != decision.body:
+            body = await self._keeper.fetch_proposal(ballot.holders(decision.body), decision.body)
+        if body is None:
+            result.reason = "what was committed could not be fetched, or our state does not lead there"
+            return frozenset()
+        result.record, result.reason = ballot.record(body), ""
+        return frozenset()
+
+    async def _propose(self, result: RoundResult, group_id: bytes, roster: Roster, update: Update) -> _Proposed:
+        """What we would commit: what the roster's proposal says, or what comes out of the exchange."""
+        nothing = ExchangeResult(None, frozenset(), "the proposal could not be had from its holders", 0, 0)
+        if roster.proposal:
+            fetching = self._keeper.fetch_proposal(roster.holding, roster.proposal)
+            return _Proposed(await self._timed(result, "exchange", fetching), nothing)
         exchange = await self._timed(result, "exchange", self._exchange(group_id, roster, update))
         result.bytes_sent += exchange.bytes_sent
         result.bytes_received += exchange.bytes_received
-        own = b""
         if exchange.aggregate is None:
-            log.info("round %d, attempt %d: %s", roster.round, result.attempts, exchange.reason)
-        else:
-            own = await asyncio.to_thread(aggregate_digest, exchange.aggregate)
-            self._keeper.propose(own, exchange.aggregate)
-        decision, votes = await self._timed(
-            result, "vote", self._votes.settle(group_id, roster.members, own, VOTE_WAIT_S)
-        )
-        if decision.verdict is not plan.Verdict.COMMIT:
-            result.reason = exchange.reason or "no aggregate found a majority"
-            me = self._view.peer_id
-            return plan.culprits(me, roster.members, votes, exchange.failed, exchange.accused)
-        result.aggregate = exchange.aggregate
-        if own != decision.aggregate:
-            holders = [peer for peer, digest in votes.items() if digest == decision.aggregate]
-            result.aggregate = await self._keeper.fetch_aggregate(holders, decision.aggregate)
-        if result.aggregate is None:
-            result.reason = "the committed aggregate could not be fetched"
-            return frozenset()
-        result.committed, result.reason, result.aggregate_digest = True, "", decision.aggregate
-        return frozenset()
+            return _Proposed(None, exchange)
+        try:
+            body = await self._keeper.propose(roster.claims, exchange.aggregate)
+        except StateError as error:
+            log.error("round %d cannot be voted for: %s", roster.round, error)
+            return _Proposed(None, ExchangeResult(None, frozenset(), str(error), 0, 0))
+        return _Proposed(body, exchange)
 
     async def _exchange(self, group_id: bytes, roster: Roster, update: Update) -> ExchangeResult:
         """The all-reduce; a roster that cannot be used, as one that was used before, is a failed one."""
@@ -146,7 +195,7 @@ class RoundRunner:
             group = Group(
                 group_id=group_id,
                 members=roster.members,
-                weights=tuple(float(samples) for samples in roster.samples),
+                weights=tuple(float(claim.samples) for claim in roster.claims),
                 size=self._keeper.layout.size,
                 codec=self._section.codec,
             )
@@ -165,5 +214,5 @@ class RoundRunner:
             result.seconds[phase] += clock() - begin
 
 
-def _out(strikes: Counter[str]) -> frozenset[str]:
-    return frozenset(peer for peer, count in strikes.items() if count >= MAX_STRIKES)
+def _out(strikes: Counter[K]) -> frozenset[K]:
+    return frozenset(struck for struck, count in strikes.items() if count >= MAX_STRIKES)

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable
 from typing import NewType, Protocol
 
 from p2pllm.rounds import plan
+from p2pllm.rounds.chain import Branch, start_of
 from p2pllm.rounds.messages import MessageError, Phase, Status
 
 log = logging.getLogger(__name__)
 
 OUTDATED_S = 2.0
 """How long a heartbeat may be on its way, or a peer take to say what we know from a round's messages."""
-
-_NO_STATE = bytes(32)
 
 MAX_HEARD = 512
 """Statuses that are kept; beyond it those of the dead are dropped. Membership knows 256 members at most."""
@@ -57,6 +56,18 @@ def _progress(status: Status) -> _Progress:
     return _Progress((status.round, status.phase in plan.FINISHING))
 
 
+def _status_at(branch: Branch, *, phase: Phase = "starting", samples: int = 0, tokens_per_s: float = 0.0) -> Status:
+    return Status(
+        round=branch.head[0],
+        digest=branch.head[1],
+        total=branch.total,
+        anchor=branch.anchor,
+        phase=phase,
+        samples=samples,
+        tokens_per_s=tokens_per_s,
+    )
+
+
 @functools.lru_cache(maxsize=4096)  # most heartbeats say what the one before said
 def _status(payload: bytes) -> Status:
     return Status.unpack(payload)
@@ -65,12 +76,12 @@ def _status(payload: bytes) -> Status:
 class SwarmView:
     """Own status and the others' last ones, with one event for every change."""
 
-    def __init__(self, peer_id: str, *, initial_state: bytes, last_round: int) -> None:
-        """initial_state: digest of round 0 as the manifest gives it. last_round: no claim beyond it is heard."""
+    def __init__(self, peer_id: str, run_id: str, *, last_round: int) -> None:
+        """last_round: no claim beyond it is heard."""
         self.peer_id = peer_id
-        self._initial_state = initial_state
+        self._start = start_of(run_id)
         self._last_round = last_round
-        self.own = Status(round=0, digest=_NO_STATE, phase="starting", samples=0, tokens_per_s=0.0)
+        self.own = _status_at(self._start)
         self._packed: tuple[Status, bytes] | None = None
         self._heard: dict[str, Status] = {}
         self._doubted: dict[str, float] = {}
@@ -117,16 +128,15 @@ class SwarmView:
     def say(
         self,
         *,
-        head: tuple[int, bytes] | None = None,
+        branch: Branch | None = None,
         phase: Phase | None = None,
         samples: int | None = None,
         tokens_per_s: float | None = None,
     ) -> None:
         """Change what is given of our own status and announce it."""
         old = self.own
-        self.own = Status(
-            round=old.round if head is None else head[0],
-            digest=old.digest if head is None else head[1],
+        self.own = _status_at(
+            old.branch if branch is None else branch,
             phase=old.phase if phase is None else phase,
             samples=old.samples if samples is None else samples,
             tokens_per_s=old.tokens_per_s if tokens_per_s is None else tokens_per_s,
@@ -148,7 +158,7 @@ class SwarmView:
         except MessageError as error:
             log.debug("status of %s ignored: %s", peer, error)
             return
-        if status.round > self._last_round or (status.round == 0 and status.digest != self._initial_state):
+        if status.round > self._last_round or (status.round == 0 and status.branch != self._start):
             status = status.model_copy(update={"phase": "joining"})  # nothing that it claims to hold counts
         reached, until = self._reached.get(peer, (_Progress((0, False)), 0.0))
         if _progress(status) < reached and asyncio.get_running_loop().time() < until:
@@ -173,26 +183,24 @@ class SwarmView:
         self._living = None
         self._reached = {other: known for other, known in self._reached.items() if other in self._heard}
 
-    def hear_head(self, peer: str, head: tuple[int, bytes]) -> None:
-        """Learn from a round's messages that a peer's update after `head` is ready, ahead of its heartbeat."""
+    def hear_ready(self, peer: str, branch: Branch) -> None:
+        """Learn from a round's messages that a peer's update after `branch` is ready, ahead of its heartbeat."""
         old = self._heard.get(peer)
-        if old is not None and (old.head != head or old.phase == "collecting"):
-            update = {"round": head[0], "digest": head[1], "phase": "roster"}
-            self._keep(peer, old.model_copy(update=update))
+        if old is not None and (old.branch != branch or old.phase == "collecting"):
+            self._keep(peer, _status_at(branch, phase="roster", samples=old.samples, tokens_per_s=old.tokens_per_s))
             self._outdate(peer)
         self.notify()
 
-    def presume_commit(self, peers: Iterable[str], head: tuple[int, bytes]) -> None:
-        """A round after `head` is committed: its other members are about to step, too, whatever they said last.
+    def presume_commit(self, peers: Iterable[str], branch: Branch) -> None:
+        """A round after `branch` is committed: its other members are about to step, too, whatever they said last.
 
         Heartbeats are slower than short rounds. Who went by the last ones would take a member of the round before
         for somebody who is not there, and go on alone beside it.
         """
         for peer in peers:
             old = self._heard.get(peer)
-            if old is not None and old.round <= head[0]:
-                update = {"round": head[0], "digest": head[1], "phase": "commit", "samples": 0}
-                self._keep(peer, old.model_copy(update=update))
+            if old is not None and old.round <= branch.head[0]:
+                self._keep(peer, _status_at(branch, phase="commit", tokens_per_s=old.tokens_per_s))
                 self._outdate(peer)
 
     def _outdate(self, peer: str) -> None:

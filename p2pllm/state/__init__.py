@@ -1,13 +1,35 @@
-"""What all peers hold bit-identically, and how it moves forward: flat vectors, the outer step, snapshots.
+"""What all peers hold bit-identically, and how it moves forward: flat vectors, the outer step, files.
 
-`layout` says where a parameter lies in the flat vectors, `shared` is the state and its digest, `outer` the
-deterministic optimizer, `snapshot` the files. All of it is NumPy, since it runs in the daemon, which imports
-no torch. What does not live here: models (`training`), moving states between peers (`rounds`).
+`layout` says where a parameter lies in the flat vectors, `shared` is the state, `header` and `chunks` what its digest
+is made of, `outer` the deterministic optimizer. On disk: `snapshot` holds whole states (`saved` is the form of a file,
+`incoming` a download), `blobs` the aggregates that lead from one to the next, both on `files`. All of it is NumPy,
+since it runs in the daemon, which imports no torch. What does not live here: models (`training`), moving states
+between peers and the log (`rounds`).
 """
 
-from p2pllm.state.layout import Entry, Layout
+from p2pllm.state.blobs import BlobStore
+from p2pllm.state.chunks import CHUNK_BYTES, Chunk, ChunkPlan, chunk_count, chunk_of
+from p2pllm.state.incoming import Incoming
+from p2pllm.state.layout import FLOAT, Entry, Layout
 from p2pllm.state.outer import AdamW, learning_rate
-from p2pllm.state.shared import FLOAT, SharedState
-from p2pllm.state.snapshot import newest, save
+from p2pllm.state.saved import Snapshot
+from p2pllm.state.shared import SharedState
+from p2pllm.state.snapshot import SnapshotStore
 
-__all__ = ["FLOAT", "AdamW", "Entry", "Layout", "SharedState", "learning_rate", "newest", "save"]
+__all__ = [
+    "CHUNK_BYTES",
+    "FLOAT",
+    "AdamW",
+    "BlobStore",
+    "Chunk",
+    "ChunkPlan",
+    "Entry",
+    "Incoming",
+    "Layout",
+    "SharedState",
+    "Snapshot",
+    "SnapshotStore",
+    "chunk_count",
+    "chunk_of",
+    "learning_rate",
+]

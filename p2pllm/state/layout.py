@@ -17,6 +17,9 @@ from blake3 import blake3
 
 from p2pllm.errors import StateError
 
+FLOAT = np.dtype("<f4")
+"""Element type of every flat vector; little-endian by name, so that its bytes are the same anywhere."""
+
 
 class Entry(NamedTuple):
     """One parameter: its name, its shape, and the index of its first element in the flat vector."""
@@ -59,6 +62,11 @@ class Layout:
     def size(self) -> int:
         """Elements of a flat vector."""
         return self.entries[-1].offset + self.entries[-1].size if self.entries else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a flat vector."""
+        return FLOAT.itemsize * self.size
 
     def digest(self) -> str:
         """BLAKE3 of the JSON form, 64 hex digits."""

@@ -19,11 +19,11 @@ import numpy as np
 
 from p2pllm.errors import StateError
 from p2pllm.manifest import OptimizerSection
-from p2pllm.state.layout import Layout
-from p2pllm.state.shared import FLOAT, SharedState
+from p2pllm.state.layout import FLOAT, Layout
+from p2pllm.state.shared import SharedState
 
 _BLOCK = 1 << 15
-"""Elements worked on at once: six arrays of this many float32 fit a core's own cache."""
+"""Elements worked on at once: nine arrays of this many float32 fit a core's own cache."""
 
 _SUM_BLOCK = 1 << 15
 """Leaves of one tree of the norm. Part of the result, unlike _BLOCK: another value gives other bits."""
@@ -31,6 +31,8 @@ _SUM_BLOCK = 1 << 15
 _MAX_NORM = 1e18
 """What a gradient is clipped to if the manifest does not clip: its square must fit float32, or one member could
 stop the run with a single huge number."""
+
+_Vectors = tuple[np.ndarray, np.ndarray, np.ndarray]  # params, m, v
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _CLIP_GUARD = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -64,20 +66,32 @@ class AdamW:
         self._pieces = list(_pieces(layout, block))
         self._scratch = np.empty((2, block), FLOAT)
 
-    def step(self, state: SharedState, gradient: np.ndarray) -> None:
-        """Apply one averaged gradient, float32 of shape (layout.size,), in place; `state.round` grows by 1.
+    def step(self, state: SharedState, gradient: np.ndarray, into: SharedState | None = None) -> None:
+        """Apply one averaged gradient, float32 of shape (layout.size,); the round grows by 1.
+
+        In place, or if `into` is given, a state of the same layout with arrays of its own: then all of the
+        result goes there, whatever was in it, and `state` stays as it is. The bits are the same.
 
         Raises StateError, and changes nothing, if the gradient has another shape or type or is not
-        finite, or if this process computes small numbers as 0.
+        finite, if `into` does not fit, or if this process computes small numbers as 0.
         """
+        target = state if into is None else into
+        if into is not None:
+            self._check_apart(state, into)
         scalars = self._scalars(state, self._clip_factor(state, gradient))
-        beta1, beta2 = self._section.beta1, self._section.beta2
         for start, stop, decayed in self._pieces:
             part = slice(start, stop)
-            self._step_piece(state.params[part], state.m[part], state.v[part], gradient[part], scalars, decayed)
-        state.beta1_power *= beta1
-        state.beta2_power *= beta2
-        state.round += 1
+            self._step_piece(_cut_out(state, part), _cut_out(target, part), gradient[part], scalars, decayed)
+        target.beta1_power = state.beta1_power * self._section.beta1
+        target.beta2_power = state.beta2_power * self._section.beta2
+        target.round = state.round + 1
+
+    def _check_apart(self, state: SharedState, into: SharedState) -> None:
+        """Vectors that overlap would be overwritten before they are read."""
+        if into.layout.entries != self._layout.entries:
+            raise StateError("The outer optimizer was built for another layout than that of the state it writes to.")
+        if any(np.may_share_memory(one, other) for one in _vectors(state) for other in _vectors(into)):
+            raise StateError("The outer step was told to write to a state that shares memory with the one it reads.")
 
     def _clip_factor(self, state: SharedState, gradient: np.ndarray) -> float:
         """Factor in (0, 1] that brings the gradient's norm to `clip_norm`; all checks happen here."""
@@ -113,31 +127,40 @@ class AdamW:
 
     def _step_piece(
         self,
-        params: np.ndarray,
-        m: np.ndarray,
-        v: np.ndarray,
+        source: _Vectors,
+        target: _Vectors,
         gradient: np.ndarray,
         scalars: dict[str, np.float32],
         decayed: bool,
     ) -> None:
         """One block. `out=` everywhere: each operation is one pass over arrays that stay in the cache."""
+        params, m, v = target
         g, t = self._scratch[:, : params.size]
         np.multiply(gradient, scalars["clip"], out=g)
-        np.multiply(m, scalars["beta1"], out=m)
+        np.multiply(source[1], scalars["beta1"], out=m)
         np.multiply(g, scalars["other1"], out=t)
         np.add(m, t, out=m)
         np.multiply(g, g, out=g)
         np.multiply(g, scalars["other2"], out=g)
-        np.multiply(v, scalars["beta2"], out=v)
+        np.multiply(source[2], scalars["beta2"], out=v)
         np.add(v, g, out=v)
         np.sqrt(v, out=t)
         np.divide(t, scalars["root_bias2"], out=t)
         np.add(t, scalars["epsilon"], out=t)
         np.divide(m, t, out=t)
         np.multiply(t, scalars["size"], out=t)
+        old = source[0]
         if decayed:
-            np.multiply(params, scalars["keep"], out=params)
-        np.subtract(params, t, out=params)
+            old = np.multiply(old, scalars["keep"], out=params)
+        np.subtract(old, t, out=params)
+
+
+def _vectors(state: SharedState) -> _Vectors:
+    return state.params, state.m, state.v
+
+
+def _cut_out(state: SharedState, part: slice) -> _Vectors:
+    return state.params[part], state.m[part], state.v[part]
 
 
 def sum_of_squares(vector: np.ndarray) -> float:

@@ -1,31 +1,23 @@
 """SharedState: what all peers at one head hold bit for bit, and the digest that proves it.
 
-Adopting bytes from a file or from another peer is here too, since both need the same checks. What does not
-live here: advancing the state (`outer`), files (`snapshot`), sending (`rounds`).
+Adopting vectors from a file or from another peer is here too, since both need the same checks. What does not
+live here: how the digest comes about (`chunks`), advancing the state (`outer`), files (`snapshot`), sending
+(`rounds`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from p2pllm.errors import StateError
-from p2pllm.state.layout import Layout
+from p2pllm.state.chunks import VECTORS, ChunkPlan
+from p2pllm.state.header import parse_header
+from p2pllm.state.layout import FLOAT, Layout
 
-FLOAT = np.dtype("<f4")
-"""Element type of every flat vector; little-endian by name, so that its bytes are the same anywhere."""
-
-MAX_ROUND = 10**9
-"""Bound on the round number of a state that is adopted; a manifest allows no more rounds."""
-
-_MANY_BYTES = 1 << 20  # below this, waking threads costs more than hashing
 _BLOCK = 1 << 18  # elements checked at once, so that the checks need no memory of the state's size
-_HEADER_KEYS = {"layout", "round", "beta1_power", "beta2_power"}
-_VECTORS = ("params", "m", "v")
 
 
 class SharedState:
@@ -46,11 +38,11 @@ class SharedState:
         round: int = 0,  # noqa: A002 - the word of the design
         beta_powers: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """Take the given arrays as they are: they are written in place and never replaced.
+        """Take the given arrays as they are: they are written in place, and only `move_params` replaces one.
 
         Raises StateError if one is not a writable, contiguous float32 vector of `layout.size` elements.
         """
-        for name, array in zip(_VECTORS, (params, m, v), strict=True):
+        for name, array in zip(VECTORS, (params, m, v), strict=True):
             _check_vector(name, array, layout)
         self.layout = layout
         self.params, self.m, self.v = params, m, v
@@ -68,13 +60,8 @@ class SharedState:
         return state
 
     def digest(self) -> str:
-        """BLAKE3 over the header and the bytes of params, m and v; 64 hex digits."""
-        header = "\n".join(f"{key}={value}" for key, value in sorted(self.header().items()))
-        many = self.params.nbytes >= _MANY_BYTES
-        hasher = blake3(f"p2pllm state 1\n{header}\n".encode(), max_threads=blake3.AUTO if many else 1)
-        for buffer in self.payload():
-            hasher.update(buffer)
-        return str(hasher.hexdigest())
+        """The digest of the state's `ChunkPlan`; 64 hex digits."""
+        return ChunkPlan.of(self).digest.hex()
 
     def header(self) -> dict[str, str | int]:
         """Everything but the vectors: {layout: digest, round, beta1_power, beta2_power as hex floats}."""
@@ -90,6 +77,20 @@ class SharedState:
         return [array.view(np.uint8).data for array in (self.params, self.m, self.v)]
 
     @classmethod
+    def adopt(cls, layout: Layout, header: Mapping[str, Any], vectors: Sequence[np.ndarray]) -> SharedState:
+        """The state that `header` and `vectors` (params, m, v: kept, not copied) describe.
+
+        Raises StateError if anything is of the wrong type or size, not finite, or impossible. It cannot tell a
+        wrong state from the right one: compare `digest()`.
+        """
+        round_, powers = parse_header(layout, header)
+        params, m, v = vectors
+        state = cls(layout, params, m, v, round=round_, beta_powers=powers)
+        for name, vector in zip(VECTORS, vectors, strict=True):
+            _check_values(name, vector, positive=name == "v")
+        return state
+
+    @classmethod
     def from_payload(
         cls,
         layout: Layout,
@@ -100,17 +101,21 @@ class SharedState:
         """The state that `header` and `buffers` (params, m, v: bytes-like) describe.
 
         The vectors are copied; the parameters into `params_out` if it is given, which the state then keeps.
-        Raises StateError if anything is of the wrong type or size, not finite, or impossible, before
-        `params_out` is touched. It cannot tell a wrong state from the right one: compare `digest()`.
+        Raises StateError as `adopt` does, before `params_out` is touched.
         """
-        round_, powers = _parse_header(layout, header)
-        arrays = _parse_buffers(layout, buffers)
-        if params_out is None:
-            params_out = np.empty(layout.size, FLOAT)
-        else:
-            _check_vector("params", params_out, layout)
-        np.copyto(params_out, arrays[0])
-        return cls(layout, params_out, arrays[1].copy(), arrays[2].copy(), round=round_, beta_powers=powers)
+        state = cls.adopt(layout, header, _copies_of(buffers, layout))
+        if params_out is not None:
+            state.move_params(params_out)
+        return state
+
+    def move_params(self, out: np.ndarray) -> None:
+        """Copy the parameters to `out`, float32 of shape (layout.size,), and keep them there from now on.
+
+        Raises StateError if `out` does not fit.
+        """
+        _check_vector("params", out, self.layout)
+        np.copyto(out, self.params)
+        self.params = out
 
 
 def _check_vector(name: str, array: Any, layout: Layout) -> None:
@@ -120,45 +125,18 @@ def _check_vector(name: str, array: Any, layout: Layout) -> None:
         raise StateError(f"The state's {name} is not a contiguous, writable vector.")
 
 
-def _parse_header(layout: Layout, header: Any) -> tuple[int, tuple[float, float]]:
-    if not isinstance(header, Mapping) or set(header) != _HEADER_KEYS:
-        raise StateError(f"The header of a state does not hold exactly {', '.join(sorted(_HEADER_KEYS))}.")
-    round_ = header["round"]
-    if type(round_) is not int or not 0 <= round_ <= MAX_ROUND:
-        raise StateError(f"The header of a state gives a round that is no number from 0 to {MAX_ROUND}.")
-    if header["layout"] != layout.digest():
-        raise StateError("A state has another layout than this run's model.")
-    powers = _parse_power(header["beta1_power"]), _parse_power(header["beta2_power"])
-    if round_ == 0 and powers != (1.0, 1.0):
-        raise StateError("A state at round 0 claims outer steps that were not made.")
-    return round_, powers
-
-
-def _parse_power(value: Any) -> float:
-    try:
-        power = float.fromhex(value) if isinstance(value, str) and len(value) <= 32 else math.nan
-    except (ValueError, OverflowError):
-        power = math.nan
-    # another spelling of the same number would make another digest
-    if not 0.0 <= power <= 1.0 or power.hex() != value:
-        raise StateError("The header of a state gives a beta power that is no hex float from 0 to 1.")
-    return power
-
-
-def _parse_buffers(layout: Layout, buffers: Any) -> list[np.ndarray]:
-    if not isinstance(buffers, Sequence) or len(buffers) != len(_VECTORS):
-        raise StateError(f"A state has the {len(_VECTORS)} vectors {', '.join(_VECTORS)} and no others.")
+def _copies_of(buffers: Any, layout: Layout) -> list[np.ndarray]:
+    if not isinstance(buffers, Sequence) or len(buffers) != len(VECTORS):
+        raise StateError(f"A state has the {len(VECTORS)} vectors {', '.join(VECTORS)} and no others.")
     arrays = []
-    for name, buffer in zip(_VECTORS, buffers, strict=True):
+    for name, buffer in zip(VECTORS, buffers, strict=True):
         try:
             raw = memoryview(buffer).cast("B")
         except (TypeError, ValueError):
             raise StateError(f"The state's {name} is not a contiguous run of bytes.") from None
-        if raw.nbytes != FLOAT.itemsize * layout.size:
-            raise StateError(f"The state's {name} has {raw.nbytes} bytes instead of {FLOAT.itemsize * layout.size}.")
-        array = np.frombuffer(raw, FLOAT) if raw.nbytes else np.empty(0, FLOAT)
-        _check_values(name, array, positive=name == "v")
-        arrays.append(array)
+        if raw.nbytes != layout.nbytes:
+            raise StateError(f"The state's {name} has {raw.nbytes} bytes instead of {layout.nbytes}.")
+        arrays.append(np.frombuffer(bytearray(raw), FLOAT) if raw.nbytes else np.empty(0, FLOAT))
     return arrays
 
 

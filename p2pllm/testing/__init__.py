@@ -32,10 +32,10 @@ That is a whole test file. Where to look for more:
 """
 
 from p2pllm.testing.clock import DeadlockError, VirtualLoop, run, virtual
-from p2pllm.testing.fakes import LAYOUT, FakeCompute, copy_state, head, make_manifest, make_state, status
+from p2pllm.testing.fakes import LAYOUT, FakeCompute, branch, head, make_manifest, make_state, status
 from p2pllm.testing.faults import SLOW_S, fail_at
 from p2pllm.testing.host import Count, MemoryHost
-from p2pllm.testing.network import MemoryNetwork, peer_number
+from p2pllm.testing.network import MemoryNetwork, identity_number, peer_number
 from p2pllm.testing.swarm import MemoryPeer, MemorySwarm, Parts
 
 __all__ = [
@@ -50,9 +50,10 @@ __all__ = [
     "MemorySwarm",
     "Parts",
     "VirtualLoop",
-    "copy_state",
+    "branch",
     "fail_at",
     "head",
+    "identity_number",
     "make_manifest",
     "make_state",
     "peer_number",

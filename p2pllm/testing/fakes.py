@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from p2pllm.manifest import RunDraft, RunManifest
-from p2pllm.rounds import plan
+from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Status
+from p2pllm.rounds.record import Head
 from p2pllm.rounds.round import Update
 from p2pllm.state import Layout, SharedState
 from p2pllm.testing.network import peer_number
@@ -94,13 +95,6 @@ def make_state(round_: int = 0, seed: int = 0, layout: Layout = LAYOUT) -> Share
     return state
 
 
-def copy_state(state: SharedState) -> SharedState:
-    """The same state in memory of its own."""
-    vectors = (state.params.copy(), state.m.copy(), state.v.copy())
-    powers = (state.beta1_power, state.beta2_power)
-    return SharedState(state.layout, *vectors, round=state.round, beta_powers=powers)
-
-
 def make_manifest(layout: Layout = LAYOUT, **section: Any) -> RunManifest:
     """A run of 5 small rounds that starts at `make_state()`; `section` changes fields of its [round]."""
     values = {"rounds": 5, "samples": 12, "deadline_s": 5.0, "roster_wait_s": 2.0, **section}
@@ -109,14 +103,30 @@ def make_manifest(layout: Layout = LAYOUT, **section: Any) -> RunManifest:
     return draft.seal(founder=peer_number(0), initial_state=initial, tokenizer="bytes", data_digest="")
 
 
-def status(round_: int, digest: bytes | int = 0, phase: str = "collecting", samples: int = 0) -> Status:
-    """A status in few words; a number stands for a digest."""
-    whole = bytes([digest]) * 32 if isinstance(digest, int) else digest
+def status(
+    round_: int, digest: bytes | int = 0, phase: str = "collecting", samples: int = 0, *, total: int | None = None
+) -> Status:
+    """A status in few words; a number stands for a digest, and a round has 12 samples."""
+    where = branch(round_, digest, total=total)
     return Status.model_validate(
-        {"round": round_, "digest": whole, "phase": phase, "samples": samples, "tokens_per_s": 0.0}
+        {
+            "round": round_,
+            "digest": where.head[1],
+            "total": where.total,
+            "anchor": 0,
+            "phase": phase,
+            "samples": samples,
+            "tokens_per_s": 0.0,
+        }
     )
 
 
-def head(round_: int, digest: int = 0) -> plan.Head:
+def head(round_: int, digest: int = 0) -> Head:
     """A head in few words; a number stands for a digest."""
     return (round_, bytes([digest]) * 32)
+
+
+def branch(round_: int, digest: bytes | int = 0, *, total: int | None = None, anchor: int = 0) -> Branch:
+    """A branch in few words; a number stands for a digest, and a round has 12 samples."""
+    whole = bytes([digest]) * 32 if isinstance(digest, int) else digest
+    return Branch((round_, whole), 12 * round_ if total is None else total, anchor)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import heapq
 import itertools
 import math
@@ -29,8 +30,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from p2pllm.errors import NetworkError, UnreachableError
-from p2pllm.identity import peer_id_of
+from p2pllm.identity import Identity
 from p2pllm.testing.clock import TICK_S
 from p2pllm.testing.host import OWNER, Call, MemoryHost
 from p2pllm.testing.pipe import Pipe
@@ -41,9 +44,15 @@ LATENCY_S = 0.001
 Ends = tuple[StreamReader, StreamWriter]
 
 
+@functools.lru_cache(maxsize=16384)
+def identity_number(number: int) -> Identity:
+    """The key of peer 0, 1, 2, ..., the same in every run."""
+    return Identity(Ed25519PrivateKey.from_private_bytes((number + 1).to_bytes(32, "big")))
+
+
 def peer_number(number: int) -> str:
-    """The id of peer 0, 1, 2, ..., a well-formed one."""
-    return peer_id_of((number + 1).to_bytes(32, "big"))
+    """The id of peer 0, 1, 2, ...."""
+    return identity_number(number).peer_id
 
 
 class MemoryNetwork:

@@ -24,17 +24,19 @@ from p2pllm.averaging import DenseAllReduce
 from p2pllm.metrics import RoundRecord
 from p2pllm.network.bulk import BulkServer
 from p2pllm.network.membership import Lookup, Membership
+from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.loop import Compute, TrainingLoop
 from p2pllm.rounds.messages import Phase, Status
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.round import AllReduce, RoundRunner
+from p2pllm.rounds.serving import GIVE_WAY_S
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
-from p2pllm.state import AdamW, Layout, SharedState
-from p2pllm.testing.fakes import LAYOUT, FakeCompute, copy_state, make_manifest, make_state
+from p2pllm.state import AdamW, Layout
+from p2pllm.testing.fakes import LAYOUT, FakeCompute, make_manifest, make_state
 from p2pllm.testing.faults import How, fail_at
-from p2pllm.testing.network import MemoryNetwork
+from p2pllm.testing.network import MemoryNetwork, identity_number
 
 HEARING_S = 10.0
 """How long a peer that knows others listens for them before it trains alone, as the daemon does."""
@@ -77,8 +79,8 @@ class Parts:
 class WatchedView(SwarmView):
     """A SwarmView that tells which phases its peer enters."""
 
-    def __init__(self, peer_id: str, *, initial_state: bytes, last_round: int) -> None:
-        super().__init__(peer_id, initial_state=initial_state, last_round=last_round)
+    def __init__(self, peer_id: str, run_id: str, *, last_round: int) -> None:
+        super().__init__(peer_id, run_id, last_round=last_round)
         self.watchers: list[Callable[[Status], None]] = []
 
     def say(self, **fields: Any) -> None:
@@ -94,16 +96,16 @@ class MemoryPeer:
     `votes`, `allreduce`, `loop` are its parts, `records` what it committed, `committed_at` when, by round.
     """
 
-    def __init__(self, swarm: MemorySwarm, number: int, state: SharedState | None = None) -> None:
-        """state: where it begins; else at round 0."""
+    def __init__(self, swarm: MemorySwarm, number: int, disk: Disk | None = None) -> None:
+        """disk: of a former life; else it begins at round 0."""
         clock, manifest, parts = asyncio.get_running_loop().time, swarm.manifest, swarm.parts
         section, run_id = manifest.round, manifest.run_id
         self.swarm, self.number = swarm, number
         self.host = swarm.network.host(number)
         self.id = self.host.peer_id
         self.directory: Any = parts.directory(self)
-        initial = bytes.fromhex(manifest.initial_state)
-        self.view = WatchedView(self.id, initial_state=initial, last_round=section.rounds)
+        self.identity = identity_number(number)
+        self.view = WatchedView(self.id, run_id, last_round=section.rounds)
         self.membership = Membership(
             self.host,
             status=self.view.own_bytes,
@@ -114,12 +116,17 @@ class MemoryPeer:
         )
         self.view.attach(self.membership)
         optimizer = AdamW(manifest.optimizer, section.rounds, parts.layout)
-        self.keeper = StateKeeper(state or make_state(layout=parts.layout), optimizer, self.host)
+        self.disk = disk or Disk(None, manifest, parts.layout)
+        state = self.disk.recover(optimizer, make_state(layout=parts.layout))
+        assert state is not None  # noqa: S101 - it was given one for round 0
+        self.keeper = StateKeeper(state, optimizer, self.disk, self.host)
+        self.keeper.serving.give_way = self._give_way
         self.compute: Any = parts.compute(self)
         self.desk = RosterDesk(self.host, self.view, section, run_id, clock)
-        self.votes = VoteBox(self.host, self.view)
+        self.votes = VoteBox(self.host, self.view, self.identity)
         self.allreduce: Any = parts.allreduce(self)
-        runner = RoundRunner(self.view, self.desk, self.votes, self.allreduce, self.keeper, section, run_id)
+        desk, votes, allreduce = self.desk, self.votes, self.allreduce
+        runner = RoundRunner(self.identity, self.view, desk, votes, allreduce, self.keeper, section)
         self.records: list[RoundRecord] = []
         self.committed_at: dict[int, float] = {}
         self.loop = TrainingLoop(manifest, self.view, self.desk, runner, self.keeper, self.compute, self._on_round)
@@ -142,7 +149,7 @@ class MemoryPeer:
         if hasattr(self.allreduce, "start"):
             await self.allreduce.start()
         await BulkServer(self.host, self.keeper.serve).start()
-        self.view.say(head=self.keeper.head, phase="joining")
+        self.view.say(branch=self.keeper.branch, phase="joining")
         self.host.spawn(self._follow_membership(), "following membership")
 
     async def _follow_membership(self) -> None:
@@ -151,6 +158,9 @@ class MemoryPeer:
         while True:
             seen = await self.membership.wait_changed(seen)
             self.view.notify()
+
+    async def _give_way(self) -> None:
+        await self.view.wait_until(lambda: self.view.own.phase != "exchange", GIVE_WAY_S)
 
     async def _live(self, expected: bool) -> None:
         if expected:
@@ -220,10 +230,9 @@ class MemorySwarm:
         self.gone: set[MemoryPeer] = set()
         self.ending: set[asyncio.Task[None]] = set()
 
-    def add(self, count: int = 1, state: SharedState | None = None) -> list[MemoryPeer]:
-        """More peers, at round 0 or at a copy of `state`; they are not started."""
-        states = [copy_state(state) if state else None for _ in range(count)]
-        new = [self.peer_class(self, len(self.peers) + index, each) for index, each in enumerate(states)]
+    def add(self, count: int = 1) -> list[MemoryPeer]:
+        """More peers, at round 0; they are not started."""
+        new = [self.peer_class(self, len(self.peers) + index) for index in range(count)]
         self.peers += new
         return new
 
@@ -233,8 +242,8 @@ class MemorySwarm:
             await peer.start()
 
     def restart(self, peer: MemoryPeer, *, keep_disk: bool = True) -> MemoryPeer:
-        """The killed peer anew, under its old number, at the state that it had or at round 0; it is not started."""
-        again = self.peer_class(self, peer.number, copy_state(peer.keeper.state) if keep_disk else None)
+        """The killed peer anew, under its old number, with its old disk or an empty one; it is not started."""
+        again = self.peer_class(self, peer.number, peer.disk if keep_disk else None)
         self.peers[peer.number] = again
         return again
 
@@ -280,9 +289,11 @@ class MemorySwarm:
     def check_states(self) -> None:
         """Raise AssertionError unless every living peer's head is what its state really is."""
         for peer in self.alive:
-            real = (peer.keeper.state.round, bytes.fromhex(peer.keeper.state.digest()))
-            if peer.keeper.head != real:
-                raise AssertionError(f"Peer {peer.number} says that it is at {peer.keeper.head} but is at {real}.")
+            state, (round_, _) = peer.keeper.state, peer.keeper.head
+            record = peer.disk.log.record(round_) if round_ else None
+            named = record.body.state.hex() if record else self.manifest.initial_state
+            if (state.round, state.digest()) != (round_, named):
+                raise AssertionError(f"Peer {peer.number} is not in the state of round {round_} that its log names.")
 
     def check_rounds(self) -> None:
         """Raise AssertionError if a round was committed with different outcomes, be it by peers that are dead now."""

@@ -25,6 +25,7 @@ from p2pllm.invite import Invite
 from p2pllm.manifest import RunDraft
 from p2pllm.network.addresses import port_of
 from p2pllm.network.node import Node
+from p2pllm.rounds.record import Checkpoint
 from p2pllm.settings import new_runtime_dir
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.control import ControlServer, Handler
@@ -154,7 +155,11 @@ class Daemon:
     async def _open_for_commands(self, folder: PeerFolder, participant: Participant) -> None:
         """Open the control socket and tell who started us."""
         socket = self._runtime_dir / "control.sock"
-        handlers: dict[str, Handler] = {"status": self._on_status, "leave": self._on_leave, "save": self._on_save}
+        handlers: dict[str, Handler] = {
+            "status": self._on_status,
+            "leave": self._on_leave,
+            "checkpoint": self._on_checkpoint,
+        }
         self._control = ControlServer(socket, handlers)
         await self._control.start()
         facts = {
@@ -257,13 +262,13 @@ class Daemon:
         self._leaving.set()
         return {"leaving": True}
 
-    async def _on_save(self, request: dict[str, Any]) -> dict[str, Any]:
+    async def _on_checkpoint(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._participant is not None  # noqa: S101 - the socket opens after
         try:
-            await self._participant.save()
-        except StateError as error:
+            new = await self._participant.anchor(Checkpoint.unpack(bytes.fromhex(request.get("checkpoint", ""))))
+        except (ValueError, TypeError, StateError) as error:
             return {"error": str(error)}
-        return {"round": self._participant.keeper.head[0]}
+        return {"new": new}
 
 
 async def _first_failure(compute: asyncio.Future[None], node: asyncio.Future[NetworkError]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from p2pllm.averaging import DenseAllReduce
 from p2pllm.averaging.attempt import STREAM_METHOD
 from p2pllm.errors import StateError
@@ -22,18 +24,17 @@ from p2pllm.metrics import JsonlSink, RoundRecord
 from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.network.membership import Membership
 from p2pllm.network.node import Node
-from p2pllm.rounds import plan
+from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.keeper import StateKeeper
-from p2pllm.rounds.loop import RETRY_S, TrainingLoop
+from p2pllm.rounds.loop import TrainingLoop
+from p2pllm.rounds.record import Checkpoint
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.round import RoundRunner
+from p2pllm.rounds.serving import GIVE_WAY_S
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.settings import PeerSettings
-from p2pllm.state import snapshot
-from p2pllm.state.layout import Layout
-from p2pllm.state.outer import AdamW
-from p2pllm.state.shared import SharedState
+from p2pllm.state import AdamW, Layout, SharedState
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
@@ -66,17 +67,11 @@ class Participant:
         self._settings = settings
         self._node = node
         self._compute = compute
-        self.view = SwarmView(
-            node.peer_id,
-            initial_state=bytes.fromhex(manifest.initial_state),
-            last_round=manifest.round.rounds,
-        )
+        self.view = SwarmView(node.peer_id, manifest.run_id, last_round=manifest.round.rounds)
         self._records = JsonlSink(folder.path / "rounds.jsonl")
         self._losses: deque[float] = deque(maxlen=SHOWN_LOSSES)
         self._last: RoundRecord | None = None
         self._validation_loss: float | None = None
-        self._saved_head: plan.Head | None = None
-        self._saving: asyncio.Task[None] | None = None
         self._started = time.time()
         self._membership: Membership | None = None
         self._following: asyncio.Task[None] | None = None
@@ -92,7 +87,7 @@ class Participant:
     async def start(self, addresses: tuple[str, ...], progress: Progress) -> None:
         """Join the membership, build the model, and come to the swarm's head."""
         node = self._node
-        if addresses and not any((self.folder.path / "state").glob("*.safetensors")):
+        if addresses and not (self.folder.path / "log").exists():
             await node.connect_any(addresses)  # without a state there is nothing to go on with alone
         membership = self._membership = Membership(
             node,
@@ -133,46 +128,43 @@ class Participant:
         return await compute.build(self._manifest, self._sealed[2], remembered, self._settings.startup_timeout_s)
 
     def _assemble(self, layout: Layout) -> None:
-        """Load the newest state of this peer and put the round protocol on top of it."""
-        manifest, view, compute = self._manifest, self.view, self._compute
-        run_id, section = manifest.run_id, manifest.round
-        state = snapshot.newest(self.folder.path / "state", run_id, layout, params_out=compute.params)
-        if state is None:
-            state = SharedState.initial(layout, compute.params)
-        keeper = self._keeper = StateKeeper(state, AdamW(manifest.optimizer, section.rounds, layout), self._node)
-        self._saved_head = keeper.head
-        self._desk = RosterDesk(self._node, view, section, run_id)
-        self._votes = VoteBox(self._node, view)
+        """Come to the newest state that this peer's disk leads to, and put the round protocol on top of it."""
+        manifest, view, compute, identity = self._manifest, self.view, self._compute, self._node.identity
+        section = manifest.round
+        optimizer = AdamW(manifest.optimizer, section.rounds, layout)
+        initial = SharedState.initial(layout, compute.params)
+        disk = Disk(self.folder.path, manifest, layout, budget=int(self._settings.disk_gb * 1e9))
+        state = disk.recover(optimizer, initial) or initial
+        np.copyto(compute.params, state.params)  # the worker maps this memory
+        powers = (state.beta1_power, state.beta2_power)
+        state = SharedState(layout, compute.params, state.m, state.v, round=state.round, beta_powers=powers)
+        keeper = self._keeper = StateKeeper(state, optimizer, disk, self._node)
+        keeper.serving.give_way = self._give_way
+        self._desk = RosterDesk(self._node, view, section, manifest.run_id)
+        self._votes = VoteBox(self._node, view, identity)
         self._allreduce = DenseAllReduce(self._node)
-        runner = RoundRunner(view, self._desk, self._votes, self._allreduce, keeper, section, run_id)
+        runner = RoundRunner(identity, view, self._desk, self._votes, self._allreduce, keeper, section)
         self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)
 
-    async def _hear_the_swarm(self, expected: bool, progress: Progress) -> None:
-        """Listen who is there before the first round, so that nobody trains alone beside a swarm.
+    async def _give_way(self) -> None:
+        """Rounds go before joiners."""
+        await self.view.wait_until(lambda: self.view.own.phase != "exchange", GIVE_WAY_S)
 
-        A state of round 0 counts only with the digest that the manifest gives; a machine whose own differs, as
-        other hardware may make it, waits until it has one from a peer.
-        """
+    async def _hear_the_swarm(self, expected: bool, progress: Progress) -> None:
+        """Listen who is there before the first round, so that nobody trains alone beside a swarm."""
         view = self.view
-        view.say(head=self.keeper.head, phase="joining")
+        view.say(branch=self.keeper.branch, phase="joining")
         if expected:
             progress("listening for the swarm")
             await view.wait_until(lambda: bool(view.statuses()), HEARING_S)
-        if self.keeper.head[0] > 0 or self.keeper.head[1].hex() == self._manifest.initial_state:
-            return
-        progress("this machine makes other initial weights than the founder's; fetching the run's")
-        while True:
-            head = plan.head_to_follow(None, view.statuses())
-            if head is not None and await self.keeper.follow(head, plan.donors(head, view.statuses())):
-                return
-            view.doubt(self.keeper.refuted)
-            await view.wait_until(lambda: False, RETRY_S)  # not at the next change: there are many a second
+        if not self.keeper.has_state:
+            progress("this machine makes other initial weights than the founder's; it takes the run's from a peer")
 
     async def _serve(self, request: dict[str, Any]) -> Blob | None:
         return tokenizer_blob(self._sealed, request) or await self.keeper.serve(request)
 
     def _on_round(self, record: RoundRecord) -> None:
-        """Keep what a round measured, and save the state when the settings ask for it."""
+        """Keep what a round measured."""
         record = replace(record, traffic=self.traffic())
         try:
             self._records.write(record)
@@ -183,26 +175,12 @@ class Participant:
         if record.validation_loss is not None:
             self._validation_loss = record.validation_loss
         self.view.say(tokens_per_s=self._compute.tokens_per_s)
-        if record.round % self._settings.save_every == 0 and (self._saving is None or self._saving.done()):
-            self._saving = asyncio.create_task(self._save_quietly())
 
-    async def save(self) -> None:
-        """Save the state as it is now. Raises StateError."""
-        if self.keeper.head == self._saved_head:
-            return
-        async with self.keeper.held() as state:
-            if self.keeper.head == self._saved_head:
-                return  # by a save that was under way
-            folder = self.folder.path / "state"
-            await asyncio.to_thread(snapshot.save, folder, state, self._manifest.run_id)
-            self._saved_head = self.keeper.head
-
-    async def _save_quietly(self) -> None:
-        """Save, and go on without if the disk does not take it: training is worth more than this copy."""
-        try:
-            await self.save()
-        except StateError as error:
-            log.error("%s", error)
+    async def anchor(self, checkpoint: Checkpoint) -> bool:
+        """Take the organiser's checkpoint and let the others know; whether it was new."""
+        new = await self.keeper.anchor(checkpoint)
+        self.view.say(branch=self.keeper.branch)
+        return new
 
     def invite(self) -> str:
         """The string with which others join: where we are now, and one address of each of a few living members.
@@ -243,7 +221,7 @@ class Participant:
             "rounds": self._manifest.round.rounds,
             "recorded_round": own.round if self._last is None else self._last.round,  # what loss and curve belong to
             "samples": own.samples,
-            "state_digest": own.digest.hex(),
+            "record": own.digest.hex(),
             "loss": None if self._last is None else self._last.loss,
             "validation_loss": self._validation_loss,
             "losses": [round(loss, 4) for loss in self._losses],
@@ -265,20 +243,20 @@ class Participant:
                     "round": status.round,
                     "samples": status.samples,
                     "tokens_per_s": status.tokens_per_s,
-                    "state_digest": status.digest.hex(),
+                    "record": status.digest.hex(),
                 }
                 for peer, status in sorted(others.items())
             ],
         }
 
     async def stop(self) -> None:
-        """Say goodbye, save the state, and end the network. Raises StateError if the state cannot be saved."""
+        """Say goodbye and close the files: all that was committed is in them."""
         if self._following is not None:
             self._following.cancel()
         ending = []
         if self._keeper is not None:
             self.view.say(phase="leaving", samples=0)
-            ending.append(self.save())
+            ending.append(self._keeper.close())
         if self._membership is not None:
             ending.append(self._membership.stop())
         outcomes = await asyncio.gather(*ending, return_exceptions=True)

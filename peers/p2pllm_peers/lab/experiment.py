@@ -237,7 +237,7 @@ class _Life:
                 )
             if peer.is_up and peer.last:
                 said = peer.last
-                row.phase, row.round, row.digest = said["phase"], said["round"], said["state_digest"]
+                row.phase, row.round, row.digest = said["phase"], said["round"], said["record"]
                 row.samples, row.tokens_per_s, row.traffic = said["samples"], said["tokens_per_s"], said["traffic"]
             sample.peers[name] = row
         with self._samples.open("a") as file:

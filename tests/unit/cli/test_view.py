@@ -19,7 +19,7 @@ STATUS = {
     "recorded_round": 123_456_789,
     "rounds": 1_000_000_000,
     "samples": 1_000_000,
-    "state_digest": "ab" * 32,
+    "record": "ab" * 32,
     "loss": 3.14159,
     "validation_loss": None,
     "losses": [5.0 - 0.01 * step for step in range(200)],
@@ -36,7 +36,7 @@ STATUS = {
             "round": 123_456_789,
             "samples": 1_000_000,
             "tokens_per_s": 1_234_567.8,
-            "state_digest": "cd" * 32,
+            "record": "cd" * 32,
         }
     ],
 }

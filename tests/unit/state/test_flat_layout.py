@@ -17,6 +17,7 @@ shapes = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), max_size=6
 def test_views_cover_the_vector_once(all_shapes: list[tuple[int, ...]]) -> None:
     layout = Layout.of((f"p{i}", shape) for i, shape in enumerate(all_shapes))
     flat = np.arange(layout.size, dtype=np.float32)
+    assert flat.nbytes == layout.nbytes
     views = layout.views(flat)
     assert [view.shape for view in views.values()] == all_shapes
     joined = np.concatenate([view.ravel() for view in views.values()]) if views else flat

@@ -59,7 +59,48 @@ def test_the_bits_never_change() -> None:
     optimizer = AdamW(SECTION, ROUNDS, LAYOUT)
     for gradient in gradients():
         optimizer.step(state, gradient)
-    assert state.digest() == "c7f7ba53eb7ab93ec77bee4eb9bc9c06c157d720e992d729b156605e5d2f8ddf"
+    assert state.digest() == "b1277811aa1df7a33a7b8a9e7217caf672208529639ce640e7255fed7460ff1a"
+
+
+@given(block=st.integers(1, 200), rounds=st.integers(1, 12))
+@settings(max_examples=25, deadline=None)
+def test_a_step_into_another_state_gives_the_same_bits_and_leaves_the_first(block: int, rounds: int) -> None:
+    expected, state, other = fresh(), fresh(), garbage()
+    optimizer = AdamW(SECTION, ROUNDS, LAYOUT, block=block)
+    for gradient in gradients()[:rounds]:
+        before, given = state.digest(), gradient.copy()
+        optimizer.step(expected, gradient)
+        optimizer.step(state, gradient, into=other)
+        assert state.digest() == before
+        assert np.array_equal(gradient, given)
+        assert other.digest() == expected.digest()
+        state, other = other, state
+
+
+def test_a_bad_gradient_changes_neither_state() -> None:
+    state, other = fresh(), garbage()
+    vectors = [vector.copy() for vector in (other.params, other.m, other.v)]
+    for gradient in bad_gradients():
+        with pytest.raises(StateError, match="averaged gradient"):
+            AdamW(SECTION, ROUNDS, LAYOUT).step(state, gradient, into=other)
+    assert state.digest() == fresh().digest()
+    for one, two in zip(vectors, (other.params, other.m, other.v), strict=True):
+        assert np.array_equal(one, two, equal_nan=True)
+    assert other.round == 77
+
+
+def test_a_state_to_write_to_has_the_same_layout_and_its_own_memory() -> None:
+    state, optimizer, gradient = fresh(), AdamW(SECTION, ROUNDS, LAYOUT), gradients()[0]
+    other = SharedState.initial(Layout.of([("a", (LAYOUT.size,))]), np.zeros(LAYOUT.size, FLOAT))
+    with pytest.raises(StateError, match="another layout"):
+        optimizer.step(state, gradient, into=other)
+    room = np.zeros(2 * LAYOUT.size - 1, FLOAT)
+    room[: LAYOUT.size] = state.params
+    lapping = SharedState.initial(LAYOUT, room[: LAYOUT.size])
+    for into in (state, SharedState.initial(LAYOUT, state.m), SharedState.initial(LAYOUT, room[-LAYOUT.size :])):
+        with pytest.raises(StateError, match="shares memory"):
+            optimizer.step(lapping if into.params.base is room else state, gradient, into=into)
+    assert state.digest() == lapping.digest() == fresh().digest()
 
 
 def test_only_matrices_decay() -> None:
@@ -161,6 +202,12 @@ def fresh(shift: int = 0) -> SharedState:
     # integers over a power of two: normal draws go through libm, and would differ between machines
     params = (np.random.default_rng(1).integers(-4096, 4096, LAYOUT.size) / 2048).astype(FLOAT)
     return SharedState.initial(LAYOUT, misaligned(params, shift))
+
+
+def garbage() -> SharedState:
+    """A state to be written to; nothing that is in it may matter."""
+    vectors = (np.full(LAYOUT.size, np.nan, FLOAT) for _ in range(3))
+    return SharedState(LAYOUT, *vectors, round=77, beta_powers=(0.1, 0.2))
 
 
 def gradients() -> list[np.ndarray]:

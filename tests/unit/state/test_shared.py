@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ def test_the_digest_never_changes() -> None:
     """Peers of different versions compare it; a new value here is a new format of runs."""
     layout = Layout.of([("a", (2,))])
     state = SharedState.initial(layout, np.array([1.0, -2.0], FLOAT))
-    assert state.digest() == "0b8a986a2a1c02e7eca0394089b4b77d9cacd3128af4c480582285f7f8091647"
+    assert state.digest() == "c2f85c40e2a1e051d3727313d3b6b8900aa4da26313a254db119e0d0d1503872"
 
 
 def test_every_part_is_in_the_digest() -> None:
@@ -40,15 +41,37 @@ def test_every_part_is_in_the_digest() -> None:
     assert len(digests) == 7
 
 
-def test_large_states_digest_as_small_ones_do() -> None:
-    """Threads must not change it: compare with a digest over one joined buffer."""
-    from blake3 import blake3
+@pytest.mark.parametrize("size", [1, 262_144, 262_145, 600_000])
+def test_the_digest_is_that_of_the_list_of_chunks(size: int) -> None:
+    """Written out here once more: other programs must be able to check it, however many threads hash."""
+    layout = Layout.of([("a", (size,))])
+    state = SharedState.initial(layout, np.arange(size, dtype=FLOAT))
+    digests = b""
+    for vector in map(bytes, state.payload()):
+        digests += b"".join(blake3(vector[at : at + 1_048_576]).digest() for at in range(0, len(vector), 1_048_576))
+    header = f"beta1_power={(1.0).hex()}\nbeta2_power={(1.0).hex()}\nlayout={layout.digest()}\nround=0\n"
+    assert state.digest() == blake3(b"p2pllm state 2\n" + header.encode() + digests).hexdigest()
 
-    layout = Layout.of([("a", (300_000,))])
-    state = SharedState.initial(layout, np.arange(300_000, dtype=FLOAT))
-    header = "\n".join(f"{key}={value}" for key, value in sorted(state.header().items()))
-    joined = f"p2pllm state 1\n{header}\n".encode() + b"".join(map(bytes, state.payload()))
-    assert state.digest() == blake3(joined).hexdigest()
+
+def test_vectors_are_adopted_without_copies() -> None:
+    state = example()
+    vectors = [vector.copy() for vector in (state.params, state.m, state.v)]
+    adopted = SharedState.adopt(LAYOUT, state.header(), vectors)
+    assert adopted.digest() == state.digest()
+    assert [adopted.params is vectors[0], adopted.m is vectors[1], adopted.v is vectors[2]] == [True] * 3
+    vectors[2][1] = -1
+    with pytest.raises(StateError, match="negative"):
+        SharedState.adopt(LAYOUT, state.header(), vectors)
+    with pytest.raises(StateError, match="another layout"):
+        SharedState.adopt(LAYOUT, {**state.header(), "layout": "0" * 64}, vectors)
+
+
+def test_parameters_move_to_memory_that_fits() -> None:
+    state, out = example(), np.zeros(LAYOUT.size, FLOAT)
+    with pytest.raises(StateError, match="params"):
+        state.move_params(out[:-1])
+    state.move_params(out)
+    assert state.params is out and state.digest() == example().digest()
 
 
 def test_a_payload_comes_back_bit_for_bit_into_the_given_buffer() -> None:

@@ -19,9 +19,10 @@ import numpy as np
 
 from p2pllm.errors import NetworkError
 from p2pllm.metrics import RoundRecord
+from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.messages import Status
 from p2pllm.rounds.round import Update
-from p2pllm.state import Layout, SharedState
+from p2pllm.state import Layout
 from p2pllm.testing.clock import TICK_S, VirtualLoop
 from p2pllm.testing.host import Call, MemoryHost
 from p2pllm.testing.network import MemoryNetwork
@@ -213,9 +214,9 @@ class WaitingCompute:
 class SimulatedPeer(MemoryPeer):
     """A peer that announces itself in the directory, and whose rounds go into the ledger."""
 
-    def __init__(self, simulation: Simulation, number: int, state: SharedState | None = None) -> None:
-        """state: where it begins; else at round 0."""
-        super().__init__(simulation.swarm, number, state)
+    def __init__(self, simulation: Simulation, number: int, disk: Disk | None = None) -> None:
+        """disk: of a former life; else it begins at round 0."""
+        super().__init__(simulation.swarm, number, disk)
         self._simulation = simulation
         self.view.watchers.append(self._on_phase)
         self._has_trained = False

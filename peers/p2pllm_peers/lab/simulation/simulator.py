@@ -28,7 +28,6 @@ from p2pllm.errors import UsageError
 from p2pllm.manifest import RoundSection
 from p2pllm.network.table import MAX_MEMBERS
 from p2pllm.testing.clock import run
-from p2pllm.testing.fakes import copy_state
 from p2pllm.testing.swarm import MemoryPeer, MemorySwarm, Parts
 from p2pllm_peers.lab.simulation.exchange import FewFloats
 from p2pllm_peers.lab.simulation.ledger import Ledger, Traffic, islands, notes
@@ -185,7 +184,7 @@ class Simulation:
             else:
                 await peer.leave()
             await asyncio.sleep(away_s)
-            again = SimulatedPeer(self, peer.number, copy_state(peer.keeper.state))
+            again = SimulatedPeer(self, peer.number, peer.disk)
             self.swarm.peers[peer.number] = again
             await again.start()
         self._away.discard(peer.number)

@@ -1,0 +1,178 @@
+"""Disk: what one peer keeps of a run: its log, the aggregates to replay, and snapshots of the state.
+
+    <folder>/log            the records, see `log`
+    <folder>/aggregates/    by digest: those of the rounds since the older of the kept snapshots
+    <folder>/state/         snapshots, see `state.snapshot`
+
+The newest state is the newest snapshot with the aggregates after it applied. What does not live here: the state that
+a peer works on (`keeper`) and getting what is missing from others (`catchup`).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from p2pllm.errors import StateError
+from p2pllm.manifest import RunManifest
+from p2pllm.rounds.log import RoundLog
+from p2pllm.rounds.record import Head
+from p2pllm.state import AdamW, BlobStore, Layout, SharedState, Snapshot, SnapshotStore
+
+log = logging.getLogger(__name__)
+
+KEPT_SNAPSHOTS = 2
+"""The newest ones of our branch. From the older one we can go back a little, when another branch wins."""
+
+BUDGET_BYTES = 10 << 30
+"""Disk for aggregates, unless the settings say otherwise; the log and the kept snapshots come on top."""
+
+OTHER_STEP = (
+    "Replaying round {round} gives another state here than the swarm's: this machine computes the outer step "
+    "differently, or its memory is damaged; run it on another machine."
+)
+
+Vector = NDArray[np.float32]
+
+
+def vector_digest(vector: Vector) -> bytes:
+    """BLAKE3 of the bytes of a flat float32 vector, 32 bytes."""
+    many = vector.nbytes >= 1 << 20
+    return bytes(blake3(vector.data.cast("B"), max_threads=blake3.AUTO if many else 1).digest())
+
+
+class Disk:
+    """The files of one peer. Without a folder all is kept in memory, for peers that are simulated.
+
+    `log`, `aggregates` and `snapshots` may be used directly.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        manifest: RunManifest,
+        layout: Layout | None,
+        *,
+        budget: int = BUDGET_BYTES,
+        read_only: bool = False,
+    ) -> None:
+        """budget: bytes of aggregates. read_only: beside the peer that these files belong to. Raises StateError."""
+        self.run_id = manifest.run_id
+        self.initial_state = bytes.fromhex(manifest.initial_state)
+        self.log = RoundLog(_in(folder, "log"), self.run_id, manifest.founder, read_only)
+        self.aggregates = BlobStore(_in(folder, "aggregates"), read_only=read_only)
+        self.snapshots = SnapshotStore(_in(folder, "state"), self.run_id, layout, read_only=read_only)
+        self._every = manifest.round.snapshot_every
+        self._budget = budget
+
+    def is_snapshot_round(self, round_: int) -> bool:
+        """Whether every peer saves the state of this round, so that joiners can have it from several at once."""
+        return round_ % self._every == 0 or round_ == 1
+
+    @property
+    def is_over_budget(self) -> bool:
+        """There are more aggregates than there may be; a snapshot now would make most of them needless."""
+        return self.aggregates.total > self._budget
+
+    def on_branch(self) -> list[Snapshot]:
+        """The snapshots of our branch, newest first."""
+        return [found for found in self.snapshots.all() if self.log.digest(found.round) == found.record]
+
+    def aggregate(self, digest: bytes, size: int) -> Vector | None:
+        """The aggregate with this digest, float32 of `size` elements; None if it is not here or damaged."""
+        found = self.aggregates.get(digest)
+        return None if found is None else as_vector(found, size)
+
+    # -- coming back -------------------------------------------------------------------------------------------------
+
+    def newest_base(self, latest: int | None = None) -> SharedState | None:
+        """The newest snapshot of our branch, of round `latest` at most, that is undamaged; None if there is none."""
+        for found in self.on_branch():
+            if latest is not None and found.round > latest:
+                continue
+            try:
+                return self.snapshots.load(found)
+            except StateError as error:
+                log.warning("skipped the snapshot of round %d: %s", found.round, error)
+        return None
+
+    def replay(self, state: SharedState, optimizer: AdamW, last: int) -> None:
+        """Take `state`, in place, along our log up to round `last`, or to where something is missing here.
+
+        Raises StateError if an aggregate does not lead where the record says; `state` is of no use then.
+        """
+        while state.round < last:
+            record = self.log.record(state.round + 1)
+            vector = None if record is None else self.aggregate(record.body.aggregate, state.layout.size)
+            if record is None or vector is None:
+                return
+            optimizer.step(state, vector)
+            if bytes.fromhex(state.digest()) != record.body.state:
+                raise StateError(OTHER_STEP.format(round=state.round))
+
+    def recover(self, optimizer: AdamW, initial: SharedState | None) -> SharedState | None:
+        """The newest state that these files lead to, in new memory; None if there is none and no `initial`.
+
+        initial: the state at round 0; it is not changed.
+        """
+        state = self.newest_base()
+        if state is None and initial is not None:
+            state = copy_of(initial)
+        if state is not None:
+            self.replay(state, optimizer, self.log.branch.head[0])
+        return state
+
+    def head_at(self, round_: int) -> Head:
+        """The place of a round on our branch. Raises StateError if we do not know it."""
+        digest = self.log.digest(round_)
+        if digest is None:
+            raise StateError(f"The log does not name the record of round {round_}.")
+        return (round_, digest)
+
+    # -- staying within bounds ---------------------------------------------------------------------------------------
+
+    def save(self, state: SharedState, record: bytes) -> None:
+        """Keep a snapshot, and drop what is not needed any more. Raises StateError if the disk does not take it."""
+        self.snapshots.save(state, record)
+        self.collect()
+
+    def collect(self) -> None:
+        """Drop snapshots and aggregates that no replay needs: the older ones, and those of abandoned branches."""
+        kept = self.on_branch()[: 1 if self.is_over_budget else KEPT_SNAPSHOTS]
+        for found in self.snapshots.all():
+            if found not in kept:
+                self.snapshots.drop(found)
+        first = kept[-1].round + 1 if kept else 1
+        last = self.log.branch.head[0]
+        needed = {record.body.aggregate for round_ in range(first, last + 1) if (record := self.log.record(round_))}
+        for digest in self.aggregates.digests():
+            if digest not in needed:
+                self.aggregates.drop(digest)
+
+    def close(self) -> None:
+        """Close the log."""
+        self.log.close()
+
+
+def copy_of(state: SharedState) -> SharedState:
+    """The same state in memory of its own."""
+    vectors = (state.params.copy(), state.m.copy(), state.v.copy())
+    powers = (state.beta1_power, state.beta2_power)
+    return SharedState(state.layout, *vectors, round=state.round, beta_powers=powers)
+
+
+def as_vector(data: bytes | bytearray | memoryview, size: int) -> Vector | None:
+    """The bytes as a float32 vector of `size` finite elements; None if they are not one."""
+    view = memoryview(data)
+    if view.nbytes != 4 * size:
+        return None
+    vector: Vector = np.frombuffer(view, dtype="<f4")
+    return vector if bool(np.isfinite(vector).all()) else None
+
+
+def _in(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
