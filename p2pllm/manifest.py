@@ -129,10 +129,7 @@ class RoundSection(_Section):
         5.0,
         ge=0.5,
         le=600,
-        description="seconds that a finished round waits for live peers that are not in yet",
-    )
-    exchange_deadline_s: float = Field(
-        60.0, ge=1, le=3600, description="seconds that one all-reduce may take before it is retried"
+        description="most seconds that a finished round waits for live peers; it waits as long as they lately took",
     )
     min_peers: int = Field(1, ge=1, le=64, description="peers that must be there for a round to begin")
     max_peers: int = Field(64, ge=1, le=64, description="largest roster of one round")

@@ -13,10 +13,17 @@ import click
 
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError
-from p2pllm_cli import lab, local, model, peer
+from p2pllm_cli import checkpoint, lab, local, log, model, peer, verify
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _InOrder(click.Group):
+    """Lists commands as they are registered: those that come first in a run come first."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="p2pllm")
 def cli() -> None:
     """Train one language model on many people's machines, with nobody in charge.
@@ -36,6 +43,11 @@ for command in (
     local.status,
     local.leave,
     local.logs,
+    log.rounds,
+    log.credits_,
+    verify.verify,
+    log.peers,
+    checkpoint.checkpoint,
     model.generate,
     model.export,
     lab.swarm,

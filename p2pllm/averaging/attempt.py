@@ -53,6 +53,8 @@ class Attempt:
         self.channels: list[Channel] = []
         self.seconds = dict.fromkeys(("connect", "encode", "decode", "reduce"), 0.0)
         self.aggregate: Floats = np.empty(group.size, np.float32)
+        self.longest_silence = 0.0
+        """The longest time without progress that a member came back from, in seconds."""
         self._transport = transport
         self._me = transport.peer_id
         self._vector = vector
@@ -77,6 +79,7 @@ class Attempt:
         try:
             await asyncio.wait([*tasks, self._interrupted], timeout=timeout, return_when=FIRST_COMPLETED)
             self._judge(*tasks)
+            self.longest_silence = self._vigil.longest_silence  # what follows is not of the exchange
             await self._linger(min(self._stall / 2, until - clock()))
         finally:
             for task in tasks:

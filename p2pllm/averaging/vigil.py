@@ -49,12 +49,15 @@ class Wait:
     def __init__(self, peer: str, want: Want) -> None:
         self.peer = peer
         self.want = want
+        self.longest = 0.0
+        """Longest silence after which there was progress, in seconds."""
         self._since: float | None = None
         self._loop = asyncio.get_running_loop()
 
     def touch(self) -> None:
         """There was progress."""
         if self._since is not None:
+            self.longest = max(self.longest, self.silence())
             self._since = self._loop.time()
 
     @contextmanager
@@ -64,6 +67,7 @@ class Wait:
         try:
             yield
         finally:
+            self.longest = max(self.longest, self.silence())
             self._since = None
 
     def silence(self) -> float:
@@ -82,6 +86,11 @@ class Vigil:
         """A new wait, watched from now on."""
         self._waits.append(Wait(peer, want))
         return self._waits[-1]
+
+    @property
+    def longest_silence(self) -> float:
+        """Of all waits that ended well, in seconds, against the patience that each had."""
+        return max((wait.longest / _patience(wait) for wait in self._waits), default=0.0)
 
     async def watch(self) -> None:
         """Raise GaveUp when a peer has made no progress for too long; else run until cancelled."""
@@ -107,8 +116,12 @@ class Vigil:
         return GaveUp(frozenset(wait.peer for wait in late), reason)
 
     def _lateness(self, wait: Wait) -> float:
-        patience = self._stall * (_VICTIM_PATIENCE if wait.want in _PATIENT else 1.0)
-        return wait.silence() / patience
+        return wait.silence() / (self._stall * _patience(wait))
+
+
+def _patience(wait: Wait) -> float:
+    """How many stall time-outs we bear with a wait."""
+    return _VICTIM_PATIENCE if wait.want in _PATIENT else 1.0
 
 
 @contextmanager

@@ -113,13 +113,13 @@ class CatchUp:
         base, records = await self._page(peer, [list(head) for head in self._disk.log.sample()])
         if not self._disk.log.has(base):
             raise Refuted("it does not say where our logs part")
-        start = Branch(base, self._total_at(base), 0)
-        at = start
-        taken = list[Record]()
+        at, taken = Branch(base, self._total_at(base), 0), list[Record]()
         while records:
             await asyncio.to_thread(self._check, records, at)
-            taken += records
             at = Branch(records[-1].head, records[-1].body.total, 0)
+            if not taken:  # what we tell of our log has gaps, so the first records may be ours, too
+                base = max((record.head for record in records if self._disk.log.has(record.head)), default=base)
+            taken += [record for record in records if record.body.round > base[0]]
             if at.head[0] >= branch.head[0] or len(taken) >= MAX_TAKEN:
                 break
             _, records = await self._page(peer, [list(at.head)])

@@ -67,13 +67,10 @@ class StateKeeper:
         if disk.log.branch.head[0] > state.round:
             log.warning("the log goes on to round %d, but the state is of %d", disk.log.branch.head[0], state.round)
             disk.log.rewind(disk.head_at(state.round))
+        self.branch = disk.log.branch
+        """The log up to where the state is."""
         if state.round == 0 and self.has_state:
             disk.snapshots.save(state, self.head[1])  # who makes other initial weights needs these
-
-    @property
-    def branch(self) -> Branch:
-        """The log that we hold; its head is where the state is."""
-        return self.disk.log.branch
 
     @property
     def head(self) -> Head:
@@ -209,7 +206,7 @@ class StateKeeper:
         self._spare = SharedState(self.layout, new.params, old.m, old.v)
         self._in_spare = b""
         self._held.clear()
-        self.has_state = True
+        self.branch, self.has_state = self.disk.log.branch, True
         if self.disk.is_snapshot_round(new.round) or self.disk.is_over_budget:
             await self._save()
 
@@ -222,11 +219,12 @@ class StateKeeper:
         """
         async with self._lock:
             self._in_spare = b""
-            before = self.branch
+            before = self.head
             if not await self._catchup.run(branch, peers, self.state if self.has_state else None, self._spare):
                 return False
-            if self.head != before.head or not self.has_state:
+            if self.disk.log.branch.head != before or not self.has_state:
                 await to_the_end(self._move())
+            self.branch = self.disk.log.branch
             return True
 
     async def check(self) -> bool:
@@ -250,7 +248,9 @@ class StateKeeper:
     async def anchor(self, checkpoint: Checkpoint) -> bool:
         """Take the organiser's checkpoint; True if it was new."""
         async with self._lock:
-            return await asyncio.to_thread(self.disk.log.add_checkpoint, checkpoint)
+            new = await asyncio.to_thread(self.disk.log.add_checkpoint, checkpoint)
+            self.branch = self.disk.log.branch
+            return new
 
     async def serve(self, request: dict[str, Any]) -> Blob | None:
         """Answer another peer's fetch, see `serving`."""

@@ -118,6 +118,11 @@ class RoundLog:
         """The newest one that is known, on our branch or not; of two of a round the one of the smaller digest."""
         return min(list(self._checkpoints.values()), key=lambda point: (-point.round, point.record), default=None)
 
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """All that are known, of our branch or not, oldest round first."""
+        return [self._checkpoints[head] for head in sorted(self._checkpoints.copy())]
+
     def digest(self, round_: int) -> bytes | None:
         """Digest of the body of a round on our branch, of genesis for 0; None if it is not known."""
         places = self._places
@@ -414,12 +419,10 @@ class _File:
                     self._handle = os.open(path, os.O_RDONLY)
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # a power cut must not take the name of a new file
-            finally:
-                os.close(folder)
+            if is_new:
+                _sync_folder(path.parent)
 
     def __str__(self) -> str:
         return str(self._path)
@@ -496,6 +499,15 @@ class _File:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def _sync_folder(folder: Path) -> None:
+    """A power cut must not take the name of a new file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _next_magic(file: BinaryIO, at: int) -> int | None:

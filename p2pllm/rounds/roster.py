@@ -21,6 +21,7 @@ from p2pllm.manifest import RoundSection
 from p2pllm.network.transport import Transport
 from p2pllm.rounds import plan
 from p2pllm.rounds.messages import Enrol, EnrolReply, MessageError, Phase, Roster
+from p2pllm.rounds.pace import Deadline
 from p2pllm.rounds.record import Claim, Head
 from p2pllm.rounds.swarm import SwarmView
 
@@ -34,6 +35,9 @@ LEADER_GRACE_S = 3.0
 
 ASK_AGAIN_S = 0.5
 """A leader that answered that it is not at our head (yet) is asked again after this."""
+
+ROSTER_FACTOR, ROSTER_FLOOR_S = 3.0, 1.0
+"""How long a leader waits: so many times what it lately took until all were in, at least so many seconds."""
 
 MAX_ENROLMENTS = 256
 
@@ -100,7 +104,8 @@ class RosterDesk:
         self._transport = transport
         self._view = view
         self._run_id = run_id
-        self._wait_s = section.roster_wait_s
+        cap = section.roster_wait_s
+        self._wait = Deadline(ROSTER_FACTOR, ROSTER_FLOOR_S, cap, first=cap)
         self._max_peers = section.max_peers
         self._clock = clock
         self._now = _Gathering(head=(-1, b""))
@@ -137,7 +142,7 @@ class RosterDesk:
         while True:
             if gathering.closed is not None:
                 roster, self.leader = gathering.closed
-                return roster
+                return self._noted(roster, search)
             statuses = self._view.statuses()
             if plan.branch_to_follow(self._view.own.branch, statuses) is not None:
                 return None
@@ -146,9 +151,18 @@ class RosterDesk:
                 await self._be_member(gathering, first, search)
             elif self._is_whole(plan.taking_part(head, statuses), gathering, search):
                 self.leader = me
-                return self._close(gathering, left_out, offer.failed)
+                return self._noted(self._close(gathering, left_out, offer.failed), search)
             if gathering.closed is None:
                 await self._view.wait_change(0.2)
+
+    def _noted(self, roster: Roster, search: _Search) -> Roster:
+        """Learn how long it takes until all are in."""
+        waited_for = plan.taking_part(roster.head, self._view.statuses()) - search.left_out
+        if waited_for <= set(roster.members):
+            self._wait.note(self._clock() - search.started)
+        else:
+            self._wait.missed()
+        return roster
 
     def _at(self, head: Head) -> _Gathering:
         """The gathering of the round after `head`; a newer head starts an empty one."""
@@ -174,7 +188,7 @@ class RosterDesk:
             search.leading_since = now
         waived = search.left_out | (search.waived - gathering.enrolments.keys())
         alone = bool(others) and others <= waived
-        patience = search.patience(self._wait_s) + self._busy(others - gathering.enrolments.keys() - search.left_out)
+        patience = search.patience(self._wait.seconds) + self._busy(others - gathering.enrolments.keys() - search.left_out)
         if now - (search.started if alone else search.leading_since) > patience:
             return True
         return not alone and others - waived <= gathering.enrolments.keys()
@@ -191,7 +205,7 @@ class RosterDesk:
                 again = self._clock() + ASK_AGAIN_S
                 search.passed_over[first] = math.inf if accepted is None else again
                 search.waived |= {first} if accepted is None else set()
-        elif now - search.asked_since > self._wait_s + LEADER_GRACE_S + self._busy({first}):
+        elif now - search.asked_since > self._wait.seconds + LEADER_GRACE_S + self._busy({first}):
             log.info("round %d: leader %s did not close the roster", gathering.head[0], first[-8:])
             search.passed_over[first] = math.inf
             search.waived.add(first)

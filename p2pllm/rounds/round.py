@@ -22,6 +22,7 @@ from p2pllm.rounds import plan
 from p2pllm.rounds.disk import vector_digest
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase, Roster
+from p2pllm.rounds.pace import Deadline
 from p2pllm.rounds.record import Body, Claim, Record
 from p2pllm.rounds.roster import Offer, RosterDesk
 from p2pllm.rounds.swarm import SwarmView
@@ -32,8 +33,15 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-VOTE_WAIT_S = 8.0
-"""Longest wait for the others' votes: a member that saw a stall votes up to the stall time-out later."""
+VOTE_FACTOR, VOTE_FLOOR_S, VOTE_CAP_S = 4.0, 8.0, 60.0
+"""Wait for the others' votes: so many times what it lately took, within these bounds in seconds. A member that saw a
+stall votes up to the stall time-out later, hence the floor."""
+
+EXCHANGE_FACTOR, EXCHANGE_FLOOR_S, EXCHANGE_CAP_S = 4.0, 15.0, 3600.0
+"""Time for an exchange in which bytes move, by the same rule; who is silent is found much sooner."""
+
+SLOWEST_BYTES_PER_S = 62_500
+"""Half a Mbit/s: before the first exchange is measured, one gets the time that its bytes take at this rate."""
 
 MAX_STRIKES = 2
 """Failed attempts that speak against a peer before it is left out of the round; that a leader may close; and in which
@@ -119,6 +127,9 @@ class RoundRunner:
         self._allreduce = allreduce
         self._keeper = keeper
         self._section = section
+        unmeasured_s = EXCHANGE_FLOOR_S + 2 * 4 * keeper.layout.size / SLOWEST_BYTES_PER_S
+        self._exchange_time = Deadline(EXCHANGE_FACTOR, EXCHANGE_FLOOR_S, EXCHANGE_CAP_S, first=unmeasured_s)
+        self._vote_time = Deadline(VOTE_FACTOR, VOTE_FLOOR_S, VOTE_CAP_S, first=VOTE_FLOOR_S)
 
     async def run(self, update: Update) -> RoundResult:
         """Average `update` with the others' until one record is agreed on, or the swarm has moved on.
@@ -155,7 +166,9 @@ class RoundRunner:
         proposed = await self._propose(result, group_id, roster, update)
         body, exchange = proposed.body, proposed.exchange
         own = body.digest if body else b""
-        voting = self._votes.settle(group_id, roster.members, own, VOTE_WAIT_S)
+        voting = self._votes.settle(group_id, roster.members, own, self._vote_time.seconds)
+        clock = asyncio.get_running_loop().time
+        begin = clock()
         decision, ballot = await self._timed(result, "vote", voting)
         if decision.verdict is not plan.Verdict.COMMIT:
             result.reason = exchange.reason or "no record found a majority"
@@ -163,6 +176,7 @@ class RoundRunner:
             if own and any(voted not in (b"", own) for voted in ballot.votes.values()):
                 await self._keeper.check()  # somebody's state is wrong: is it ours?
             return plan.culprits(self._view.peer_id, roster.members, ballot.votes, exchange.failed, exchange.accused)
+        self._vote_time.note(clock() - begin)
         if body is None or own != decision.body:
             body = await self._keeper.fetch_proposal(ballot.holders(decision.body), decision.body)
         if body is None:
@@ -199,7 +213,11 @@ class RoundRunner:
                 size=self._keeper.layout.size,
                 codec=self._section.codec,
             )
-            return await self._allreduce.run(group, update.vector, self._section.exchange_deadline_s)
+            begin = asyncio.get_running_loop().time()
+            exchange = await self._allreduce.run(group, update.vector, self._exchange_time.seconds)
+            if exchange.aggregate is not None:
+                self._exchange_time.note(asyncio.get_running_loop().time() - begin)
+            return exchange
         except ValueError as error:
             return ExchangeResult(None, frozenset(), str(error), 0, 0)
 
