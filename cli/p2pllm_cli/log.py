@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from p2pllm.rounds.record import Checkpoint, Record
     from p2pllm_peers.folders import PeerFolder
 
-    Row = dict[str, Any]
+Row = dict[str, Any]
+"""One record as JSON gives it."""
 
 _MANY = 1000
 """Records from which on it is worth showing how far a command is."""

@@ -10,19 +10,17 @@ import datetime
 import json
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from p2pllm.rounds.audit import Report, Step
+from p2pllm_cli.log import Row
 from p2pllm_cli.view import console, size
 
 T = TypeVar("T")
-
-Row = dict[str, Any]
-"""One record as JSON gives it."""
 
 
 class Column(NamedTuple):
@@ -74,7 +72,7 @@ def follow(steps: Generator[Step, None, T], *, shown: bool = True) -> T:
     """Run `steps` to the end and return what they return; in a terminal, if `shown`, with a bar meanwhile."""
     words = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*words, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task("")
+        task = progress.add_task("", total=None)
         while True:
             try:
                 step = next(steps)
@@ -101,11 +99,11 @@ def _or_dash(value: float | None, form: str, unit: str = "") -> str:
 
 def show_rounds(rows: Sequence[Row], summary: Row, *, as_json: bool) -> None:
     """`p2pllm rounds`."""
-    below = [f"{summary['rounds']:,} rounds committed, {summary['abandoned']:,} abandoned; {_standing(summary)}"]
+    below = [f"rounds committed: {summary['rounds']:,}, abandoned: {summary['abandoned']:,}; {_standing(summary)}"]
     if any(row.get("by_minority") for row in rows):
         below.insert(0, "* committed by those who were left: no more than half of the roster voted")
     if summary["missing"]:
-        below.append(f"{summary['missing']:,} rounds are damaged here; start the peer, which gets them from the others")
+        below.append(f"rounds damaged here: {summary['missing']:,}; start the peer, which gets them from the others")
     columns = (
         Column("round", lambda row: str(row["round"])),
         Column("members", _members, lambda row: _members(row).rstrip()),
@@ -133,7 +131,7 @@ def _at(row: Row, form: str) -> str:
 
 def _standing(summary: Row) -> str:
     point = summary["checkpoint"]
-    return "no checkpoint" if point is None else f"checkpoint at round {point['round']:,}, {_place(point)}"
+    return "no checkpoint" if point is None else f"checkpoint: round {point['round']:,}, {_place(point)}"
 
 
 def _place(point: Row) -> str:
@@ -143,9 +141,9 @@ def _place(point: Row) -> str:
 
 def show_credits(rows: Sequence[Row], summary: Row, *, as_json: bool) -> None:
     """`p2pllm credits`."""
-    below = [f"{summary['samples']:,} samples by {summary['peers']:,} peers in {summary['rounds']:,} rounds"]
+    below = [f"samples: {summary['samples']:,}, peers: {summary['peers']:,}, rounds: {summary['rounds']:,}"]
     if summary["missing"]:
-        below.append(f"{summary['missing']:,} rounds are damaged here and counted for nobody")
+        below.append(f"rounds damaged here, counted for nobody: {summary['missing']:,}")
     columns = (
         PEER,
         Column("samples", lambda row: f"{row['samples']:,}"),
@@ -158,21 +156,20 @@ def show_credits(rows: Sequence[Row], summary: Row, *, as_json: bool) -> None:
 
 def show_peers(rows: Sequence[Row], summary: Row, *, as_json: bool) -> None:
     """`p2pllm peers`."""
-    live = (
+    live = [
         Column("phase", lambda row: row["phase"] or "-", left=True),
         Column("round", lambda row: _or_dash(row["round"], "d")),
         Column("tokens/s", lambda row: _or_dash(row["tokens_per_s"], ",.0f")),
-    )
-    past = (
+    ]
+    past = [
         Column("rounds", lambda row: f"{row['rounds']:,}"),
         Column("samples", lambda row: f"{row['samples']:,}"),
         Column("last", lambda row: str(row["last_round"] or "-")),
-    )
+    ]
     addresses = Column("addresses", lambda row: str(row["addresses"]))
+    columns, below = [PEER, *past, addresses], "no daemon answers here, so nobody knows who is alive"
     if summary["running"]:
-        columns, below = (PEER, *live, *past), f"{summary['alive']:,} of {summary['peers']:,} are alive"
-    else:
-        columns, below = (PEER, *past, addresses), "no daemon runs here, so nobody knows who is alive"
+        columns, below = [PEER, *live, *past], f"peers alive: {summary['alive']:,} of {summary['peers']:,}"
     show(rows, columns, summary, [below], as_json=as_json)
 
 
@@ -194,15 +191,15 @@ def show_report(folder: Path, run_id: str, report: Report, *, as_json: bool) -> 
         click.echo(json.dumps({"folder": str(folder), "run_id": run_id, **values}))
         return
     say(f"{folder}: run {run_id[:16]} up to round {report.head[0]:,} is all right")
-    first = "" if report.first_state is None else f", from the state of round {report.first_state:,} on"
+    start = "no snapshot" if report.first_state is None else f"the snapshot of round {report.first_state:,}"
     for text in (
-        f"{report.records:,} records, {report.samples:,} samples: links, totals and digests",
-        f"{report.claims:,} claims, {report.votes:,} votes, {report.checkpoints:,} checkpoints: signatures",
-        f"{report.snapshots:,} snapshots, {report.aggregates:,} aggregates: digests",
-        f"{report.replayed:,} rounds: replayed to the states that their records name{first}",
+        f"links, totals and digests: {report.records:,} records, {report.samples:,} samples",
+        f"signatures: {report.claims:,} claims, {report.votes:,} votes, {report.checkpoints:,} checkpoints",
+        f"digests: {report.snapshots:,} snapshots, {report.aggregates:,} aggregates",
+        f"states: {report.replayed:,} computed anew from {start} on, as their records name them",
     ):
         say(f"checked {text}")
     if report.by_minority:
-        say(f"note {report.by_minority:,} records have votes of no more than half of their roster")
+        say(f"note records for which no more than half of the roster voted: {report.by_minority:,}")
     for text in report.unchecked:
         say(f"not checked {text}")

@@ -120,7 +120,7 @@ def _check_bytes(path: Path, manifest: RunManifest, report: Report) -> None:
             f"peer, which cuts them off and gets what is lost from the others."
         )
     if damaged:
-        report.unchecked.append(f"{damaged} damaged bytes of the log, which hold no record that is missing")
+        report.unchecked.append(f"damaged bytes of the log, which lost no record: {damaged}")
 
 
 def _frames(data: mmap.mmap) -> Iterator[tuple[int, bytes]]:
@@ -158,9 +158,9 @@ def _check_checkpoints(log: RoundLog, path: Path, manifest: RunManifest, report:
         )
     report.checkpoints = len(points)
     if beyond := sum(point.round > head for point in points):
-        report.unchecked.append(f"{beyond} checkpoints of rounds beyond {head}, where these files end")
+        report.unchecked.append(f"checkpoints of rounds beyond {head}, where these files end: {beyond}")
     if left := len(log.abandoned()):
-        report.unchecked.append(f"{left} abandoned rounds, which no state here comes from")
+        report.unchecked.append(f"rounds of branches that were left: {left}")
 
 
 # -- states ------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def _named_snapshots(disk: Disk, folder: Path, report: Report) -> list[Snapshot]
                 f"The saved state {folder / each.name} is not the one that round {each.round} led to; remove it."
             )
     if elsewhere:
-        report.unchecked.append(f"{elsewhere} saved states of rounds that are not in this log")
+        report.unchecked.append(f"saved states of branches that were left, or beyond this log: {elsewhere}")
     return branch
 
 
@@ -242,11 +242,9 @@ def _replayed(disk: Disk, state: SharedState, optimizer: AdamW, folder: Path) ->
 def _check_absent(disk: Disk, digest: bytes, folder: Path) -> None:
     """A blob that cannot be read may be missing, but not be there."""
     if disk.aggregates.has(digest):
-        named = (record.body.round for record in disk.log.records() if record and record.body.aggregate == digest)
-        raise StateError(
-            f"The aggregate {folder / digest.hex()} of round {next(named, 'none')} is damaged; remove it, and start "
-            f"the peer, which gets it from the others."
-        )
+        rounds = [record.body.round for record in disk.log.records() if record and record.body.aggregate == digest]
+        of_round = f" of round {rounds[0]}" if rounds else ""
+        raise StateError(f"The aggregate {folder / digest.hex()}{of_round} is damaged; remove it.")
 
 
 def _say_skipped(report: Report, state: SharedState | None, to: int) -> None:

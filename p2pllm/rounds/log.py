@@ -144,7 +144,11 @@ class RoundLog:
             yield self._record(places, round_)
 
     def missing(self) -> list[Head]:
-        """Rounds of our branch whose record is gone, where what is left still names it; see `mend`."""
+        """Rounds of our branch whose record is gone, where what is left still names it; see `mend`.
+
+        Where several in a row are gone only the last one is named, and what is below them is taken for our branch
+        until they are mended, although damage may have swallowed that we left it.
+        """
         return [(round_, place.digest) for round_, place in enumerate(self._places) if round_ and place.is_named]
 
     def abandoned(self) -> list[Head]:
@@ -438,9 +442,7 @@ class _File:
                     f"{what}: the disk or a quota is full; free 10 MB (what is in it is intact)."
                 ) from None
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise StateError(
-                    f"{what}: that is not permitted; allow it or choose another folder as `home`."
-                ) from None
+                raise StateError(f"{what}: that is not permitted; allow it or choose another `home`.") from None
             raise StateError(f"{what}: {error.strerror or error}.") from None
 
     def frames(self) -> Iterator[tuple[int, int, bytes]]:
@@ -467,7 +469,7 @@ class _File:
     def write(self, frames: list[bytes]) -> list[int]:
         """Append all of them, whole and on the disk, or none. Returns where they begin. Raises StateError."""
         if self._handle is None or self._read_only:
-            raise ValueError("a log that is read only does not change")
+            raise ValueError("a log that is closed or read only does not change")
         with self._sentence("does not take more"):
             try:
                 if self._is_torn:

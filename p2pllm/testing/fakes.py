@@ -73,6 +73,8 @@ class FakeCompute:
         if self.fruitless:
             self.fruitless -= 1
             return None
+        if not self.samples:
+            return None
         self.own_steps = [self.batch] * (self.samples // self.batch)
         return Update(self.samples, FAKE_LOSS, self._gradient)
 

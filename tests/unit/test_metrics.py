@@ -17,6 +17,7 @@ RECORD = RoundRecord(
     loss=2.5,
     validation_loss=None,
     learning_rate=1e-3,
+    record_digest="22",
     aggregate_digest="00",
     state_digest="11",
     attempts=1,

@@ -24,13 +24,13 @@ def write(text: str) -> None:
 
 def test_flag_over_environment_over_file_over_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().threads == 0
-    write("threads = 1\nsave_every = 5")
+    write("threads = 1\ndisk_gb = 5")
     assert load_settings().threads == 1
     monkeypatch.setenv("P2PLLM_THREADS", "2")
     assert load_settings().threads == 2
     assert load_settings(threads=3).threads == 3
     assert load_settings(threads=None).threads == 2, "a flag that was not given says nothing"
-    assert load_settings(threads=3).save_every == 5, "each field has its own strongest source"
+    assert load_settings(threads=3).disk_gb == 5, "each field has its own strongest source"
 
 
 def test_every_field_says_what_it_is_and_has_a_default() -> None:
@@ -62,7 +62,8 @@ def test_several_addresses_in_one_variable(spelling: str, monkeypatch: pytest.Mo
         ("listen_host", "example.org", "listen_host: must be an IP address"),
         ("announce", ("example.org:4001",), "announce: .*no multiaddress"),
         ("announce", ("/ip4/192.0.2.1/tcp/1,rubbish",), "announce: .*no multiaddress"),
-        ("save_every", 0, "save_every"),
+        ("disk_gb", 0, "disk_gb: must be greater than 0"),
+        ("disk_gb", float("inf"), "disk_gb"),
         ("startup_timeout_s", float("nan"), "startup_timeout_s"),
         ("nonsense", 1, "nonsense is not a known field"),
     ],

@@ -163,7 +163,7 @@ def test_nothing_happened(tmp_path: Path) -> None:
 
 def test_what_peers_did_while_leaving_does_not_count(tmp_path: Path) -> None:
     rows = {"a": [record(1, 2.0), record(2, 99.5, ["a"])], "b": [record(1, 2.0), record(2, 99.6, ["b"])]}
-    rows["b"][1]["state_digest"] = digest(2, "other")
+    rows["b"][1]["record_digest"] = digest(2, "other")
     found = report(evidence(tmp_path, rows))
     assert found["swarm"]["rounds"] == 1 and found["lost"] == []
 
@@ -176,7 +176,7 @@ def test_peers_that_trained_to_the_last_round_are_done(tmp_path: Path) -> None:
     found = report(evidence(tmp_path / "1", rows, **fields))
     assert found["swarm"]["completed"] and found["passed"], found["checks"]
     assert [(row["state"], row["behind"], row["settling"]) for row in found["at_end"]] == [("done", 0, False)] * 3
-    rows["c"][2]["state_digest"] = digest(3, "flipped")
+    rows["c"][2]["record_digest"] = digest(3, "flipped")
     found = report(evidence(tmp_path / "2", rows, **fields))
     assert [check["name"] for check in found["checks"] if not check["passed"]] == [
         "no divergence",

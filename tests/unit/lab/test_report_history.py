@@ -16,7 +16,7 @@ def trio(rounds: range, start_s: float = 0.0) -> dict[str, list[dict]]:
 
 def on(branch: str, number: int, time_s: float, members: tuple[str, ...]) -> dict:
     """A record of a branch of its own."""
-    return record(number, time_s, members, state_digest=digest(number, branch))
+    return record(number, time_s, members, record_digest=digest(number, branch))
 
 
 def partitioned(tmp_path: Path, planned: dict) -> dict:
@@ -83,7 +83,7 @@ def test_most_of_those_who_are_left_decide_what_the_history_is(tmp_path: Path) -
 
 def test_a_state_that_differs_and_is_repaired(tmp_path: Path) -> None:
     rows = trio(range(1, 6))
-    rows["b"][2]["state_digest"] = digest(3, "flipped")
+    rows["b"][2]["record_digest"] = digest(3, "flipped")
     found = report(evidence(tmp_path, rows))
     assert found["diverged"] == [3] and found["lost"] == []
     (branch,) = found["branches"]
@@ -94,14 +94,14 @@ def test_a_state_that_differs_and_is_repaired(tmp_path: Path) -> None:
 def test_a_state_that_differs_for_longer(tmp_path: Path) -> None:
     rows = trio(range(1, 6))
     for number in (2, 3):
-        rows["b"][number]["state_digest"] = digest(number + 1, "flipped")
+        rows["b"][number]["record_digest"] = digest(number + 1, "flipped")
     found = report(evidence(tmp_path, rows))
     assert found["diverged"] == [3, 4] and len(found["branches"]) == 1 and not found["branches"][0]["repaired"]
 
 
 def test_a_state_that_differs_at_the_end(tmp_path: Path) -> None:
     rows = trio(range(1, 4))
-    rows["b"][2]["state_digest"] = digest(3, "flipped")
+    rows["b"][2]["record_digest"] = digest(3, "flipped")
     assert not report(evidence(tmp_path / "1", rows))["branches"][0]["repaired"]
     back = [sample(50.0, b={"phase": "collecting", "round": 3, "digest": digest(3)})]
     assert report(evidence(tmp_path / "2", rows, samples=back))["branches"][0]["repaired"], "a sample shows it"
@@ -110,7 +110,7 @@ def test_a_state_that_differs_at_the_end(tmp_path: Path) -> None:
 def test_a_round_that_only_the_dead_had(tmp_path: Path) -> None:
     """c commits round 4 and dies; the others make another round 4 without it."""
     rows = trio(range(1, 4))
-    rows["c"] += [record(4, 8.0, ALL, state_digest=digest(4, "c"))]
+    rows["c"] += [record(4, 8.0, ALL, record_digest=digest(4, "c"))]
     for name in ("a", "b"):
         rows[name] += [record(4, 12.0, ("a", "b")), record(5, 14.0, ("a", "b"))]
     peers = [peer("a"), peer("b"), peer("c", ended_s=[8.1])]

@@ -123,7 +123,7 @@ def test_a_partition_is_over_when_the_last_is_back(tmp_path: Path) -> None:
     rows = {name: [record(1, 2.0, names)] for name in names}
     for name in ("a", "b"):
         rows[name] += [record(2, 15.0, ("a", "b")), record(3, 32.0, ("a", "b"))]
-    rows["c"] += [record(2, 31.0, ["c"], state_digest=digest(2, "c"))]
+    rows["c"] += [record(2, 31.0, ["c"], record_digest=digest(2, "c"))]
     for name in names:
         rows[name] += [record(4, 36.0, names)]
     late = peer("late", ready_s=[80.0])

@@ -110,10 +110,10 @@ def test_crashes_and_failed_events_are_always_told(tmp_path: Path) -> None:
 
 def test_divergence(tmp_path: Path) -> None:
     rows = {name: [record(n, 2.0 * n) for n in range(1, 6)] for name in ("a", "b", "c")}
-    rows["c"][1]["state_digest"] = digest(2, "flipped")
+    rows["c"][1]["record_digest"] = digest(2, "flipped")
     found = check(evidence(tmp_path / "1", rows), no_divergence=True)
     assert found.passed and "equal in 4 of 5 shared rounds; divergence of c at round 2 (repaired)" in found.measured
-    rows["c"][2]["state_digest"] = digest(3, "flipped")
+    rows["c"][2]["record_digest"] = digest(3, "flipped")
     found = check(evidence(tmp_path / "2", rows), no_divergence=True)
     assert not found.passed and "divergence of c at rounds 2-3 (not repaired)" in found.measured
 
@@ -128,7 +128,7 @@ def test_nobody_to_compare_with(tmp_path: Path) -> None:
 def test_a_fork_without_a_cut_is_lost_and_diverged(tmp_path: Path) -> None:
     names = ("a", "b", "c")
     rows = {name: [record(1, 2.0, names), record(2, 4.0, ("a", "b"))] for name in ("a", "b")}
-    rows["c"] = [record(1, 2.0, names), record(2, 4.0, ["c"], state_digest=digest(2, "c"))]
+    rows["c"] = [record(1, 2.0, names), record(2, 4.0, ["c"], record_digest=digest(2, "c"))]
     lost = check(evidence(tmp_path / "1", rows), nothing_lost=True)
     assert not lost.passed and lost.measured == "lost: round 2"
     assert not check(evidence(tmp_path / "2", rows), no_divergence=True).passed
@@ -143,7 +143,7 @@ def test_a_fork_without_a_cut_is_lost_and_diverged(tmp_path: Path) -> None:
 
 def test_rounds_of_a_longer_branch_are_not_counted_as_shared(tmp_path: Path) -> None:
     rows = {name: [record(1, 2.0, ("a", "b", "c")), record(2, 4.0, ("a", "b"))] for name in ("a", "b")}
-    alone = [record(n, 2.0 * n, ["c"], state_digest=digest(n, "c")) for n in range(2, 7)]
+    alone = [record(n, 2.0 * n, ["c"], record_digest=digest(n, "c")) for n in range(2, 7)]
     cut = strikes((3.0, "cut", "c", {"other": ""}))
     found = check(
         evidence(tmp_path, rows | {"c": [record(1, 2.0, ("a", "b", "c")), *alone]}, **cut), no_divergence=True

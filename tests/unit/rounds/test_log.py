@@ -627,6 +627,8 @@ def test_a_closed_log_is_one_sentence(tmp_path: Path) -> None:
     log.close()
     with pytest.raises(StateError, match="cannot be read: it was closed"):
         log.record(1)
+    with pytest.raises(ValueError, match="closed"):
+        last_record(log)
 
 
 # -- others who read meanwhile -----------------------------------------------------------------------------------------

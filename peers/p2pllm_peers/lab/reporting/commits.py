@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from p2pllm_peers.lab.evidence import Sample
 
 Node = tuple[int, str]
-"""(round, digest of the state after it, in hex)."""
+"""(round, digest of its record, in hex), which names the state after it, too."""
 
 PARTS = ("compute", "roster", "exchange", "vote", "apply", "validation", "idle")
 """Where the time of a round goes, in order; "apply" is the outer step and its digest, "idle" what no part explains."""
@@ -44,15 +44,15 @@ class Commit(BaseModel):
     loss: Loss
     validation_loss: Loss = None
     attempts: int = 1
-    state_digest: str
+    record_digest: str
     seconds: dict[str, float] = {}
     traffic: dict[str, int] = {}
     round_s: float | None = None
 
     @property
     def node(self) -> Node:
-        """The state that it led to."""
-        return (self.round, self.state_digest)
+        """The place in the log that it led to."""
+        return (self.round, self.record_digest)
 
     @property
     def began_s(self) -> float:

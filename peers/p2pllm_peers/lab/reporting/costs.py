@@ -24,7 +24,7 @@ def costs(
 
 
 def _is_kept(commit: Commit, main: Mapping[int, str]) -> bool:
-    return main.get(commit.round) == commit.state_digest
+    return main.get(commit.round) == commit.record_digest
 
 
 def _cost(

@@ -29,7 +29,7 @@ def rounds_of(commits: Mapping[str, list[Commit]], history: History, names: Mapp
             by_round.setdefault(commit.round, []).append(commit)
     rows, so_far = [], 0
     for number in sorted(by_round):
-        kept = [commit for commit in by_round[number] if history.main.get(number) == commit.state_digest]
+        kept = [commit for commit in by_round[number] if history.main.get(number) == commit.record_digest]
         if kept:
             rows.append(_round(by_round[number], kept, names))
             rows[-1]["tokens_so_far"] = so_far = so_far + rows[-1]["tokens"]
@@ -49,7 +49,7 @@ def _round(everyone: list[Commit], kept: list[Commit], names: Mapping[str, str])
         "tokens_so_far": 0,
         "members": [names.get(member, member) for member in first.members],
         "attempts": max(commit.attempts for commit in kept),
-        "digests": {commit.peer: commit.state_digest for commit in sorted(everyone, key=lambda commit: commit.time_s)},
+        "digests": {commit.peer: commit.record_digest for commit in sorted(everyone, key=lambda commit: commit.time_s)},
     }
 
 

@@ -93,7 +93,7 @@ def recoveries(
 ) -> list[dict[str, Any]]:
     """For each fault how long the others, and its victims, took to commit again; see `report` for the fields."""
     everything = sorted(itertools.chain.from_iterable(commits.values()), key=lambda commit: commit.time_s)
-    common = [commit for commit in everything if main.get(commit.round) == commit.state_digest]
+    common = [commit for commit in everything if main.get(commit.round) == commit.record_digest]
     return [_recovery(fault, everything, common, end_s) for fault in struck]
 
 
