@@ -191,13 +191,15 @@ def show_report(folder: Path, run_id: str, report: Report, *, as_json: bool) -> 
         click.echo(json.dumps({"folder": str(folder), "run_id": run_id, **values}))
         return
     say(f"{folder}: run {run_id[:16]} up to round {report.head[0]:,} is all right")
-    start = "no snapshot" if report.first_state is None else f"the snapshot of round {report.first_state:,}"
-    for text in (
+    checked = [
         f"links, totals and digests: {report.records:,} records, {report.samples:,} samples",
         f"signatures: {report.claims:,} claims, {report.votes:,} votes, {report.checkpoints:,} checkpoints",
         f"digests: {report.snapshots:,} snapshots, {report.aggregates:,} aggregates",
-        f"states: {report.replayed:,} computed anew from {start} on, as their records name them",
-    ):
+    ]
+    if report.first_state is not None:
+        start = f"the snapshot of round {report.first_state:,}"
+        checked.append(f"states: {report.replayed:,} computed anew from {start} on, as their records name them")
+    for text in checked:
         say(f"checked {text}")
     if report.by_minority:
         say(f"note records for which no more than half of the roster voted: {report.by_minority:,}")

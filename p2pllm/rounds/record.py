@@ -52,6 +52,11 @@ def peer_of(key: bytes) -> str:
     return peer_id_of(key)
 
 
+@functools.lru_cache(maxsize=4096)  # a claim is seen when it is made, in the roster, and in the record
+def _verify(peer: str, domain: str, data: bytes, signature: bytes) -> bool:
+    return verify(peer, domain, data, signature)
+
+
 class Claim(Message):
     """What a member says it brings to the round after a head: so many samples, this update."""
 
@@ -74,7 +79,7 @@ class Claim(Message):
 
     def is_signed(self, head: Head) -> bool:
         """Whether its member signed it for the round after `head`."""
-        return verify(self.peer, CLAIM_DOMAIN, _claimed(head, self.samples, self.loss, self.update), self.signature)
+        return _verify(self.peer, CLAIM_DOMAIN, _claimed(head, self.samples, self.loss, self.update), self.signature)
 
 
 def _claimed(head: Head, samples: int, loss: float, update: bytes) -> bytes:
@@ -140,7 +145,7 @@ def sign_vote(identity: Identity, body: bytes) -> bytes:
 
 def is_vote(peer: str, body: bytes, signature: bytes) -> bool:
     """Whether the peer voted for the body with this digest."""
-    return verify(peer, VOTE_DOMAIN, body, signature)
+    return _verify(peer, VOTE_DOMAIN, body, signature)
 
 
 class Record(Message):

@@ -201,6 +201,32 @@ def test_checkpoints(files: Files, committed: Committed) -> None:
     assert report.checkpoints == 2 and any("checkpoints of rounds beyond 6" in text for text in report.unchecked)
 
 
+def audit_while(files: Files, act: Callable[[], None]) -> Report:
+    """What an audit finds if the daemon does something after its snapshots were listed."""
+    steps = audit(files.folder, files.manifest)
+    while next(steps).what != "rounds to replay":
+        pass
+    act()
+    return end_of(steps)
+
+
+def test_a_daemon_drops_a_snapshot_meanwhile(files: Files) -> None:
+    report = audit_while(files, files.snapshot(0).unlink)
+    assert (report.snapshots, report.first_state, report.replayed) == (2, 1, ROUNDS - 1)
+
+
+def test_a_daemon_goes_on_meanwhile(files: Files) -> None:
+    def go_on() -> None:
+        disk = Disk(files.folder, files.manifest, LAYOUT)
+        disk.snapshots.save(make_state(ROUNDS + 2), bytes(32))
+        disk.close()
+        files.aggregate(6).unlink()
+
+    report = audit_while(files, go_on)
+    assert report.replayed == ROUNDS - 1
+    assert any("after round 5" in text and "running peer" in text for text in report.unchecked)
+
+
 # -- what is wrong ---------------------------------------------------------------------------------------------------
 
 

@@ -500,6 +500,20 @@ def test_damage_while_the_log_is_open_is_noticed_and_mended(tmp_path: Path, roun
     log.close()
 
 
+def test_a_frame_is_found_behind_any_stretch_of_damage(tmp_path: Path) -> None:
+    """The search goes from block to block of 64 KiB; a frame may begin where two meet."""
+    path = tmp_path / "rounds.log"
+    log = filled(path, [0, 1, 2])
+    whole, frames = seen(log), frames_of(path.read_bytes())
+    log.close()
+    data = path.read_bytes()
+    for size in (1, 8, 9, 30_000, *range((1 << 16) - 8, (1 << 16) + 8), 1 << 18):
+        path.write_bytes(data[: frames[1].end] + bytes(size) + data[frames[1].end :])
+        reader = opened(path, read_only=True)
+        assert seen(reader) == whole, size
+        reader.close()
+
+
 def test_nonsense_in_an_undamaged_frame_is_skipped(tmp_path: Path) -> None:
     """Somebody else's file may hold anything; it must not make us count to a billion."""
     path = tmp_path / "rounds.log"

@@ -2,54 +2,93 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import pytest
 
 from p2pllm.averaging import ExchangeResult, Group
+from p2pllm.errors import StateError
 from p2pllm.rounds import plan
-from p2pllm.rounds.keeper import aggregate_digest
+from p2pllm.rounds.disk import vector_digest
 from p2pllm.rounds.messages import Roster
-from p2pllm.rounds.round import MAX_STRIKES, RoundRunner, Update
-from p2pllm.testing import LAYOUT, head, make_manifest, virtual
+from p2pllm.rounds.record import Body, Claim, Record, sign_vote
+from p2pllm.rounds.roster import Offer
+from p2pllm.rounds.round import MAX_STRIKES, RoundRunner, Update, joined
+from p2pllm.rounds.vote import Ballot
+from p2pllm.testing import LAYOUT, head, identity_number, make_manifest, virtual
 
-ME, B, C = "peer-me-", "peer-b--", "peer-c--"
+KEYS = [identity_number(number) for number in range(3)]
+ME, B, C = (key.peer_id for key in KEYS)
 VECTOR = np.ones(LAYOUT.size, np.float32)
+OTHER = np.zeros(LAYOUT.size, np.float32)
 UPDATE = Update(4, 1.0, VECTOR)
+HEAD = head(3, 1)
+RUN = "5a" * 32
+NOBODY: frozenset[str] = frozenset()
+
+
+def claim(number: int) -> Claim:
+    return Claim.sign(KEYS[number], HEAD, 4, 1.0, vector_digest(VECTOR))
+
+
+def body_of(claims: tuple[Claim, ...], aggregate: np.ndarray = VECTOR) -> Body:
+    """What everybody makes of these claims and this aggregate."""
+    return Body(
+        run=bytes.fromhex(RUN),
+        round=HEAD[0] + 1,
+        previous=HEAD[1],
+        total=100,
+        members=claims,
+        aggregate=vector_digest(aggregate),
+        state=vector_digest(aggregate),
+    )
+
+
+CLAIMS = tuple(claim(number) for number in range(3))
+BODY, OTHER_BODY = body_of(CLAIMS), body_of(CLAIMS, OTHER)
 NO = plan.Decision(plan.Verdict.RETRY)
-YES = plan.Decision(plan.Verdict.COMMIT, aggregate_digest(VECTOR))
+YES = plan.Decision(plan.Verdict.COMMIT, BODY.digest)
 
 
 class Fakes:
     """All that a runner talks to; the test scripts the outcome of each attempt."""
 
     def __init__(self, members: tuple[str, ...] = (ME, B, C), attempts: int = 100) -> None:
-        self.peer_id, self.layout, self.leader = ME, LAYOUT, B
+        self.peer_id, self.layout, self.leader, self.run_id, self.head = ME, LAYOUT, B, RUN, HEAD
         self.members, self.left = members, attempts
+        self.holding = b""
+        self.proposal = b""  # that the leader puts into the rosters
         self.asked: list[tuple[frozenset[str], frozenset[str]]] = []
+        self.offers: list[Offer] = []
         self.vectors: list[np.ndarray] = []
         self.phases: list[str] = []
-        self.exchange = ExchangeResult(VECTOR, frozenset(), "", 5, 7)
+        self.cast: list[bytes] = []  # what we voted
+        self.exchange: ExchangeResult | Exception = ExchangeResult(VECTOR, NOBODY, "", 5, 7)
+        self.trouble: StateError | None = None  # of our disk, when it proposes
         self.decisions = [YES]
-        self.votes: dict[str, bytes] = {}
-        self.fetched: np.ndarray | None = None
+        self.votes: dict[str, bytes] = {B: BODY.digest, C: BODY.digest}
+        self.fetched: Body | None = None
+        self.fetched_from: list[tuple[list[str], bytes]] = []
+        self.checks = 0
 
     def say(self, phase: str) -> None:
         self.phases.append(phase)
 
-    async def gather(self, samples, loss, left_out, not_leading) -> Roster | None:
+    async def gather(self, offer: Offer, left_out: frozenset[str], not_leading: frozenset[str]) -> Roster | None:
+        self.offers.append(offer)
         self.asked.append((left_out, not_leading))
         if len(self.asked) > self.left:
             return None
-        members = tuple(peer for peer in self.members if peer not in left_out)
-        some = len(members)
+        claims = tuple(each for each in CLAIMS if each.peer in self.members and each.peer not in left_out)
+        proposal = self.proposal if self.proposal not in offer.failed else b""
         return Roster(
-            round=3,
-            digest=head(3, 1)[1],
+            round=HEAD[0],
+            digest=HEAD[1],
             nonce=len(self.asked).to_bytes(16, "big"),
-            members=members,
-            samples=(4,) * some,
-            losses=(1.0,) * some,
+            claims=claims,
+            proposal=proposal,
+            holders=(1,) if proposal else (),
         )
 
     async def run(self, group: Group, vector: np.ndarray, deadline: float) -> ExchangeResult:
@@ -58,103 +97,202 @@ class Fakes:
             raise self.exchange
         return self.exchange
 
-    async def settle(self, group, members, aggregate, timeout):
+    async def settle(
+        self, group: bytes, members: tuple[str, ...], body: bytes, timeout: float
+    ) -> tuple[plan.Decision, Ballot]:
+        self.cast.append(body)
         decision = self.decisions.pop(0) if len(self.decisions) > 1 else self.decisions[0]
-        return decision, {ME: aggregate, **self.votes}
+        votes = {ME: body, **self.votes}
+        signatures = {key.peer_id: sign_vote(key, votes[key.peer_id]) for key in KEYS if key.peer_id in votes}
+        return decision, Ballot(members, votes, signatures)
 
-    def propose(self, digest, aggregate) -> None: ...
+    async def propose(self, claims: tuple[Claim, ...], aggregate: np.ndarray) -> Body:
+        if self.trouble is not None:
+            raise self.trouble
+        return body_of(claims, aggregate)
 
-    async def fetch_aggregate(self, holders, digest):
-        self.holders = holders
+    async def fetch_proposal(self, peers: list[str], digest: bytes) -> Body | None:
+        self.fetched_from.append((peers, digest))
         return self.fetched
 
+    async def check(self) -> bool:
+        self.checks += 1
+        return True
+
     def runner(self) -> RoundRunner:
-        section = make_manifest().round
-        view = SimpleNamespace(peer_id=ME, say=self.say)
-        return RoundRunner(view, self, self, self, self, section, "run")
+        me = cast(Any, self)
+        return RoundRunner(KEYS[0], me, me, me, me, me, make_manifest().round)
 
 
 @virtual
-async def test_an_agreed_aggregate_is_the_result():
+async def test_an_agreed_body_is_the_result() -> None:
     fakes = Fakes()
     result = await fakes.runner().run(UPDATE)
-    assert result.committed
-    assert result.aggregate is VECTOR
+    assert result.record is not None and result.record.body == BODY
+    assert set(result.record.voters) == {ME, B, C}
+    assert result.included
     assert (result.attempts, result.reason, result.bytes_sent, result.bytes_received) == (1, "", 5, 7)
     assert fakes.phases == ["roster", "exchange", "vote"]
+    assert fakes.offers[0].claim == claim(0)
+    assert fakes.fetched_from == []
 
 
 @virtual
-async def test_a_failed_attempt_is_made_again_with_the_same_update():
+async def test_a_failed_attempt_is_made_again_with_the_same_update() -> None:
     fakes = Fakes()
     fakes.decisions = [NO, NO, NO, YES]
-    fakes.votes = {B: YES.aggregate, C: YES.aggregate}
     result = await fakes.runner().run(UPDATE)
-    assert result.committed
+    assert result.record is not None
     assert result.attempts == 4
     assert all(vector is VECTOR for vector in fakes.vectors)
+    assert {offer.claim for offer in fakes.offers} == {claim(0)}, "another claim would be another body"
 
 
 @virtual
-async def test_only_a_moved_head_drops_the_update():
+async def test_only_a_moved_head_ends_the_attempts() -> None:
     fakes = Fakes(attempts=20)
     fakes.decisions = [NO]
-    fakes.votes = {B: YES.aggregate, C: YES.aggregate}
     result = await fakes.runner().run(UPDATE)
-    assert not result.committed
+    assert result.record is None and not result.included
     assert result.attempts == 21
+    assert "without us" in result.reason
 
 
 @virtual
-async def test_who_fails_again_is_left_out_and_who_led_leads_no_more():
+async def test_who_fails_again_is_left_out_and_who_led_leads_no_more() -> None:
     fakes = Fakes()
     fakes.exchange = ExchangeResult(None, frozenset({C}), "C is silent.", 0, 0)
     fakes.decisions = [NO] * MAX_STRIKES + [YES]
-    fakes.fetched = VECTOR
+    fakes.fetched = BODY
     fakes.votes = {B: b"", C: b""}
-    assert (await fakes.runner().run(UPDATE)).committed
-    none: frozenset[str] = frozenset()
-    assert fakes.asked == [(none, none)] * MAX_STRIKES + [(frozenset({C}), frozenset({B}))]
+    assert (await fakes.runner().run(UPDATE)).record is not None
+    assert fakes.asked == [(NOBODY, NOBODY)] * MAX_STRIKES + [(frozenset({C}), frozenset({B}))]
 
 
 @virtual
-async def test_a_roster_that_cannot_be_used_is_a_failed_attempt():
+async def test_a_roster_that_cannot_be_used_is_a_failed_attempt() -> None:
     fakes = Fakes()
     fakes.exchange = ValueError("This group was run before.")
     fakes.decisions = [NO, YES]
-    fakes.fetched = VECTOR
+    fakes.fetched = BODY
     result = await fakes.runner().run(UPDATE)
-    assert result.committed
+    assert result.record is not None
     assert result.attempts == 2
+    assert fakes.cast == [b"", b""], "who has no aggregate says so"
 
 
 @virtual
-async def test_what_others_agreed_on_is_fetched_from_who_holds_it():
+async def test_a_disk_that_does_not_take_the_aggregate_is_a_vote_for_nothing() -> None:
+    fakes = Fakes(attempts=1)
+    fakes.trouble = StateError("The disk is full.")
+    fakes.decisions = [NO]
+    result = await fakes.runner().run(UPDATE)
+    assert fakes.cast == [b""]
+    assert result.record is None
+
+
+@virtual
+async def test_what_others_agreed_on_is_fetched_from_who_voted_for_it() -> None:
     fakes = Fakes()
-    other = np.zeros(LAYOUT.size, np.float32)
-    fakes.votes = {B: aggregate_digest(other), C: aggregate_digest(other)}
-    fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, aggregate_digest(other))]
-    fakes.fetched = other
+    fakes.votes = {B: OTHER_BODY.digest, C: OTHER_BODY.digest}
+    fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, OTHER_BODY.digest)]
+    fakes.fetched = OTHER_BODY
     result = await fakes.runner().run(UPDATE)
-    assert result.aggregate is other
-    assert fakes.holders == [B, C]
+    assert result.record is not None and result.record.body == OTHER_BODY
+    assert fakes.fetched_from == [([B, C], OTHER_BODY.digest)]
+    assert set(result.record.voters) == {B, C}
 
 
 @virtual
-async def test_an_aggregate_that_cannot_be_fetched_is_tried_again_until_the_swarm_has_moved():
+async def test_a_body_that_cannot_be_fetched_is_tried_again_until_the_swarm_has_moved() -> None:
     fakes = Fakes(attempts=3)
-    fakes.votes = {B: bytes(32), C: bytes(32)}
-    fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, bytes(32))]
+    fakes.votes = {B: OTHER_BODY.digest, C: OTHER_BODY.digest}
+    fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, OTHER_BODY.digest)]
     result = await fakes.runner().run(UPDATE)
-    assert not result.committed
+    assert result.record is None
     assert result.attempts == 4
 
 
 @virtual
-async def test_alone_there_is_nobody_to_blame():
+async def test_a_record_may_be_without_our_update() -> None:
+    fakes = Fakes()
+    without = body_of(CLAIMS[1:], OTHER)
+    fakes.votes = {B: without.digest, C: without.digest}
+    fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, without.digest)]
+    fakes.fetched = without
+    result = await fakes.runner().run(UPDATE)
+    assert result.record is not None
+    assert not result.included
+
+
+@pytest.mark.parametrize("others", [BODY.digest, OTHER_BODY.digest])
+@virtual
+async def test_our_state_is_checked_when_somebody_comes_to_another_one(others: bytes) -> None:
+    fakes = Fakes()
+    fakes.decisions = [NO, YES]
+    fakes.votes = {B: others}
+    await fakes.runner().run(UPDATE)
+    assert fakes.checks == (others != BODY.digest)
+
+
+# -- a proposal of an attempt before ---------------------------------------------------------------------------------
+
+
+@virtual
+async def test_what_is_held_is_offered_and_a_proposal_is_settled_without_an_exchange() -> None:
+    fakes = Fakes()
+    fakes.holding = fakes.proposal = OTHER_BODY.digest
+    fakes.votes = {B: OTHER_BODY.digest}
+    fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, OTHER_BODY.digest)]
+    fakes.fetched = OTHER_BODY
+    result = await fakes.runner().run(UPDATE)
+    assert fakes.offers[0].holding == OTHER_BODY.digest
+    assert fakes.fetched_from == [([B], OTHER_BODY.digest)]
+    assert fakes.cast == [OTHER_BODY.digest]
+    assert fakes.vectors == [], "nothing is exchanged"
+    assert result.record == Record.of(OTHER_BODY, {key.peer_id: sign_vote(key, OTHER_BODY.digest) for key in KEYS[:2]})
+
+
+@virtual
+async def test_a_proposal_that_fails_twice_is_dropped() -> None:
+    fakes = Fakes()
+    fakes.proposal = OTHER_BODY.digest
+    fakes.decisions = [NO] * MAX_STRIKES + [YES]
+    fakes.votes = {B: b"", C: b""}
+    result = await fakes.runner().run(UPDATE)
+    assert fakes.cast == [b""] * MAX_STRIKES + [body_of(CLAIMS[:1]).digest]
+    assert fakes.offers[-1].failed == {OTHER_BODY.digest}
+    assert result.attempts == MAX_STRIKES + 1
+    assert len(fakes.vectors) == 1
+
+
+@virtual
+async def test_alone_there_is_nobody_to_blame() -> None:
     fakes = Fakes(members=(ME,))
     fakes.exchange = ValueError("The vector does not fit.")
     fakes.decisions = [NO]
     result = await fakes.runner().run(UPDATE)
-    assert not result.committed
+    assert result.record is None
     assert result.attempts == 1
+
+
+# -- updates of more than one round ----------------------------------------------------------------------------------
+
+
+def test_a_pending_update_and_a_fresh_one_are_one_by_their_samples() -> None:
+    fresh = Update(12, 3.0, 5 * VECTOR)
+    both = joined(UPDATE, fresh)
+    assert both is not None
+    assert (both.samples, both.loss) == (16, 2.5)
+    np.testing.assert_allclose(both.vector, 4 * VECTOR)
+    assert not np.shares_memory(both.vector, fresh.vector)
+    assert joined(None, fresh) is fresh
+    assert joined(UPDATE, None) is UPDATE
+    assert joined(None, None) is None
+
+
+def test_a_kept_update_is_not_touched_by_the_next_one() -> None:
+    shared = VECTOR.copy()
+    kept = Update(4, 1.0, shared).kept()
+    shared[:] = 7.0
+    np.testing.assert_array_equal(kept.vector, VECTOR)

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
+import os
+from pathlib import Path
 
-from p2pllm.state import CHUNK_BYTES, FLOAT, ChunkPlan, Incoming, Layout, SharedState, SnapshotStore, chunk_of
+import numpy as np
+import pytest
+
+from p2pllm.state import (
+    CHUNK_BYTES,
+    FLOAT,
+    ChunkPlan,
+    Incoming,
+    Layout,
+    SharedState,
+    Snapshot,
+    SnapshotStore,
+    chunk_of,
+    files,
+)
 
 RUN = "ab" * 32
 LAYOUT = Layout.of([("weight", (30, 40)), ("bias", (40,))])  # one chunk a vector
@@ -37,3 +52,16 @@ def download(store: SnapshotStore, state: SharedState, record: bytes, only: rang
     for index in only if only is not None else incoming.missing():
         assert incoming.put(index, chunks[index])
     return incoming
+
+
+def save(store: SnapshotStore, *rounds: int, layout: Layout = LAYOUT) -> list[Snapshot]:
+    return [store.save(state_of(round_, layout), record_of(round_)) for round_ in rounds]
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
+    """Have the system call fail as on a bad disk."""
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(*(Path, call) if call == "replace" else (files.os, call), fail)

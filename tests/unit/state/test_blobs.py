@@ -11,6 +11,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from states import fail_at
 
 from p2pllm.errors import StateError
 from p2pllm.state import BlobStore, files
@@ -205,12 +206,3 @@ def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> No
         BlobStore(tmp_path / "blobs")
     with pytest.raises(StateError, match="cannot be read"):
         BlobStore(tmp_path / "blobs", read_only=True).get(name_of(DATA))
-
-
-def fail_at(monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
-    """Have the system call fail as on a bad disk."""
-
-    def fail(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(*(Path, call) if call == "replace" else (files.os, call), fail)
