@@ -39,7 +39,7 @@ def sign(home: Path | None, run_prefix: str | None, name: str | None, round_: in
     manifest = manifest_of(peer)
     if name is None:  # another peer of this machine may be the one that runs
         peer = next((other for other in peer.run.peers() if own_id(other) == manifest.founder), peer)
-    if False:
+    if own_id(peer) != manifest.founder:
         raise UsageError(
             f"Only the founder of run {manifest.run_id[:16]} can sign a checkpoint of it, and {peer.key} is not its "
             f"key; sign on the founder's machine, or name its peer with --name."

@@ -30,6 +30,7 @@ class Column(NamedTuple):
     text: Callable[[Row], str]
     plain: Callable[[Row], str] | None = None
     left: bool = False  # text, not a number
+    in_table: bool = True  # there is room for it in 80 columns
 
 
 def show(rows: Sequence[Row], columns: Sequence[Column], summary: Row, below: Sequence[str], *, as_json: bool) -> None:
@@ -55,6 +56,7 @@ def say(text: str) -> None:
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     """Rows as a table."""
+    columns = [column for column in columns if column.in_table]
     shown = Table(box=None, pad_edge=False)
     for column in columns:
         shown.add_column(column.heading, justify="left" if column.left else "right", no_wrap=True)
@@ -111,8 +113,8 @@ def show_rounds(rows: Sequence[Row], summary: Row, *, as_json: bool) -> None:
         Column("loss", lambda row: _or_dash(row.get("loss"), ".4f")),
         Column("bytes", lambda row: "-" if row["bytes"] is None else size(row["bytes"])),
         Column("time", lambda row: _or_dash(row["round_s"], ",.1f", " s")),
-        Column("at", lambda row: _at(row, "%m-%d %H:%M:%S"), lambda row: _at(row, "%Y-%m-%dT%H:%M:%S%z"), left=True),
-        Column("record", lambda row: "damaged" if row["record"] is None else row["record"][:8], left=True),
+        Column("at", lambda row: _at(row, "%m-%d %H:%M"), lambda row: _at(row, "%Y-%m-%dT%H:%M:%S%z"), left=True),
+        Column("record", lambda row: "-" if row["record"] is None else row["record"][:16], in_table=False),
     )
     show(rows, columns, summary, below, as_json=as_json)
 
@@ -120,7 +122,7 @@ def show_rounds(rows: Sequence[Row], summary: Row, *, as_json: bool) -> None:
 def _members(row: Row) -> str:
     """Their number, with a star after it if no more than half of them voted."""
     if row["record"] is None:
-        return "- "
+        return "damaged"
     return f"{len(row['members'])}{'*' if row['by_minority'] else ' '}"
 
 

@@ -141,7 +141,7 @@ class TrainingLoop:
         """Work on the round after our head, until it is committed or the swarm has gone on without us."""
         begin = time.monotonic()
         await self._collect()
-        if self._stopping:
+        if self._stopping or (self._is_behind() and not self._compute.samples):
             return await self._compute.abandon()
         fresh = await self._compute.finish()
         collected = time.monotonic()

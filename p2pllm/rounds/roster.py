@@ -188,7 +188,9 @@ class RosterDesk:
             search.leading_since = now
         waived = search.left_out | (search.waived - gathering.enrolments.keys())
         alone = bool(others) and others <= waived
-        patience = search.patience(self._wait.seconds) + self._busy(others - gathering.enrolments.keys() - search.left_out)
+        patience = search.patience(self._wait.seconds) + self._busy(
+            others - gathering.enrolments.keys() - search.left_out
+        )
         if now - (search.started if alone else search.leading_since) > patience:
             return True
         return not alone and others - waived <= gathering.enrolments.keys()

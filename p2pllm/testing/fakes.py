@@ -70,8 +70,8 @@ class FakeCompute:
         """See Compute."""
         self.end()
         self.finished += 1
-        if self.fruitless:
-            self.fruitless -= 1
+        if self.fruitless or not self.samples:
+            self.fruitless = max(0, self.fruitless - 1)
             return None
         if not self.samples:
             return None

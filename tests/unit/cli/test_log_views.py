@@ -159,7 +159,7 @@ def test_rounds_in_a_pipe(peer_env: Any, founder: PeerFolder, swarm: MemorySwarm
     assert len(lines) == ROUNDS + 2
     first = swarm.peers[0].records[0]
     assert lines[0].startswith(f"round 1 members {len(first.members)} samples {first.samples} loss 1.0000 bytes ")
-    assert f"time {first.round_s:,.1f} s at " in lines[0] and lines[0].endswith(first.record_digest[:8])
+    assert f"time {first.round_s:,.1f} s at " in lines[0] and lines[0].endswith(first.record_digest[:16])
     assert f"round {MISSED} " in lines[MISSED - 1] and " bytes - time - at - record " in lines[MISSED - 1]
     assert f"round {ROUNDS} members 3* " in lines[ROUNDS - 1], "only one of three voted"
     assert lines[-2].startswith("* committed by those who were left")
@@ -191,8 +191,27 @@ def test_rounds_as_json(peer_env: Any, founder: PeerFolder, swarm: MemorySwarm) 
 def test_rounds_in_a_terminal(peer_env: Any, founder: PeerFolder, terminal: Callable[[], list[str]]) -> None:
     lines_of(peer_env, "rounds")
     lines = terminal()
-    assert lines[0].split() == ["round", "members", "samples", "loss", "bytes", "time", "at", "record"]
+    assert lines[0].split() == ["round", "members", "samples", "loss", "bytes", "time", "at"]
     assert lines[MISSED].split()[:2] == [str(MISSED), "3"] and lines[MISSED].split()[4:7] == ["-", "-", "-"]
+
+
+def test_a_wide_round_fits_a_terminal(terminal: Callable[[], list[str]]) -> None:
+    row = {
+        "round": 123_456_789,
+        "record": "ab" * 32,
+        "members": dict.fromkeys(map(peer_number, range(64)), 1),
+        "by_minority": True,
+        "samples": 1_000_000,
+        "loss": 12.3456,
+        "bytes": 999_900_000,
+        "round_s": 12_345.6,
+        "unix_time": 1.7e9,
+    }
+    summary = {"rounds": 123_456_789, "missing": 1_000, "abandoned": 1_000, "checkpoint": None}
+    log_view.show_rounds([row, {**row, "record": None}], summary, as_json=False)
+    lines = terminal()
+    assert lines[1].split()[:8] == ["123456789", "64*", "1,000,000", "12.3456", "999.9", "MB", "12,345.6", "s"]
+    assert "damaged" in lines[2]
 
 
 def test_rounds_that_are_damaged_abandoned_and_anchored(peer_env: Any, founder: PeerFolder, swarm: MemorySwarm) -> None:
@@ -204,7 +223,7 @@ def test_rounds_that_are_damaged_abandoned_and_anchored(peer_env: Any, founder: 
     data = (founder.path / "log").read_bytes()
     (founder.path / "log").write_bytes(data.replace(packed, packed[:-1] + bytes([packed[-1] ^ 1])))
     lines = lines_of(peer_env, "rounds")
-    assert lines[2] == "round 3 members - samples - loss - bytes - time - at - record damaged"
+    assert lines[2] == "round 3 members damaged samples - loss - bytes - time - at - record -"
     assert lines[-2] == "rounds committed: 5, abandoned: 1; checkpoint: round 5, on this branch"
     assert lines[-1].startswith("rounds damaged here: 1;")
 

@@ -79,6 +79,13 @@ class Files:
         (found,) = (self.folder / "state").glob(f"*round-{round_:08d}-*")
         return found
 
+    def state(self, round_: int) -> SharedState:
+        disk = Disk(self.folder, self.manifest, LAYOUT, read_only=True)
+        state = disk.newest_base(round_)
+        disk.close()
+        assert state is not None and state.round == round_
+        return state
+
     def audit(self, manifest: RunManifest | None = None) -> Report:
         return end_of(audit(self.folder, manifest or self.manifest))
 
@@ -312,7 +319,7 @@ def leave_an_unknown_aggregate(files: Files) -> None:
         (lambda files: flip(files.snapshot(4), -9), ["round 4", "/state", "damaged"]),
         (lambda files: flip(files.snapshot(0), -9), ["round 0", "/state", "damaged"]),
         (lambda files: flip(files.snapshot(4), 40), ["/state/state-", "round-00000004", "damaged"]),
-        (lambda files: save_another(files, make_state(4), bytes(32)), ["round 4 led to", "/state/state-"]),
+        (lambda files: save_another(files, files.state(4), bytes(32)), ["round 4 led to", "/state/state-"]),
         (
             lambda files: save_another(files, make_state(4), files.committed.records[3].body.digest),
             ["round 4 led to", "/state/state-"],

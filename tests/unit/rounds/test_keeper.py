@@ -1,223 +1,270 @@
-"""StateKeeper: forward by replay or adoption, and never to anything that was not proved before."""
+"""StateKeeper: a round is proposed beside the state, is on the disk before it counts, and is never half taken."""
 
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from histories import Node, changed, claims_of, commit, frozen, gradient, record_of, train
 
 from p2pllm.errors import StateError
-from p2pllm.network.bulk import Blob, BulkServer
-from p2pllm.rounds import keeper as keeper_module
-from p2pllm.rounds.keeper import StateKeeper, aggregate_digest
-from p2pllm.state import AdamW
-from p2pllm.testing import LAYOUT, MemoryNetwork, make_manifest, make_state, virtual
+from p2pllm.rounds.disk import vector_digest
+from p2pllm.rounds.keeper import MAX_HELD
+from p2pllm.rounds.record import Checkpoint, genesis
+from p2pllm.testing import LAYOUT, MemoryNetwork, identity_number, virtual
 
 
-def gradient(number: int) -> np.ndarray:
-    return np.random.default_rng(number).standard_normal(LAYOUT.size).astype(np.float32)
+async def make_nodes(count: int, **fields: Any) -> list[Node]:
+    network = MemoryNetwork()
+    return [await Node(network, number, **fields).start() for number in range(count)]
 
 
-async def make_keepers(count: int, state=make_state) -> list[StateKeeper]:
-    network, manifest = MemoryNetwork(), make_manifest()
-    keepers = []
-    for number in range(count):
-        host = network.host(number)
-        keeper = StateKeeper(state(), AdamW(manifest.optimizer, 100, LAYOUT), host)
-        await BulkServer(host, lambda request, keeper=keeper: keeper.serve(request)).start()
-        keepers.append(keeper)
-    return keepers
-
-
-def name(keeper: StateKeeper) -> str:
-    return keeper._transport.peer_id
-
-
-def frozen(keeper: StateKeeper) -> tuple[Any, ...]:
-    return keeper.head, keeper.state.digest(), keeper.state.params.tobytes()
+def state_after(node: Node) -> bytes:
+    return bytes.fromhex(node.keeper.state.digest())
 
 
 @virtual
-async def test_the_head_is_what_the_state_is():
-    (keeper,) = await make_keepers(1)
-    assert keeper.head == (0, bytes.fromhex(keeper.state.digest()))
-    seconds = await keeper.apply(gradient(1))
-    assert keeper.head == (1, bytes.fromhex(keeper.state.digest()))
-    assert seconds.keys() == {"outer_step", "digest"}
+async def test_a_run_begins_at_its_genesis_with_the_state_of_its_manifest() -> None:
+    (node,) = await make_nodes(1)
+    assert node.head == genesis(node.disk.run_id)
+    assert node.keeper.has_state
+    assert [(found.round, found.state) for found in node.disk.on_branch()] == [(0, node.disk.initial_state)]
 
 
 @virtual
-async def test_an_aggregate_that_does_not_fit_changes_nothing():
-    (keeper,) = await make_keepers(1)
-    before = frozen(keeper)
+async def test_a_proposal_says_what_the_round_would_be_and_moves_nothing() -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=2)
+    before = frozen(node)
+    claims = claims_of(node.head, 0, 1, samples=6)
+    body = await node.keeper.propose(claims, gradient(1))
+    assert frozen(node) == before
+    assert (body.base, body.members) == (node.head, claims)
+    assert body.total == node.keeper.branch.total + 12
+    assert body.aggregate == vector_digest(gradient(1))
+    assert node.keeper.holding == body.digest
+    assert node.disk.aggregates.has(body.aggregate), "whoever votes for it must be able to give it"
+    await node.keeper.commit(record_of(body, 0))
+    assert (node.head, state_after(node)) == (body.head, body.state)
+    assert node.keeper.branch.total == body.total
+
+
+@virtual
+async def test_a_committed_round_is_in_the_log_and_nothing_is_held_any_more() -> None:
+    (node,) = await make_nodes(1)
+    memory = node.keeper.state.params
+    record = await commit(node)
+    assert node.disk.log.record(1) == record
+    assert node.keeper.state.params is memory, "the worker has mapped it"
+    assert node.keeper.holding == b""
+    assert node.keeper.seconds.keys() == {"outer_step", "digest", "store", "log"}
+
+
+@virtual
+async def test_peers_that_take_the_same_rounds_hold_the_same_bits() -> None:
+    first, second = await make_nodes(2)
+    await train(first, second, rounds=5)
+    assert frozen(first) == frozen(second)
+    assert not np.shares_memory(first.keeper.state.m, second.keeper.state.m)
+
+
+@pytest.mark.parametrize("vector", [np.full(LAYOUT.size, np.nan, np.float32), np.zeros(3, np.float32)])
+@virtual
+async def test_an_aggregate_that_does_not_fit_changes_nothing(vector: np.ndarray) -> None:
+    (node,) = await make_nodes(1)
+    before = frozen(node)
     with pytest.raises(StateError):
-        await keeper.apply(np.full(LAYOUT.size, np.nan, np.float32))
-    assert frozen(keeper) == before
-
-
-@pytest.mark.parametrize("rounds", [1, 3, 64, 65])
-@virtual
-async def test_missed_rounds_are_replayed_or_the_state_is_adopted(rounds: int):
-    ahead, behind = await make_keepers(2)
-    memory = behind.state.params
-    for number in range(rounds):
-        await ahead.apply(gradient(number))
-    assert await behind.follow(ahead.head, [name(ahead)])
-    assert frozen(behind) == frozen(ahead)
-    assert behind.state.params is memory
-    assert bool(behind._applied) == (rounds <= 64)  # who replayed can serve the same rounds
-    assert not np.shares_memory(behind.state.m, ahead.state.m)
+        await node.keeper.propose(claims_of(node.head, 0), vector)
+    assert frozen(node) == before
+    assert node.keeper.holding == b""
 
 
 @virtual
-async def test_a_diverged_state_is_adopted():
-    good, bad = await make_keepers(2)
-    await good.apply(gradient(1))
-    await bad.apply(gradient(2))
-    assert await bad.follow(good.head, [name(good)])
-    assert frozen(bad) == frozen(good)
+async def test_of_several_proposals_any_may_be_committed() -> None:
+    (node,) = await make_nodes(1)
+    claims = claims_of(node.head, 0)
+    bodies = [await node.keeper.propose(claims, gradient(seed)) for seed in range(3)]
+    await node.keeper.commit(record_of(bodies[0], 0))  # the newest one lies in the spare state
+    assert (node.head, state_after(node)) == (bodies[0].head, bodies[0].state)
 
 
 @virtual
-async def test_a_donor_that_has_moved_on_serves_what_it_has():
-    donor, behind = await make_keepers(2, lambda: make_state(200))
-    target = (500, b"x" * 32)
-    donor.head = (501, donor.head[1])
-    donor.state.round = 501
-    donor.head = (501, bytes.fromhex(donor.state.digest()))
-    assert await behind.follow(target, [name(donor)])
-    assert behind.head == donor.head
+async def test_proposals_that_are_held_are_bounded() -> None:
+    (node,) = await make_nodes(1)
+    for seed in range(MAX_HELD + 3):
+        body = await node.keeper.propose(claims_of(node.head, 0), gradient(seed))
+    assert len(node.keeper._held) == MAX_HELD
+    assert node.keeper.holding == body.digest
 
 
-def lying(blob: dict[str, Any], buffers: list[Any]) -> Any:
-    async def serve(request: dict[str, Any]) -> Blob | None:
-        return Blob(dict(blob), buffers)
-
-    return serve
-
-
-def payload(state) -> list[bytes]:
-    return [bytes(view) for view in state.payload()]
-
-
-OTHER = make_state(5, seed=9)
-NAN = make_state(5, seed=9)
-NAN.params[3] = np.nan
-LIES = {
-    "nothing": ({}, []),
-    "short": ({"state": OTHER.header(), "digest": bytes.fromhex(OTHER.digest())}, payload(OTHER)[:2]),
-    "header": ({"state": {"round": "5"}, "digest": b""}, payload(OTHER)),
-    "no header": ({"state": 7}, payload(OTHER)),
-    "digest": ({"state": OTHER.header(), "digest": bytes(32)}, payload(OTHER)),
-    "other state": ({"state": OTHER.header(), "digest": bytes.fromhex(OTHER.digest())}, payload(OTHER)),
-    "not finite": ({"state": NAN.header(), "digest": bytes.fromhex(NAN.digest())}, payload(NAN)),
-    "bad aggregate": ({"next": bytes(32)}, [gradient(1).data]),
-    "nan aggregate": ({"next": bytes(32)}, [np.full(LAYOUT.size, np.nan, np.float32).data]),
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-@pytest.mark.parametrize("round_", [5, 6])
+@pytest.mark.parametrize("part", ["aggregates.put", "log.append"])
 @virtual
-async def test_a_lie_changes_nothing_and_is_remembered(lie: str, round_: int):
-    liar, keeper = await make_keepers(2, lambda: make_state(4))
-    await BulkServer(liar._transport, lying(*LIES[lie])).start()
-    await keeper.apply(gradient(3))
-    before = frozen(keeper)
-    assert not await keeper.follow((round_, b"y" * 32), [name(liar)])
-    assert frozen(keeper) == before
-    assert keeper.refuted == {name(liar)}
+async def test_a_disk_that_fails_leaves_the_round_untaken(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=2)
+    before = frozen(node)
+
+    def full(*_: object) -> None:
+        raise StateError("The disk is full.")
+
+    owner, name = part.split(".")
+    with monkeypatch.context() as patched:
+        patched.setattr(getattr(node.disk, owner), name, full)
+        with pytest.raises(StateError, match="The disk is full"):
+            await commit(node)
+    assert frozen(node) == before
+    await commit(node)
+    assert node.head[0] == 3
 
 
 @virtual
-async def test_a_replay_that_ends_elsewhere_is_thrown_away():
-    liar, keeper = await make_keepers(2)
-    await liar.apply(gradient(1))
-    await liar.apply(gradient(2))
-    before = frozen(keeper)
-    assert not await keeper._replay(name(liar), (2, b"y" * 32))
-    assert frozen(keeper) == before
-    assert not keeper._applied
+async def test_a_record_that_does_not_follow_is_not_taken() -> None:
+    first, second = await make_nodes(2)
+    record = await commit(first)
+    await commit(second, seed=2)
+    before = frozen(second)
+    with pytest.raises((StateError, ValueError)):
+        await second.keeper.commit(record)
+    assert frozen(second) == before
+
+
+# -- what others propose ---------------------------------------------------------------------------------------------
 
 
 @virtual
-async def test_a_donor_that_fails_is_not_refuted_and_the_next_one_is_asked():
-    gone, good, keeper = await make_keepers(3)
-    await good.apply(gradient(1))
-    gone._transport.kill()
-    assert await keeper.follow(good.head, [name(gone), name(good)])
-    assert not keeper.refuted
+async def test_a_proposal_is_fetched_by_digest_and_taken_over() -> None:
+    liar, holder, member = await make_nodes(3)
+    body = await holder.keeper.propose(claims_of(holder.head, 0, 1), gradient(1))
+    liar_body = await liar.keeper.propose(claims_of(liar.head, 0), gradient(2))
+
+    async def lie(request: dict[str, Any]) -> Any:
+        return await liar.keeper.serve(request | {"digest": liar_body.digest})
+
+    liar.answer = lie
+    assert await member.keeper.fetch_proposal([liar.id], body.digest) is None
+    assert await member.keeper.fetch_proposal([liar.id, holder.id], body.digest) == body
+    assert member.keeper.holding == body.digest
+    await member.keeper.commit(record_of(body, 0, 1))
+    assert state_after(member) == body.state
 
 
 @virtual
-async def test_a_missed_aggregate_comes_from_whoever_has_it():
-    liar, proposing, applied, keeper = await make_keepers(4)
-    wanted = gradient(1)
-    digest = aggregate_digest(wanted)
-    await BulkServer(liar._transport, lying({}, [gradient(2).data])).start()
-    assert await keeper.fetch_aggregate([name(liar), name(proposing)], digest) is None
-    proposing.propose(digest, wanted)
-    found = await keeper.fetch_aggregate([name(liar), name(proposing)], digest)
-    np.testing.assert_array_equal(found, wanted)
-    await applied.apply(wanted)
-    assert await keeper.fetch_aggregate([name(applied)], digest) is not None
-
-
-@pytest.mark.parametrize(
-    "request_",
-    [
-        {},
-        {"what": 1},
-        {"what": "state of affairs"},
-        {"what": "proposed", "digest": [1]},
-        {"what": "applied", "round": "x", "digest": {}},
-        {"what": "applied"},
-    ],
-)
-@virtual
-async def test_strange_requests_get_nothing(request_: dict[str, Any]):
-    (keeper,) = await make_keepers(1)
-    await keeper.apply(gradient(1))
-    assert await keeper.serve(request_) is None
+async def test_what_we_proposed_before_is_not_fetched() -> None:
+    (node,) = await make_nodes(1)
+    first = await node.keeper.propose(claims_of(node.head, 0), gradient(1))
+    await node.keeper.propose(claims_of(node.head, 0), gradient(2))
+    assert await node.keeper.fetch_proposal([], first.digest) == first
+    assert node.keeper.holding == first.digest
 
 
 @virtual
-async def test_joiners_of_a_round_share_one_copy_which_later_rounds_do_not_touch():
-    (keeper,) = await make_keepers(1)
-    first, second = await keeper.serve({"what": "state"}), await keeper.serve({"what": "state"})
-    assert first is second
-    before = [bytes(buffer) for buffer in first.buffers]
-    await keeper.apply(gradient(1))
-    assert [bytes(buffer) for buffer in first.buffers] == before
-    assert await keeper.serve({"what": "state"}) is not first
+async def test_a_proposal_with_claims_that_nobody_signed_is_refused() -> None:
+    liar, member = await make_nodes(2)
+    forged = claims_of(liar.head, 0)[0].model_copy(update={"samples": 10**9})
+    body = await liar.keeper.propose((forged,), gradient(1))
+    assert await member.keeper.fetch_proposal([liar.id], body.digest) is None
+    assert member.keeper.holding == b""
 
 
 @virtual
-async def test_kept_aggregates_are_bounded_by_rounds_and_bytes(monkeypatch=None):
-    (keeper,) = await make_keepers(1)
-    for number in range(70):
-        await keeper.apply(gradient(number))
-    assert len(keeper._applied) == 64
-    step = SimpleNamespace(aggregate=SimpleNamespace(nbytes=keeper_module.KEPT_BYTES // 3))
-    keeper._keep((100, b""), step)
-    assert len(keeper._applied) == 3
-    keeper._keep((101, b""), SimpleNamespace(aggregate=SimpleNamespace(nbytes=keeper_module.KEPT_BYTES * 2)))
-    assert list(keeper._applied) == [(101, b"")]
+async def test_a_proposal_for_another_round_is_refused() -> None:
+    ahead, member = await make_nodes(2)
+    await commit(ahead)
+    body = await ahead.keeper.propose(claims_of(ahead.head, 0), gradient(1))
+    assert await member.keeper.fetch_proposal([ahead.id], body.digest) is None
 
 
-def test_who_is_cancelled_in_a_step_ends_it_first():
-    """With real threads: half a step would be saved as a state."""
+@virtual
+async def test_a_proposal_that_our_state_does_not_lead_to_is_not_held() -> None:
+    liar, member = await make_nodes(2)
+    right = await liar.keeper.propose(claims_of(liar.head, 0), gradient(1))
+    wrong = changed(right, state=bytes(32))
+    liar.keeper._hold(wrong)
+    before = frozen(member)
+    assert await member.keeper.fetch_proposal([liar.id], wrong.digest) is None
+    assert member.keeper.holding == b""
+    assert frozen(member) == before, "our state was right, and stays"
+
+
+@virtual
+async def test_who_committed_already_still_gives_the_proposal() -> None:
+    """The first who sees the majority commits at once; another one may lack the body at that moment."""
+    fast, slow = await make_nodes(2)
+    body = await fast.keeper.propose(claims_of(fast.head, 0, 1), gradient(1))
+    await fast.keeper.commit(record_of(body, 0, 1))
+    assert await slow.keeper.fetch_proposal([fast.id], body.digest) == body
+
+
+# -- a state that is damaged in memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+@virtual
+async def test_a_damaged_state_is_made_anew_from_the_disk(rounds: int, tmp_path: Path) -> None:
+    (node,) = await make_nodes(1, folder=tmp_path)
+    await train(node, rounds=rounds)
+    assert await node.keeper.check()
+    good, memory = frozen(node), node.keeper.state.params
+    node.keeper.state.params.view(np.uint32)[7] ^= 1
+    assert not await node.keeper.check()
+    assert frozen(node) == good
+    assert node.keeper.state.params is memory
+    assert await node.keeper.check()
+    await commit(node)
+
+
+@virtual
+async def test_a_damaged_state_goes_back_as_far_as_the_disk_reaches() -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=5)
+    states = {round_: node.disk.log.record(round_) for round_ in range(1, 6)}
+    lost = states[4]
+    assert lost is not None and states[3] is not None
+    node.disk.aggregates.drop(lost.body.aggregate)
+    node.keeper.state.m[0] += 1.0
+    assert not await node.keeper.check()
+    assert node.head == states[3].head
+    assert state_after(node) == states[3].body.state
+
+
+@virtual
+async def test_a_damaged_state_of_round_0_is_made_anew() -> None:
+    (node,) = await make_nodes(1)
+    node.keeper.state.params[0] += 1.0
+    assert not await node.keeper.check()
+    assert state_after(node) == node.disk.initial_state
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_checkpoint_counts_if_the_organiser_signed_it() -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=3)
+    record = node.disk.log.record(2)
+    assert record is not None
+    organiser, stranger = identity_number(0), identity_number(1)
+    assert not await node.keeper.anchor(Checkpoint.sign(stranger, node.disk.run_id, record.head))
+    assert node.keeper.branch.anchor == 0
+    assert await node.keeper.anchor(Checkpoint.sign(organiser, node.disk.run_id, record.head))
+    assert node.keeper.branch.anchor == 2
+
+
+def test_who_is_cancelled_in_a_commit_ends_it_first() -> None:
+    """With real threads: half a commit would be none."""
 
     async def check() -> None:
-        (keeper,) = await make_keepers(1)
-        step = asyncio.create_task(keeper.apply(gradient(1)))
+        (node,) = await make_nodes(1)
+        body = await node.keeper.propose(claims_of(node.head, 0), gradient(1))
+        committing = asyncio.create_task(node.keeper.commit(record_of(body, 0)))
         await asyncio.sleep(0)
-        step.cancel()
+        committing.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await step
-        assert keeper.head == (1, bytes.fromhex(keeper.state.digest()))
+            await committing
+        assert (node.head, state_after(node)) == (body.head, body.state)
 
     asyncio.run(check())

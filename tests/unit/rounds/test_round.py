@@ -164,7 +164,7 @@ async def test_who_fails_again_is_left_out_and_who_led_leads_no_more() -> None:
     fakes.exchange = ExchangeResult(None, frozenset({C}), "C is silent.", 0, 0)
     fakes.decisions = [NO] * MAX_STRIKES + [YES]
     fakes.fetched = BODY
-    fakes.votes = {B: b"", C: b""}
+    fakes.votes = {B: BODY.digest, C: b""}
     assert (await fakes.runner().run(UPDATE)).record is not None
     assert fakes.asked == [(NOBODY, NOBODY)] * MAX_STRIKES + [(frozenset({C}), frozenset({B}))]
 
@@ -260,7 +260,7 @@ async def test_a_proposal_that_fails_twice_is_dropped() -> None:
     fakes.decisions = [NO] * MAX_STRIKES + [YES]
     fakes.votes = {B: b"", C: b""}
     result = await fakes.runner().run(UPDATE)
-    assert fakes.cast == [b""] * MAX_STRIKES + [body_of(CLAIMS[:1]).digest]
+    assert fakes.cast == [b""] * MAX_STRIKES + [BODY.digest]
     assert fakes.offers[-1].failed == {OTHER_BODY.digest}
     assert result.attempts == MAX_STRIKES + 1
     assert len(fakes.vectors) == 1

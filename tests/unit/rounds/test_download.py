@@ -1,0 +1,138 @@
+"""Download: pieces come from all who have them, and nobody who is slow, dead or a liar holds it up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from p2pllm.rounds.download import IN_FLIGHT, MAX_FAILURES, MAX_SOURCES, Download
+from p2pllm.testing import virtual
+
+PIECES = range(20)
+NEVER = 10**6
+"""Virtual seconds: whoever waits for it fails by the clock."""
+
+
+class Sources:
+    """What each source does with a piece: seconds that it takes, and whether it is right, wrong or does not come."""
+
+    def __init__(self, **takes: float) -> None:
+        self.takes = takes
+        self.wrong: set[str] = set()
+        self.broken: set[str] = set()
+        self.asked: list[tuple[str, int]] = []
+        self.at_it: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.got: list[int] = []
+
+    async def fetch(self, source: str, piece: int) -> bool | None:
+        self.asked.append((source, piece))
+        self.at_it[source] += 1
+        self.most[source] = max(self.most[source], self.at_it[source])
+        try:
+            await asyncio.sleep(self.takes[source])
+        finally:
+            self.at_it[source] -= 1
+        if source in self.wrong:
+            return False
+        if source in self.broken:
+            return None
+        self.got.append(piece)
+        return True
+
+    def counts(self) -> Counter[str]:
+        return Counter(source for source, _ in self.asked)
+
+
+async def download(sources: Sources, limit: float) -> tuple[bool, Download]:
+    work = Download(PIECES, sources.takes, sources.fetch)
+    async with asyncio.timeout(limit):
+        done = await work.run()
+    assert not +sources.at_it, "nobody is asked any more when it is over"
+    return done, work
+
+
+@virtual
+async def test_all_sources_share_the_work() -> None:
+    sources = Sources(a=1.0, b=1.0, c=1.0, d=1.0)
+    done, work = await download(sources, len(PIECES) / (4 * IN_FLIGHT) + 1.1)
+    assert done and not work.liars
+    assert set(sources.got) == set(PIECES)
+    assert all(count >= len(PIECES) // 5 for count in sources.counts().values())
+    assert max(sources.most.values()) == IN_FLIGHT
+
+
+@virtual
+async def test_one_source_gives_all() -> None:
+    done, _ = await download(Sources(a=1.0), len(PIECES))
+    assert done
+
+
+@pytest.mark.parametrize("how", ["wrong", "broken"])
+@virtual
+async def test_who_lies_or_fails_is_asked_no_more(how: str) -> None:
+    sources = Sources(bad=0.1, good=1.0)
+    getattr(sources, how).add("bad")
+    done, work = await download(sources, len(PIECES))
+    assert done
+    assert set(sources.got) == set(PIECES)
+    assert sources.counts()["bad"] <= IN_FLIGHT + MAX_FAILURES
+    assert work.liars == ({"bad"} if how == "wrong" else set())
+
+
+@virtual
+async def test_a_source_may_fail_once() -> None:
+    sources = Sources(a=0.1)
+    sources.broken.add("a")
+    work = asyncio.create_task(download(sources, 100.0))
+    while not sources.asked:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.05)
+    sources.broken.clear()
+    assert (await work)[0]
+
+
+@virtual
+async def test_a_source_that_gives_nothing_holds_up_nobody() -> None:
+    sources = Sources(hung=NEVER, good=1.0)
+    done, _ = await download(sources, len(PIECES) / IN_FLIGHT + 2.0)
+    assert done
+    assert sources.counts()["hung"] == IN_FLIGHT
+    assert set(sources.got) == set(PIECES)
+
+
+@virtual
+async def test_it_fails_when_nobody_is_left() -> None:
+    sources = Sources(a=1.0, b=1.0)
+    sources.wrong.add("a")
+    sources.broken.add("b")
+    done, work = await download(sources, 10.0)
+    assert not done
+    assert work.liars == {"a"}
+    assert not (await download(Sources(), 1.0))[0]
+
+
+@virtual
+async def test_nothing_is_done_when_nothing_is_missing() -> None:
+    sources = Sources(a=1.0)
+    assert await Download([], ["a"], sources.fetch).run()
+    assert sources.asked == []
+
+
+@virtual
+async def test_only_so_many_sources_are_asked() -> None:
+    sources = Sources(**{f"source-{number}": 1.0 for number in range(MAX_SOURCES + 5)})
+    assert (await download(sources, 10.0))[0]
+    assert len(sources.counts()) == MAX_SOURCES
+
+
+@virtual
+async def test_who_gives_up_leaves_no_task_behind() -> None:
+    sources = Sources(hung=NEVER)
+    before = asyncio.all_tasks()
+    with pytest.raises(TimeoutError):
+        await download(sources, 5.0)
+    assert not +sources.at_it
+    assert asyncio.all_tasks() == before
