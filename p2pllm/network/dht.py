@@ -37,6 +37,9 @@ ANNOUNCE_SECONDS = 20.0
 MAX_RECORD_BYTES = 1024
 """Bound on one packed record."""
 
+MAX_STATUS_BYTES = 160
+"""Bound on the status in a record."""
+
 MAX_RECORDS = 1024
 """Members that one node stores; further ones are refused until some expire."""
 
@@ -51,47 +54,52 @@ _DOMAIN = "member-record"
 
 @dataclass(frozen=True)
 class MemberRecord:
-    """Where a peer can be reached. `issued` is Unix time in seconds by that peer's clock."""
+    """Where a peer can be reached, and its status, opaque here. `issued` is Unix time in seconds by its clock."""
 
     peer: str
     addresses: tuple[str, ...]
+    status: bytes
     issued: float
     signature: bytes
 
     @classmethod
-    def sign(cls, identity: Identity, run_id: str, addresses: Sequence[str], now: float) -> MemberRecord:
-        """A record of ourselves; addresses that do not fit into MAX_RECORD_BYTES are left out, the last ones
+    def sign(
+        cls, identity: Identity, run_id: str, addresses: Sequence[str], now: float, status: bytes = b""
+    ) -> MemberRecord:
+        """A record of ourselves; status: at most MAX_STATUS_BYTES. Addresses that do not fit into MAX_RECORD_BYTES are left out, the last ones
         first.
         """
         fitting = list(addresses)[:MAX_ADDRESSES]
         while True:
-            body = _body(run_id, identity.peer_id, fitting, now)
-            record = cls(identity.peer_id, tuple(fitting), now, identity.sign(_DOMAIN, body))
+            body = _body(run_id, identity.peer_id, fitting, status, now)
+            record = cls(identity.peer_id, tuple(fitting), status, now, identity.sign(_DOMAIN, body))
             if len(record.encode()) <= MAX_RECORD_BYTES:
                 return record
             fitting.pop()
 
     def encode(self) -> bytes:
         """The packed record."""
-        return pack([self.peer, list(self.addresses), self.issued, self.signature])
+        return pack([self.peer, list(self.addresses), self.status, self.issued, self.signature])
 
     @classmethod
     def decode(cls, data: bytes, run_id: str) -> MemberRecord:
         """Open and check a packed record. Raises ValueError: malformed, too long, or not signed by its peer."""
         fields = unpack(data, MAX_RECORD_BYTES)
-        if not isinstance(fields, list) or len(fields) != 4:
+        if not isinstance(fields, list) or len(fields) != 5:
             raise ValueError("not a member record")
-        peer, addresses, issued, signature = fields
+        peer, addresses, status, issued, signature = fields
         if not is_peer_id(peer) or not isinstance(issued, float) or not isinstance(signature, bytes):
             raise ValueError("a member record has a field of a wrong type")
+        if not isinstance(status, bytes) or len(status) > MAX_STATUS_BYTES:
+            raise ValueError("a member record has a status that cannot be right")
         known = checked_addresses(addresses)
-        if not verify(peer, _DOMAIN, _body(run_id, peer, known, issued), signature):
+        if not verify(peer, _DOMAIN, _body(run_id, peer, known, status, issued), signature):
             raise ValueError("a member record is not signed by its peer")
-        return cls(peer, tuple(known), issued, signature)
+        return cls(peer, tuple(known), status, issued, signature)
 
 
-def _body(run_id: str, peer: str, addresses: Sequence[str], issued: float) -> bytes:
-    return pack([run_id, peer, list(addresses), issued])
+def _body(run_id: str, peer: str, addresses: Sequence[str], status: bytes, issued: float) -> bytes:
+    return pack([run_id, peer, list(addresses), status, issued])
 
 
 class MemberValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
@@ -170,6 +178,8 @@ class Directory:
         self._run_id = run_id
         self._addresses = addresses
         self._clock = clock
+        self.status: Callable[[], bytes] = lambda: b""
+        """What our record says of us, beside where we are: where we are in the run."""
         self._dht: DHTNode | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -208,10 +218,10 @@ class Directory:
             self._spawn(self._dht.protocol.call_ping(PeerID.from_base58(peer)))
 
     async def announce(self) -> bool:
-        """Store our record now; whether somebody (or we ourselves) keeps it. Never raises."""
+        """Store our record now, with our status; whether somebody (or we ourselves) keeps it. Never raises."""
         if self._dht is None:
             return False
-        record = MemberRecord.sign(self._identity, self._run_id, self._addresses(), self._clock())
+        record = MemberRecord.sign(self._identity, self._run_id, self._addresses(), self._clock(), self.status())
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 stored = await self._dht.store(

@@ -30,10 +30,8 @@ _BEAT = "beat"
 _LEAVE = "leave"
 _FULL = b"full"  # the reply of a member whose table holds as many living ones as it may
 _TICK_S = 0.1
-_BEAT_TIMEOUT_S = 4.0
-_LEAVE_TIMEOUT_S = 1.0
-_LOOK_UP_EVERY_S = 30.0
-_LOOK_UP_ALONE_S = 5.0
+_BEAT_TIMEOUT_S, _LEAVE_TIMEOUT_S = 4.0, 1.0
+_LOOK_UP_EVERY_S, _LOOK_UP_ALONE_S = 30.0, 5.0
 _STALL_S = 1.0
 _TIDY_EVERY_S = 1.0
 _TURNED_AWAY_S = 60.0
@@ -54,6 +52,8 @@ class Record(Protocol):
     def peer(self) -> str: ...
     @property
     def addresses(self) -> tuple[str, ...]: ...
+    @property
+    def status(self) -> bytes: ...  # as of a beat, or empty
 
 
 class Lookup(Protocol):
@@ -99,14 +99,12 @@ class Membership:
         self._last_tick = self._last_tidied = clock()
         self._turned_away = -math.inf  # when a member last had no room for us
         self._stopped = False
+        self.on_announced: Callable[[bytes], None] = lambda status: None  # with the status of another's record
 
     # -- for the owner ---------------------------------------------------------------------------------------
 
     async def start(self, bootstrap: Iterable[str] = ()) -> None:
-        """Begin. bootstrap: addresses with peer ids, those of the invite; never forgotten.
-
-        Raises NetworkError if the calls cannot be served.
-        """
+        """Begin. bootstrap: addresses with peer ids, those of the invite; never forgotten. Raises NetworkError."""
         self.add(bootstrap)
         for peer, addresses in load_peers(self._saved).items():
             self._hearsay(peer, addresses)
@@ -277,6 +275,8 @@ class Membership:
         while True:
             for record in await directory.members():
                 self._hearsay(record.peer, record.addresses)
+                if record.peer != self._transport.peer_id:
+                    self.on_announced(record.status)
             if self.alive():
                 await self._save(self.alive())
             await asyncio.sleep(_LOOK_UP_EVERY_S if self.alive() else _LOOK_UP_ALONE_S)

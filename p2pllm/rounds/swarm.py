@@ -7,6 +7,7 @@ decides nothing; `plan` does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -81,6 +82,8 @@ class SwarmView:
         self.peer_id = peer_id
         self._start = start_of(run_id)
         self._last_round = last_round
+        self.announced = self._start
+        """The best branch that anybody announced in the DHT; only who shows it is believed."""
         self.own = _status_at(self._start)
         self._packed: tuple[Status, bytes] | None = None
         self._heard: dict[str, Status] = {}
@@ -168,6 +171,14 @@ class SwarmView:
             self._keep(peer, status)
             self._bound(peer)
             self.notify()
+
+    def hear_announced(self, payload: bytes) -> None:
+        """Take a status out of a record of the DHT: its peer may be gone, but there was such a branch."""
+        with contextlib.suppress(MessageError):
+            status = _status(payload)
+            if status.round <= self._last_round and status.branch.rank > self.announced.rank:
+                self.announced = status.branch
+                self.notify()
 
     def _keep(self, peer: str, status: Status) -> None:
         self._heard[peer] = status

@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 HEARING_S = 10.0
 """How long a peer that knows others listens for them before it trains alone."""
 
+ANNOUNCED_S = 60.0
+"""How much longer if the DHT says that the run goes on: as long as a record in it lasts."""
+
 SHOWN_LOSSES = 200
 
 Progress = Callable[[str], None]
@@ -98,6 +101,7 @@ class Participant:
             saved=self.folder.path / "peers.json",
         )
         self.view.attach(membership)
+        node.directory.status, membership.on_announced = self.view.own_bytes, self.view.hear_announced
         node.on_reconnect = membership.push  # else some peers would hear of us only by their own next probe
         await serve_manifest(node, self._sealed)
         await membership.start(addresses)
@@ -157,6 +161,10 @@ class Participant:
         if expected:
             progress("listening for the swarm")
             await view.wait_until(lambda: bool(view.statuses()), HEARING_S)
+        if self.keeper.branch.total == 0 and not view.statuses() and view.announced.total > 0:
+            # The run goes on somewhere, or did a minute ago: to begin it anew beside it would be a fork.
+            progress("the run has been announced; looking for who holds it")
+            await view.wait_until(lambda: bool(view.statuses()), ANNOUNCED_S)
         if not self.keeper.has_state:
             progress("this machine makes other initial weights than the founder's; it takes the run's from a peer")
 

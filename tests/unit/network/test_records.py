@@ -39,6 +39,14 @@ def validator():
     return MemberValidator(RUN, lambda: NOW)
 
 
+def test_a_record_carries_a_bounded_signed_status() -> None:
+    made = MemberRecord.sign(ANN, RUN, ["/ip4/10.0.0.1/tcp/1"], NOW, b"s" * 160)
+    assert MemberRecord.decode(made.encode(), RUN).status == b"s" * 160
+    for status in (b"t" * 160, b"s" * 161):
+        with pytest.raises(ValueError):
+            MemberRecord.decode(dataclasses.replace(made, status=status).encode(), RUN)
+
+
 def test_honest_record(validator):
     assert validator.validate(stored(record()))
     assert MemberRecord.decode(record().encode(), RUN) == record()

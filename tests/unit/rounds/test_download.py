@@ -87,9 +87,8 @@ async def test_a_source_may_fail_once() -> None:
     sources = Sources(a=0.1)
     sources.broken.add("a")
     work = asyncio.create_task(download(sources, 100.0))
-    while not sources.asked:
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.15)  # one round of failures, 0.1 s each
+    assert sources.counts()["a"] == 2 * IN_FLIGHT
     sources.broken.clear()
     assert (await work)[0]
 

@@ -122,6 +122,7 @@ class _Entry:
     peer: str
     addresses: tuple[str, ...]
     until: float
+    status: bytes = b""
 
 
 class MemoryDirectory:

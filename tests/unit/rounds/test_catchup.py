@@ -1,0 +1,369 @@
+"""Catching up: by replay or with a snapshot from several peers, resumed after a break, and never to a worse branch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from histories import Node, commit, frozen, train
+
+from p2pllm.network.bulk import Blob
+from p2pllm.rounds import catchup
+from p2pllm.rounds.record import Checkpoint
+from p2pllm.testing import MemoryNetwork, identity_number, virtual
+
+EVERY = 8  # rounds between two snapshots
+SMALL_CHUNK = 256
+CHUNKS = 30
+"""Of a state whose chunks have SMALL_CHUNK bytes: 10 a vector."""
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of several chunks."""
+    monkeypatch.setattr("p2pllm.state.chunks.CHUNK_BYTES", SMALL_CHUNK)
+
+
+async def make_nodes(count: int, **fields: Any) -> list[Node]:
+    network = MemoryNetwork()
+    return [await Node(network, number, snapshot_every=EVERY, **fields).start() for number in range(count)]
+
+
+async def saved(*nodes: Node) -> None:
+    """Snapshots are written behind the rounds."""
+    for node in nodes:
+        if node.keeper._saving is not None:
+            await node.keeper._saving
+
+
+def chunks_from(node: Node) -> set[int]:
+    return {request["index"] for request in node.asked if request["what"] == "chunk"}
+
+
+# -- replay or snapshot ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@virtual
+async def test_a_few_missed_rounds_are_replayed(rounds: int) -> None:
+    ahead, behind = await make_nodes(2)
+    await train(ahead, behind, rounds=5)
+    memory = behind.keeper.state.params
+    await train(ahead, rounds=rounds)
+    assert await behind.follow(ahead)
+    assert frozen(behind) == frozen(ahead)
+    assert Counter(ahead.what) == {"log": 1, "aggregate": rounds}
+    assert behind.keeper.state.params is memory
+    assert behind.disk.log.record(5 + rounds) == ahead.disk.log.record(5 + rounds), "it can serve what it took"
+
+
+@virtual
+async def test_who_missed_many_rounds_takes_a_snapshot_and_replays_the_rest() -> None:
+    ahead, behind = await make_nodes(2)
+    await train(ahead, behind, rounds=2)
+    await train(ahead, rounds=17)
+    await saved(ahead)
+    assert await behind.follow(ahead)
+    assert frozen(behind) == frozen(ahead)
+    assert Counter(ahead.what)["aggregate"] == 3
+    assert [found.round for found in behind.disk.on_branch()][0] == 16, "what was fetched is kept, and can be served"
+
+
+@virtual
+async def test_what_lies_on_our_own_disk_is_not_fetched() -> None:
+    ahead, behind = await make_nodes(2)
+    await train(ahead, behind, rounds=5)
+    behind.disk.log.rewind(behind.disk.head_at(2))  # as when it left this branch
+    behind.keeper.state.params[:] = 0.0  # of no use any more
+    state = behind.disk.newest_base(2)
+    assert state is not None and state.round == 1
+    behind.keeper.has_state = False
+    assert await behind.follow(ahead)
+    assert frozen(behind) == frozen(ahead)
+    assert "aggregate" not in ahead.what and "chunk" not in ahead.what
+
+
+@virtual
+async def test_a_long_log_comes_in_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pllm.rounds.serving.PAGE_BYTES", 2000)
+    ahead, behind = await make_nodes(2)
+    await train(ahead, rounds=20)
+    await saved(ahead)
+    assert await behind.follow(ahead)
+    assert frozen(behind) == frozen(ahead)
+    assert Counter(ahead.what)["log"] > 3
+
+
+@virtual
+async def test_more_than_can_be_taken_at_once_is_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catchup, "MAX_TAKEN", 1)
+    monkeypatch.setattr("p2pllm.rounds.serving.PAGE_BYTES", 1000)
+    ahead, behind = await make_nodes(2)
+    await train(ahead, rounds=3)
+    for round_ in (1, 2, 3):
+        assert await behind.follow(ahead)
+        if behind.head[0] == 3:
+            break
+        assert behind.head[0] >= round_
+    assert frozen(behind) == frozen(ahead)
+
+
+@virtual
+async def test_a_donor_that_has_moved_on_takes_us_along() -> None:
+    donor, behind = await make_nodes(2)
+    await train(donor, rounds=2)
+    claimed = donor.keeper.branch
+    await train(donor, rounds=1)
+    assert await behind.keeper.follow(claimed, [donor.id])
+    assert frozen(behind) == frozen(donor)
+
+
+@virtual
+async def test_other_initial_weights_are_no_state() -> None:
+    network = MemoryNetwork()
+    right = await Node(network, 0).start()
+    other = await Node(network, 1, seed=5).start()
+    assert not other.keeper.has_state
+    assert not await other.keeper.follow(right.keeper.branch, [])
+    assert await other.follow(right)
+    assert other.keeper.has_state
+    assert frozen(other) == frozen(right)
+
+
+# -- round 0 ---------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_nobody_serves_the_first_state_once_a_record_exists() -> None:
+    (node,) = await make_nodes(1)
+    initial = node.disk.initial_state
+    requests: list[dict[str, Any]] = [
+        {"what": "snapshots"},
+        {"what": "plan", "state": initial},
+        {"what": "chunk", "state": initial, "index": 0},
+    ]
+    found, plan, chunk = [await node.keeper.serve(request) for request in requests]
+    assert found is not None and [item[0] for item in found.header["snapshots"]] == [0]
+    assert plan is not None and chunk is not None
+    await commit(node)
+    assert node.keeper._saving is not None
+    for when in ("before the first one is saved", "after"):
+        found, plan, chunk = [await node.keeper.serve(request) for request in requests]
+        assert found is not None, when
+        assert 0 not in [item[0] for item in found.header["snapshots"]], when
+        assert plan is None and chunk is None, when
+        await node.keeper._saving
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"what": 1},
+        {"what": "state of affairs"},
+        {"what": "log"},
+        {"what": "log", "heads": 7},
+        {"what": "plan"},
+        {"what": "plan", "state": [1]},
+        {"what": "chunk", "state": {}, "index": 0},
+        {"what": "chunk", "index": 0},
+        {"what": "aggregate"},
+        {"what": "aggregate", "digest": {}},
+        {"what": "aggregate", "digest": b"short"},
+        {"what": "proposal", "digest": [1]},
+    ],
+)
+@virtual
+async def test_strange_requests_get_nothing(request_: dict[str, Any]) -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=1)
+    await saved(node)
+    assert await node.keeper.serve(request_) is None
+
+
+@pytest.mark.parametrize("index", [-1, 3, 10**30, True, None, "0"])
+@virtual
+async def test_a_chunk_that_is_not_there_is_not_given(index: Any) -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=1)
+    await saved(node)
+    state = node.disk.on_branch()[0].state
+    assert await node.keeper.serve({"what": "chunk", "state": state, "index": index}) is None
+
+
+@pytest.mark.parametrize("heads", [[], [[]], [[1, 2, 3]], [["x", b""]], [[0, b"x"]], [[10**30, bytes(32)]], [None]])
+@virtual
+async def test_who_shares_no_head_gets_the_log_from_its_beginning(heads: list[Any]) -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=2)
+    blob = await node.keeper.serve({"what": "log", "heads": heads})
+    assert blob is not None
+    assert blob.header["base"][0] == 0
+    assert blob.size == sum(4 + len(packed) for packed in node.disk.log.packed_after(node.disk.head_at(0), 10**6))
+
+
+# -- several sources -------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_chunks_come_from_all_who_have_them(small_chunks: None) -> None:
+    *donors, fresh = await make_nodes(4)
+    await train(*donors, rounds=EVERY + 1)
+    await saved(*donors)
+    assert await fresh.follow(*donors)
+    assert frozen(fresh) == frozen(donors[0])
+    assert set.union(*map(chunks_from, donors)) == set(range(CHUNKS))
+    assert all(len(chunks_from(donor)) >= CHUNKS // 5 for donor in donors)
+
+
+@virtual
+async def test_one_that_lies_one_that_is_slow_and_one_that_dies_stop_nobody(small_chunks: None) -> None:
+    good, liar, slow, dying, fresh = await make_nodes(5)
+    donors = [liar, slow, dying, good]
+    await train(*donors, rounds=EVERY + 1)
+    await saved(*donors)
+
+    async def lie(request: dict[str, Any]) -> Blob | None:
+        blob = await liar.keeper.serve(request)
+        return Blob({}, [bytes(SMALL_CHUNK)]) if blob is not None and request["what"] == "chunk" else blob
+
+    async def die(request: dict[str, Any]) -> Blob | None:
+        if dying.what.count("chunk") == 3:
+            asyncio.get_running_loop().call_soon(dying.host.kill, context=dying.host.network.context)
+        return await dying.keeper.serve(request)
+
+    liar.answer, dying.answer = lie, die
+    slow.host.network.slow(slow.id, 1.0)
+    begin = asyncio.get_running_loop().time()
+    assert await fresh.follow(good, liar, slow, dying)
+    assert frozen(fresh) == frozen(good)
+    assert dying.host.dead
+    assert fresh.keeper.refuted == {liar.id}
+    assert len(chunks_from(liar)) <= 2
+    assert chunks_from(good) and chunks_from(slow)
+    # Asking the slow one what it has takes it 4 s; its chunks are not waited for, or they would take 8 s a pair.
+    assert asyncio.get_running_loop().time() - begin < 12.0
+
+
+@pytest.mark.parametrize("how", ["the donor dies", "the joiner dies too"])
+@virtual
+async def test_a_download_that_broke_off_goes_on_where_it_was(how: str, tmp_path: Path, small_chunks: None) -> None:
+    network = MemoryNetwork()
+    first, second = [await Node(network, number, snapshot_every=EVERY).start() for number in range(2)]
+    fresh = await Node(network, 2, tmp_path, snapshot_every=EVERY).start()
+    await train(first, second, rounds=EVERY + 1)
+    await saved(first, second)
+
+    async def die(request: dict[str, Any]) -> Blob | None:
+        if len(chunks_from(first)) > 10:
+            asyncio.get_running_loop().call_soon(first.host.kill, context=network.context)
+        return await first.keeper.serve(request)
+
+    first.answer = die
+    before = frozen(fresh)
+    assert not await fresh.follow(first)
+    assert frozen(fresh) == before
+    if how == "the joiner dies too":
+        await fresh.keeper.close()
+        fresh.host.kill()
+        fresh = await Node(network, 2, tmp_path, snapshot_every=EVERY).start()
+    assert await fresh.follow(second)
+    assert frozen(fresh) == frozen(second)
+    assert 10 <= CHUNKS - len(chunks_from(second)) < CHUNKS
+    assert len(chunks_from(second)) + len(chunks_from(first)) <= CHUNKS + 4, "but for those that were under way"
+
+
+@virtual
+async def test_an_aggregate_comes_from_whoever_has_the_right_one() -> None:
+    liar, gone, poor, good, behind = await make_nodes(5)
+    donors = [liar, gone, poor, good]
+    await train(*donors, rounds=1)
+
+    async def lie(request: dict[str, Any]) -> Blob | None:
+        blob = await liar.keeper.serve(request)
+        return Blob({}, [bytes(blob.size)]) if blob is not None and request["what"] == "aggregate" else blob
+
+    async def have_none(request: dict[str, Any]) -> Blob | None:
+        return await poor.keeper.serve(request) if request["what"] == "log" else None
+
+    liar.answer, poor.answer = lie, have_none
+    gone.host.kill()
+    assert await behind.follow(*donors)
+    assert frozen(behind) == frozen(good)
+    assert good.what == ["aggregate"]
+
+
+# -- another branch --------------------------------------------------------------------------------------------------
+
+
+async def forked(light: Node, heavy: Node, rounds: int = 3) -> None:
+    """Both go on alone from a common log of `rounds`; the light one has more rounds, and fewer samples."""
+    await train(light, heavy, rounds=rounds)
+    await train(light, rounds=4, samples=1)
+    await train(heavy, rounds=2, samples=100)
+    await saved(light, heavy)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3, EVERY, EVERY + 3])
+@virtual
+async def test_the_lighter_branch_is_left_and_told_of(rounds: int, caplog: pytest.LogCaptureFixture) -> None:
+    light, heavy = await make_nodes(2)
+    await forked(light, heavy, rounds)
+    before = frozen(heavy)
+    left = [light.disk.head_at(rounds + number) for number in range(1, 5)]
+    with caplog.at_level(logging.WARNING):
+        assert await light.follow(heavy)
+    assert frozen(light) == before
+    assert set(light.disk.log.abandoned()) == set(left)
+    assert f"rounds {rounds + 1} to {rounds + 4} of ours are abandoned" in caplog.text
+    assert not await heavy.follow(light), "nobody moves to a branch with less behind it"
+    assert frozen(heavy) == before
+
+
+@virtual
+async def test_a_checkpoint_makes_the_lighter_branch_win() -> None:
+    light, heavy = await make_nodes(2)
+    await forked(light, heavy)
+    record = light.disk.log.record(4)
+    assert record is not None
+    assert await light.keeper.anchor(Checkpoint.sign(identity_number(0), light.disk.run_id, record.head))
+    assert light.keeper.branch.rank > heavy.keeper.branch.rank
+    assert not await light.follow(heavy)
+    assert await heavy.follow(light)
+    assert frozen(heavy) == frozen(light)
+    assert heavy.keeper.branch.anchor == 4
+
+
+@virtual
+async def test_a_checkpoint_that_its_donor_brings_keeps_us_where_we_are() -> None:
+    """The donor did not know which branch the checkpoint is for."""
+    light, heavy = await make_nodes(2)
+    await forked(light, heavy)
+    record = light.disk.log.record(4)
+    assert record is not None
+    await heavy.keeper.anchor(Checkpoint.sign(identity_number(0), light.disk.run_id, record.head))
+    assert heavy.keeper.branch.anchor == 0
+    before = light.keeper.state.digest()
+    assert not await light.follow(heavy)
+    assert light.keeper.state.digest() == before
+    assert light.keeper.branch.anchor == 4
+
+
+@virtual
+async def test_if_the_state_cannot_be_had_the_log_stays_where_it_was() -> None:
+    light, heavy = await make_nodes(2)
+    await forked(light, heavy)
+
+    async def only_the_log(request: dict[str, Any]) -> Blob | None:
+        return await heavy.keeper.serve(request) if request["what"] == "log" else None
+
+    heavy.answer = only_the_log
+    before = frozen(light)
+    assert not await light.follow(heavy)
+    assert frozen(light) == before
+    await commit(light)
+    assert light.keeper.refuted == set(), "it may be a donor whose disk has lost something"
