@@ -1,26 +1,29 @@
-"""The round protocol: how peers turn their updates into one step that all of them take.
+"""The round protocol: how peers turn their updates into one step that all of them take, and a log of these steps.
 
-`plan` holds the decisions as pure functions; `roster`, `vote`, `round`, `keeper` and `loop` are the thin shells
-that gather what `plan` needs and act on its answer. Start reading at `loop.TrainingLoop.run`.
+README.md beside this file has the protocol on one page, what it guarantees, and where that ends. `plan` and `chain`
+hold the decisions as pure functions; the others are the thin shells that gather what these need and act on the answer.
+Start reading at `loop.TrainingLoop.run`.
 
-How long one peer can delay a round for the others, in seconds. Of the manifest: roster_wait_s (W, 5 by default),
-exchange_deadline_s (E, 60). Constants: membership notices a death after a beat and a retry (1.2) and a freeze after
-ALIVE_S (5); a small call takes CALL_TIMEOUT_S (2) at most; the all-reduce calls a peer stalled after 5 and a check
-(5.6), while streams open after 7.5 and a check (8.1), and tells so within 1; VOTE_WAIT_S is 8, LEADER_GRACE_S 3.
-With more than 64 members the times of membership grow as their number does, to four times these with 256.
+How long one peer can delay a round for the others, in seconds. Deadlines follow what was measured (`pace`): W, the wait
+for a roster, is 3 times what it lately took, at least 1 and at most the manifest's roster_wait_s (5); S, the silence
+after which a member of an exchange has failed, 4 times the longest that one came back from, 3 to 20, and 5 before
+anything was measured; V, the wait for votes, 4 times what it took, 8 to 60; E, an exchange in which bytes move, 4 times
+what it took, 15 to 3600. Constants: membership notices a death after a beat and a retry (1.2) and a freeze after
+ALIVE_S (5); a small call takes CALL_TIMEOUT_S (2) at most; a check for silence comes every S/8; a notice travels within
+1; LEADER_GRACE_S is 3. With more than 64 members the times of membership grow as their number does, to four times these
+with 256.
 
 - dead: collecting or waiting for the roster 1.2; in the exchange, where its streams break at once, 1 + 1.2;
   voting or committing 1.2.
 - frozen: collecting or enrolled min(W, 5); as leader, before it answers 2, after it has answered min(W + 3, 5); in
-  the exchange 5.6 + 1, by when membership has noticed too; between enrolment and exchange 8.1 + 1; voting 2.
+  the exchange S + S/8 + 1, or 5 where there is nobody else; between enrolment and exchange 1.5 S + S/8 + 1; voting 2.
 - slow, or alive with nothing to give: W, or W + 3 while it leads; then the round goes on without its update.
 - in an attempt of its own, with a member that stalls it: BUSY_S (10) longer than that, so that nobody goes on alone
   beside an exchange that is about to commit.
 - cut off from some: as frozen, once a round; in a roster twice, since it is not dead for everybody.
-- lying: an attempt fails after E at worst, and a vote after 8. MAX_STRIKES (2) failed attempts that speak against a
-  peer leave it out of the round, and as many pass over who led them, so 2 (W + 3 + E + 8) for each liar.
-- claiming a head that it cannot show: FOLLOW_TRIES (3) fetches, each at most OPEN_STREAM_S (10) and the time-outs of
-  `bulk`, hold up those whom the claim moves; then it is not believed for DOUBT_S (60). Two that agree are not moved.
-
-What is not defended against: invented gradients and weights of a member, invented states of a majority.
+- lying: an attempt fails after E at worst, and a vote after V. MAX_STRIKES (2) failed attempts that speak against a
+  peer leave it out of the round, as many pass over who led them, and as many drop a proposal, so 2 (W + 3 + E + V) for
+  each liar.
+- claiming a branch that it cannot show: one fetch, at most OPEN_STREAM_S (10) and the time-outs of `bulk`, holds up
+  those whom the claim moves; then it is not believed for DOUBT_S (60). If it only fails, FOLLOW_TRIES (3) fetches.
 """

@@ -73,8 +73,6 @@ class FakeCompute:
         if self.fruitless or not self.samples:
             self.fruitless = max(0, self.fruitless - 1)
             return None
-        if not self.samples:
-            return None
         self.own_steps = [self.batch] * (self.samples // self.batch)
         return Update(self.samples, FAKE_LOSS, self._gradient)
 
