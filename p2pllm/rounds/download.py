@@ -1,7 +1,7 @@
 """Downloading many pieces from several peers at once: each is checked before it is used.
 
 A source that breaks off, lies, or lets a piece wait for long is replaced by the others; a piece that one of them is
-slow with is asked of another one as well. What does not live here: what the pieces are (`catchup`).
+slow with is asked of another one as well. What does not live here: what the pieces are (`fetching`).
 """
 
 from __future__ import annotations

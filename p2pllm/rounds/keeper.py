@@ -25,6 +25,7 @@ from p2pllm.network.transport import Transport
 from p2pllm.rounds.catchup import CatchUp
 from p2pllm.rounds.chain import Branch, check_claims
 from p2pllm.rounds.disk import Disk, copy_of, vector_digest
+from p2pllm.rounds.fetching import Fetcher
 from p2pllm.rounds.packing import MessageError
 from p2pllm.rounds.record import Body, Checkpoint, Claim, Head, Record
 from p2pllm.rounds.serving import Serving
@@ -61,7 +62,8 @@ class StateKeeper:
         self._in_spare = b""  # digest of the body whose state lies in the spare
         self._held: OrderedDict[bytes, Body] = OrderedDict()
         self.serving = Serving(disk)
-        self._catchup = CatchUp(transport, disk, optimizer, state.layout)
+        self._fetcher = Fetcher(transport, disk, state.layout)
+        self._catchup = CatchUp(self._fetcher, disk, optimizer)
         self._saving: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
         if disk.log.branch.head[0] > state.round:
@@ -85,7 +87,7 @@ class StateKeeper:
     @property
     def refuted(self) -> set[str]:
         """Peers that `follow` last found to hold something else than they claim; not those that only failed."""
-        return self._catchup.refuted
+        return self._fetcher.refuted
 
     # -- a round -----------------------------------------------------------------------------------------------------
 
@@ -146,13 +148,13 @@ class StateKeeper:
         if body is not None and self._in_spare == digest:
             return body
         for peer in [] if body else peers:
-            found = await self._catchup.proposal(peer, digest)
+            found = await self._fetcher.proposal(peer, digest)
             if found is not None and found.base == self.head:
                 body = found
                 break
         if body is None or not await self._can_claim(body):
             return None
-        vector = await self._catchup.aggregate(body.aggregate, peers)
+        vector = await self._fetcher.aggregate(body.aggregate, peers)
         if vector is None:
             return None
         try:
@@ -226,6 +228,11 @@ class StateKeeper:
                 await to_the_end(self._move())
             self.branch = self.disk.log.branch
             return True
+
+    async def mend(self, peers: list[str]) -> None:
+        """Fetch records again that are damaged on our disk."""
+        async with self._lock:
+            await self._catchup.mend(peers)
 
     async def check(self) -> bool:
         """Whether the state is what its record says; if not, it is made anew from the disk."""

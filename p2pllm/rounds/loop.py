@@ -100,6 +100,7 @@ class TrainingLoop:
         self._empty_handed = False
         self._pending: Update | None = None  # computed, and in no committed round yet
         self._failed_follows = 0
+        self._mended = False  # what was found damaged on our disk when it was opened
         self._trouble = ""
         self._at_head_since = time.monotonic()
 
@@ -125,8 +126,11 @@ class TrainingLoop:
 
     async def _step(self) -> bool:
         """Do what is next; True when the run is complete."""
-        last, turned_away = self._manifest.round.rounds, self._view.is_turned_away()
-        match plan.next_step(self._own(), last, self._view.statuses(), turned_away):
+        last, statuses = self._manifest.round.rounds, self._view.statuses()
+        if statuses and not self._mended:
+            self._mended = True
+            await self._keeper.mend(sorted(statuses))
+        match plan.next_step(self._own(), last, statuses, self._view.is_turned_away()):
             case plan.Step.WAIT_FOR_ROOM:
                 await self._wait_for_room()
             case plan.Step.FOLLOW:
@@ -223,8 +227,7 @@ class TrainingLoop:
         statuses = self._view.statuses()
         branch = plan.branch_to_follow(self._own(), statuses)
         if branch is None:
-            await self._rest()  # we have no state, and nobody is there to have it from
-            return
+            return await self._rest()  # we have no state, and nobody is there to have it from
         own = self._keeper.head
         log.info("catching up from round %d to %d", own[0], branch.head[0])
         self._view.say(phase="joining", samples=0)
@@ -237,8 +240,7 @@ class TrainingLoop:
                 # Whoever served more than it had last said is where we are now, or ahead.
                 self._view.presume_commit(donors, Branch((reached.head[0] - 1, bytes(32)), 0, 0))
             self._drop_included(own)
-            self._view.say(branch=reached)
-            return
+            return self._view.say(branch=reached)
         self._failed_follows += 1
         if own[0] > 0 and self._failed_follows >= FOLLOW_TRIES:
             self._failed_follows = 0
@@ -247,6 +249,7 @@ class TrainingLoop:
             self._view.doubt(self._keeper.refuted)
         # Not until the next change: others' statuses change many times a second.
         await self._view.wait_until(lambda: self._stopping, RETRY_S)
+        return None
 
     def _drop_included(self, before: Head) -> None:
         """The swarm may have committed our update without our knowing: then it is not pending any more."""

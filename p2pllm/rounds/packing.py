@@ -43,6 +43,25 @@ class MessageError(ValueError):
     """Bytes from the network or the disk that are not the message that they should be."""
 
 
+def opened(data: bytes) -> Any:
+    """The values in msgpack bytes: numbers, texts of up to 64 bytes, bytes, and tuples of at most MAX_ROSTER of them.
+
+    A few bytes could otherwise ask for a million empty places, each in one of the other's. Raises ValueError.
+    """
+    try:
+        return msgpack.unpackb(
+            data,
+            use_list=False,
+            max_array_len=MAX_ROSTER,
+            max_str_len=64,
+            max_bin_len=len(data),
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except Exception as error:  # noqa: BLE001 - msgpack raises many kinds on hostile bytes
+        raise ValueError(f"not msgpack: {error}") from None
+
+
 class Message(BaseModel):
     """Base of all messages."""
 
@@ -68,9 +87,9 @@ class Message(BaseModel):
         if len(data) > cls.max_bytes:
             raise MessageError(f"{cls.__name__} has {len(data)} bytes, more than {cls.max_bytes}")
         try:
-            values = msgpack.unpackb(data, use_list=False)
-        except Exception as error:  # noqa: BLE001 - msgpack raises many kinds on hostile bytes
-            raise MessageError(f"{cls.__name__} is not msgpack: {error}") from None
+            values = opened(data)
+        except ValueError as error:
+            raise MessageError(f"{cls.__name__} is {error}") from None
         if not isinstance(values, tuple) or len(values) != len(cls.model_fields):
             raise MessageError(f"{cls.__name__} does not have {len(cls.model_fields)} fields")
         try:

@@ -3,13 +3,14 @@
 A request is {"what": ...} and more:
 
     log        heads: [[round, digest], ...]    the records after the latest of them that is ours; our checkpoints
+    record     round, digest                    one record of our log
     snapshots                                   [round, record, state] of each snapshot of our log
     plan       state                            the digests of a snapshot's chunks
     chunk      state, index                     one chunk
     aggregate  digest                           the weighted mean of a round
     proposal   digest                           the body of a round that is being voted on (answered by `keeper`)
 
-What does not live here: moving the bytes (`network.bulk`), asking for them (`catchup`).
+What does not live here: moving the bytes (`network.bulk`), asking for them (`fetching`).
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Serving:
         match request.get("what"):
             case "log":
                 return await asyncio.to_thread(self._log, request.get("heads"))
+            case "record":
+                return await asyncio.to_thread(self._record, request.get("round"), request.get("digest"))
             case "snapshots":
                 found = await asyncio.to_thread(self._snapshots)
                 return Blob({"snapshots": [[each.round, each.record, each.state] for each in found]})
@@ -75,6 +78,12 @@ class Serving:
         base = log.common(known)
         checkpoints = [point.pack() for point in log.checkpoints[-MAX_ITEMS:]]
         return Blob({"base": list(base), "checkpoints": checkpoints}, [pack_all(log.packed_after(base, PAGE_BYTES))])
+
+    def _record(self, round_: Any, digest: Any) -> Blob | None:
+        if type(round_) is not int or not self._disk.log.has((round_, digest)):
+            return None
+        record = self._disk.log.record(round_)
+        return None if record is None else Blob({}, [record.pack()])
 
     def _snapshots(self) -> list[Snapshot]:
         """Ours, newest first. Round 0 is only for those who begin the run with us."""

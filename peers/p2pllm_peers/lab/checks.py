@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from p2pllm.errors import DataError, UsageError
 from p2pllm.explain import explain
 from p2pllm.training.sources import documents
-from p2pllm_peers.lab.scenario import Event, Link, Scenario
-from p2pllm_peers.lab.timeline import ANYONE, OPPOSITE, timeline
+from p2pllm_peers.lab.scenario import ANYONE, LEADER, MEMBER, OPPOSITE, Event, Link, Scenario
+from p2pllm_peers.lab.timeline import timeline
 
 
 class Fields(NamedTuple):
@@ -51,10 +51,16 @@ FIELDS = {
     "free_disk": Fields("its disk has the room back"),
     "corrupt": Fields("one bit of one of its files flips", ("peer", "file")),
 }
-"""Each action and its fields, beside `at_s` and `do`."""
+"""Each action and its fields, beside `do` and the time or phase."""
 
 SHORTEST_S = 0.1
 """What an event with an end lasts at least."""
+
+IN_A_PHASE = frozenset({"kill", "freeze", "stop", "cut", "slow_link", "slow_machine", "fill_disk", "corrupt"})
+"""Actions that can wait for a phase."""
+
+_ENDLESS = frozenset({"kill", "stop", "corrupt"})
+"""Those of them without an end, after which the swarm can be whole again."""
 
 _ON_THE_NETWORK = frozenset({"cut", "mend", "partition", "heal", "slow_link", "restore_link"})
 
@@ -69,7 +75,9 @@ def check(scenario: Scenario) -> None:
             _check_fields(event)
             _check_event(scenario, event)
         except UsageError as error:
-            raise UsageError(f"[[events]] {number} ({event.do} at {event.at_s:g} s): {error}") from None
+            when = f"in {event.phase}" if event.phase else f"at {event.at_s:g} s"
+            raise UsageError(f"[[events]] {number} ({event.do} {when}): {error}") from None
+    _check_phases(scenario)
     _check_churn(scenario)
     _check_verdict(scenario)
     timeline(scenario)
@@ -86,8 +94,8 @@ def _check_peers(scenario: Scenario) -> None:
     for name, times in Counter(names).items():
         if times > 1:
             raise UsageError(f"[[peers]]: {times} peers have the name {name}; give each [[peers]] another name")
-        if name == ANYONE:
-            raise UsageError(f'[[peers]]: no peer can have the name {name}, which means "whichever" in events')
+        if name in (ANYONE, LEADER, MEMBER):
+            raise UsageError(f"[[peers]]: no peer can have the name {name}, which means a certain one in events")
     limits = scenario.run.round
     if len(names) > limits.max_peers:
         raise UsageError(
@@ -135,7 +143,11 @@ def _check_run(scenario: Scenario) -> None:
 
 def _check_fields(event: Event) -> None:
     """It has what it needs, and nothing that it does not take."""
-    fields, given = FIELDS[event.do], event.model_fields_set - {"at_s", "do"}
+    fields, given = FIELDS[event.do], event.model_fields_set - {"do", "phase", "at_s", "after_s"}
+    if event.phase and "at_s" in event.model_fields_set:
+        raise UsageError("takes at_s or phase, not both; with phase, after_s says from when on")
+    if not event.phase and "at_s" not in event.model_fields_set:
+        raise UsageError("at_s is missing; set it, or phase")
     for name in fields.needs:
         if name not in given or getattr(event, name) in ("", (), {}):
             raise UsageError(f"needs {name}: {Event.model_fields[name].description}")
@@ -152,19 +164,22 @@ def _check_fields(event: Event) -> None:
 def _check_event(scenario: Scenario, event: Event) -> None:
     names = scenario.names()
     for name in [event.peer, event.other, *(name for group in event.groups for name in group)]:
-        if name and name not in names and not (name == event.peer == ANYONE):
+        known = [*names, LEADER, MEMBER] if event.phase else [*names, ANYONE]
+        if name and name not in (known if name == event.peer else names):
             raise UsageError(f"there is no peer {name}{like(name, names)}; there are {_some(names)}")
     if event.peer == ANYONE and event.do in set(OPPOSITE.values()) - {"slow_machine"}:
         raise UsageError('"any" cannot be undone by an event of its own; give the first one for_s, or name the peer')
-    if scenario.duration_s and event.at_s >= scenario.duration_s:
+    if scenario.duration_s and max(event.at_s, event.after_s) >= scenario.duration_s:
         raise UsageError(f"the end, duration_s, is at {scenario.duration_s:g}; take an earlier time")
     if event.do in _ON_THE_NETWORK and not scenario.links:
         raise UsageError("no peer has a link that could change; add a [links.NAME] and give it to all [[peers]]")
     if event.peer and event.peer == event.other:
         raise UsageError("peer and other are the same; take two")
-    specs = [spec for spec in scenario.peer_specs() if event.peer in (spec.name, ANYONE)]
-    if event.do == "fill_disk" and not any(spec.disk_mb for spec in specs):
-        who = "no peer has a disk" if event.peer == ANYONE else f"{event.peer} has no disk"
+    specs = [spec for spec in scenario.peer_specs() if event.peer in (spec.name, ANYONE, LEADER, MEMBER)]
+    enough = all if event.peer in (LEADER, MEMBER) else any
+    if event.do == "fill_disk" and not enough(spec.disk_mb for spec in specs):
+        who = f"{event.peer} has no disk" if event.peer in names else "not every peer that it may meet has a disk"
+        who = "no peer has a disk" if event.peer == ANYONE else who
         raise UsageError(f"{who} of its own; give its [[peers]] disk_mb")
     if event.do == "slow_machine" and (same := [spec.name for spec in specs if spec.cores == event.cores]):
         raise UsageError(f"cores is {event.cores:g}, which {same[0]} has already; take another share")
@@ -172,6 +187,29 @@ def _check_event(scenario: Scenario, event: Event) -> None:
         _check_groups(event, names)
     if event.do == "slow_link":
         _check_line(scenario, event)
+
+
+def _check_phases(scenario: Scenario) -> None:
+    """Nobody knows when they strike, so nothing else may: it could meet them in any order."""
+    waiting = [(number, event) for number, event in enumerate(scenario.events, 1) if event.phase]
+    if not waiting:
+        return
+    if len(waiting) < len(scenario.events) or scenario.churn.faults_per_hour:
+        raise UsageError("[[events]]: some wait for a phase, so all must, and there can be no [churn]; take two files")
+    if not scenario.duration_s:
+        raise UsageError("[[events]]: some wait for a phase, which may never come; set duration_s")
+    for number, event in waiting:
+        problem = ""
+        if event.do not in IN_A_PHASE:
+            problem = f"{event.do} cannot wait for a phase; take one of {', '.join(sorted(IN_A_PHASE))}"
+        elif not event.for_s and event.do not in _ENDLESS:
+            problem = "for_s is missing: the next event waits until this one is undone; set it"
+        elif event.other and event.peer in (LEADER, MEMBER):
+            problem = f"the {event.peer} may be {event.other} itself; name both peers, or cut the whole line"
+        elif event.peer in (LEADER, MEMBER) and sum(not spec.start_s for spec in scenario.peer_specs()) < 2:
+            problem = f"of one peer there is no {event.peer}; add another one, or name it"
+        if problem:
+            raise UsageError(f"[[events]] {number} ({event.do} in {event.phase}): {problem}")
 
 
 def _check_groups(event: Event, names: list[str]) -> None:
@@ -187,7 +225,7 @@ def _check_groups(event: Event, names: list[str]) -> None:
 
 def _check_line(scenario: Scenario, event: Event) -> None:
     for spec in scenario.peer_specs():
-        if spec.link is not None and event.peer in (spec.name, ANYONE):
+        if spec.link is not None and event.peer in (spec.name, ANYONE, LEADER, MEMBER):
             try:
                 changed = Link.model_validate(spec.link.model_dump() | event.link)
             except ValidationError as error:
@@ -224,8 +262,11 @@ def _check_verdict(scenario: Scenario) -> None:
         )
     if verdict.min_efficiency is not None and not scenario.alone_s:
         raise UsageError("[verdict] min_efficiency: needs what peers make alone; set alone_s, for example to 20")
-    if verdict.max_recovery_s is not None and not (scenario.events or scenario.churn.faults_per_hour):
-        raise UsageError("[verdict] max_recovery_s: there is no fault to recover from; remove it, or add [[events]]")
+    if scenario.events or scenario.churn.faults_per_hour:
+        return
+    for name in ("max_recovery_s", "survivors_within_s", "returns_within_s"):
+        if getattr(verdict, name):
+            raise UsageError(f"[verdict] {name}: there is no fault to recover from; remove it, or add [[events]]")
 
 
 def _some(names: list[str]) -> str:

@@ -73,18 +73,28 @@ class PeerFacts(_Row):
 class Strike(_Row):
     """One planned event; the same seed gives the same list. `args` depends on `do`, see `timeline`."""
 
-    at_s: float
+    at_s: float  # with a phase the earliest time; of what undoes such a one, as long after it as here
     do: str
-    peer: str = ""
+    peer: str = ""  # with a phase also who leads, or another one, see `aiming`
     args: dict[str, Any] = {}
+    phase: str = ""  # of a round, in which its victim is to be
+    undoes: int | None = None  # index of the event with a phase that it ends, on the same peer
 
 
 class Struck(_Row):
-    """What became of a planned event: index in `events`, when it was carried out, what went wrong."""
+    """What became of a planned event: index in `events`, when it was carried out, what went wrong.
+
+    With a phase: whom it struck, and what that peer had said last: its phase, its round (of its head), and how old
+    that was at most when the strike was done, seconds.
+    """
 
     event: int
     at_s: float
     error: str = ""
+    peer: str = ""
+    phase: str = ""
+    round: int | None = None
+    age_s: float | None = None
 
 
 class Facts(_Row):

@@ -10,46 +10,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 from p2pllm import __version__
-from p2pllm.errors import P2PLLMError, UsageError
+from p2pllm.errors import UsageError
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.lab.alone import measure_alone
 from p2pllm_peers.lab.cleanup import claims
 from p2pllm_peers.lab.disturbance import Disturbance
-from p2pllm_peers.lab.evidence import Facts, PeerFacts, PeerSample, Sample, Strike, Struck
-from p2pllm_peers.lab.faults import Faults
+from p2pllm_peers.lab.evidence import Facts, PeerFacts
+from p2pllm_peers.lab.life import Life, Watcher
 from p2pllm_peers.lab.machines import Machines
 from p2pllm_peers.lab.reporting.report import link_is_right
 from p2pllm_peers.lab.scenario import Scenario
 from p2pllm_peers.lab.swarm import LEAVE_TIMEOUT_S, Swarm
 from p2pllm_peers.lab.timeline import timeline
 
-TICK_S = 0.1
-SAMPLE_EVERY_S = 1.0
-MAX_STRIKES_AT_ONCE = 32
 LINK_TRIES = 3
 """Measurements of the lines, until all are as asked for; the last one counts."""
-
-
-class Watcher(Protocol):
-    """Whoever shows a run of the lab."""
-
-    def say(self, text: str) -> None:
-        """A step of the preparation or of the end."""
-        ...
-
-    def event(self, t: float, text: str) -> None:
-        """Something struck, `t` seconds after the beginning."""
-        ...
-
-    def show(self, t: float, swarm: Swarm, sample: Sample) -> None:
-        """How things are; about once a second."""
-        ...
 
 
 class Experiment:
@@ -118,7 +96,7 @@ class Experiment:
         """From the first daemon to the last."""
         facts, scenario = self.facts, self._scenario
         first = [spec.name for spec in machines.specs.values() if not spec.start_s]
-        life = _Life(self._watcher, machines, swarm, facts, self._out)
+        life = Life(self._watcher, machines, swarm, facts, self._out)
         disturbance = Disturbance(machines)
         try:
             swarm.start(first, self._watcher.say)
@@ -155,97 +133,3 @@ class Experiment:
 
     def _write(self) -> None:
         (self._out / "lab.json").write_text(self.facts.model_dump_json(indent=1))
-
-
-class _Life:
-    """The swarm while it trains: events when they are due, samples once a second."""
-
-    def __init__(self, watcher: Watcher, machines: Machines, swarm: Swarm, facts: Facts, out: Path) -> None:
-        self._watcher = watcher
-        self._machines = machines
-        self._swarm = swarm
-        self._facts = facts
-        self._faults = Faults(swarm, machines, out, facts.scenario.seed)
-        self._samples = out / "samples.jsonl"
-        self._wire = machines.counters()  # before the swarm: measuring the lines moved bytes, too
-        self._cpu = {name: machines.cpu_s(name) or 0.0 for name in machines.specs}
-        self._pool = ThreadPoolExecutor(MAX_STRIKES_AT_ONCE)
-        self._began = time.monotonic()
-        self._due = deque(enumerate(facts.events))
-        self._strikes: list[Future[None]] = []
-        self._last: dict[str, Future[None]] = {}  # the newest strike on a peer, which the next one on it follows
-
-    def until(self, duration_s: float) -> None:
-        """Go on for so long; 0: until every peer has ended by itself."""
-        next_sample, self._began = 0.0, time.monotonic()
-        while (t := self._t()) < duration_s or not duration_s:
-            while self._due and self._due[0][1].at_s <= t:
-                self._strike(*self._due.popleft())
-            if t >= next_sample:
-                next_sample = max(next_sample + SAMPLE_EVERY_S, t)
-                self._sample(t)
-            for strike in self._strikes:
-                if strike.done():
-                    strike.result()  # a defect of ours must not pass for a fault that struck
-            peers = self._swarm.peers.values()
-            someone = any(peer.is_up for peer in peers)
-            if not duration_s and any(peer.crashes for peer in peers):
-                break  # the others would wait for it
-            if not someone and not self._due and all(strike.done() for strike in self._strikes):
-                break  # nobody is left and nobody will come
-            time.sleep(TICK_S)
-        self._sample(self._t())
-
-    def close(self) -> None:
-        """Wait for strikes that are under way, and end the peers that these have started meanwhile."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        rows = zip(self._facts.struck, self._strikes, strict=True)
-        self._facts.struck = [row for row, strike in rows if not strike.cancelled()]
-        self._swarm.stop()
-
-    def _t(self) -> float:
-        return time.monotonic() - self._began
-
-    def _strike(self, index: int, strike: Strike) -> None:
-        before = self._last.get(strike.peer) if strike.peer else None
-        row = Struck(event=index, at_s=self._t())
-        self._facts.struck.append(row)
-        self._last[strike.peer] = future = self._pool.submit(self._carry_out, strike, row, before)
-        self._strikes.append(future)
-
-    def _carry_out(self, strike: Strike, row: Struck, before: Future[None] | None) -> None:
-        if before is not None:
-            before.exception()  # waits; its own row says what became of it
-        row.at_s = self._t()
-        self._watcher.event(row.at_s, in_words(strike))
-        try:
-            self._faults.carry_out(strike, self._watcher.say)
-        except (P2PLLMError, OSError) as error:
-            row.error = str(error)
-            self._watcher.event(self._t(), row.error)
-
-    def _sample(self, t: float) -> None:
-        wire = self._machines.counters()
-        sample = Sample(t=round(t, 3), peers={})
-        for name, peer in self._swarm.peers.items():
-            row = PeerSample()
-            if (cpu_s := self._machines.cpu_s(name)) is not None:
-                row.cpu_s = round(cpu_s - self._cpu[name], 3)
-            if name in wire:
-                row.wire_up, row.wire_down = (
-                    now - then for now, then in zip(wire[name], self._wire[name], strict=True)
-                )
-            if peer.is_up and peer.last:
-                said = peer.last
-                row.phase, row.round, row.digest = said["phase"], said["round"], said["record"]
-                row.samples, row.tokens_per_s, row.traffic = said["samples"], said["tokens_per_s"], said["traffic"]
-            sample.peers[name] = row
-        with self._samples.open("a") as file:
-            file.write(sample.model_dump_json() + "\n")
-        self._watcher.show(t, self._swarm, sample)
-
-
-def in_words(strike: Strike) -> str:
-    """An event as one line."""
-    details = ", ".join(f"{key} {value}" for key, value in strike.args.items() if value not in (None, "", []))
-    return " ".join(part for part in (strike.do.replace("_", " "), strike.peer, details and f"({details})") if part)

@@ -87,8 +87,8 @@ def _rows(place: str, model: type[BaseModel]) -> list[tuple[str, str, str]]:
 
 
 def _shown(default: object) -> str:
-    if default is None:
-        return "not checked"
+    if default is None or default == {}:
+        return "none" if default == {} else "not checked"
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, tuple):

@@ -73,14 +73,32 @@ Action = Literal[
     "kill", "freeze", "thaw", "stop", "restart", "cut", "mend", "partition", "heal", "slow_link", "restore_link",
     "slow_machine", "fill_disk", "free_disk", "corrupt",
 ]  # fmt: skip
+Phase = Literal["", "collecting", "roster", "exchange", "vote", "commit"]
+
+OPPOSITE = {
+    "kill": "restart", "stop": "restart", "freeze": "thaw", "cut": "mend", "partition": "heal",
+    "slow_link": "restore_link", "slow_machine": "slow_machine", "fill_disk": "free_disk",
+}  # fmt: skip
+"""What undoes what."""
+
+ANYONE, LEADER, MEMBER = "any", "leader", "member"
+"""Victims without a name: one that nothing else touches; of those there who leads the round, and who would be last to."""
 
 
 class Event(_Section):
-    """Something that befalls a peer at a time. With `for_s` its opposite follows (kill: restart, freeze: thaw, ...)."""
+    """Something that befalls a peer, at a time or in a phase of a round. With `for_s` its opposite follows."""
 
-    at_s: Seconds = Field(description="when, seconds from when the first peers are ready")
+    at_s: Seconds = Field(0.0, description="when, seconds from when the first peers are ready; needed without phase")
+    phase: Phase = Field(
+        "", description="instead of at_s: once the peer says that it is in this phase, one event after the other"
+    )
+    after_s: Seconds = Field(0.0, description="with phase: not before")
     do: Action = Field(description="one of the following; each takes only the fields that are named with it")
-    peer: str = Field("", description="whom; 'any' draws one that nothing else touches meanwhile")
+    peer: str = Field(
+        "",
+        description="whom; 'any' draws one that nothing else touches meanwhile; with phase also 'leader' of the round, "
+        "or 'member', another one",
+    )
     other: str = Field("", description="cut and mend: only the path to this peer")
     groups: tuple[tuple[str, ...], ...] = Field(
         (), description="partition: who can still reach each other; those in no group make one more"
@@ -108,6 +126,9 @@ class Churn(_Section):
     calm_s: Seconds = Field(30.0, description="seconds before the end by when all are undone, and no more come")
 
 
+Limits = dict[Action, Annotated[float, Field(gt=0, le=1e6)]]
+
+
 class Verdict(_Section):
     """What must hold at the end. A limit that is left out is not checked."""
 
@@ -124,6 +145,15 @@ class Verdict(_Section):
         None, ge=0, le=1, description="tokens/s of the swarm by the sum of what its peers make alone"
     )
     max_recovery_s: float | None = Field(None, gt=0, description="survivors' next commit after any fault, seconds")
+    survivors_within_s: Limits = Field(
+        {}, description="by fault: survivors' next commit, seconds beyond the median round that no fault touched"
+    )
+    returns_within_s: Limits = Field(
+        {}, description="by fault: from its end until the struck are members of a committed round, seconds"
+    )
+    min_pace: float | None = Field(
+        None, gt=0, le=1, description="rounds by those of a run without faults, as long and with as many peer hours"
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ Pure. What does not live here: which fields an event takes (`checks`), and carry
 | fill_disk, free_disk    | {}                                                                                  |
 | corrupt                 | file: pattern under the peer's folder                                               |
 
+Events that wait for a phase come last in the list, in the order of the file, each followed by what undoes it: when and
+whom they strike is not known before (`aiming`). Until then their args are what the file says, without what depends on
+the victim.
+
 A peer is touched from an event until its opposite, and until it has joined; "any" and churn only meet peers that
 nothing else touches from the beginning to the end of the fault. Whatever is due at the end or later is left out: an
 event that would be undone then stays. Churn is undone `calm_s` before the end at the latest, so that it never does.
@@ -30,14 +34,7 @@ from typing import Any
 
 from p2pllm.errors import UsageError
 from p2pllm_peers.lab.evidence import Strike
-from p2pllm_peers.lab.scenario import Event, PeerSpec, Scenario
-
-OPPOSITE = {
-    "kill": "restart", "stop": "restart", "freeze": "thaw", "cut": "mend", "partition": "heal",
-    "slow_link": "restore_link", "slow_machine": "slow_machine", "fill_disk": "free_disk",
-}  # fmt: skip
-"""What undoes what."""
-ANYONE = "any"
+from p2pllm_peers.lab.scenario import ANYONE, OPPOSITE, Event, PeerSpec, Scenario
 
 _UNDOES = frozenset(OPPOSITE.values()) - {"slow_machine"}
 _STATE = {
@@ -71,14 +68,15 @@ class _Span:
 
 
 def timeline(scenario: Scenario) -> list[Strike]:
-    """All that happens, in order of time. At one moment ends come first, then joins, events, and churn.
+    """All that happens, in order of time, then what waits for a phase. At one moment ends come first, then joins,
+    events, and churn.
 
     The same scenario gives the same list on every machine, and another event does not move the churn, but for
     faults that meet it. Raises UsageError, naming the event, if one undoes what is not or does what is already.
     """
     specs = {spec.name: spec for spec in scenario.peer_specs()}
     moves = [_Move(_strike(s.start_s, "join", s.name), "", False) for s in specs.values() if s.start_s > 0]
-    numbered = [(_place(number, event), event) for number, event in enumerate(scenario.events, 1)]
+    numbered = [(_place(number, event), event) for number, event in enumerate(scenario.events, 1) if not event.phase]
     for place, event in numbered:
         if event.peer != ANYONE:
             moves += _moves(event, event.peer, place, specs)
@@ -92,7 +90,32 @@ def timeline(scenario: Scenario) -> list[Strike]:
             spans.append(_Span(peer, drawn[0].strike.at_s, _until(event)))
     moves += _churn(scenario, spans)
     end = scenario.duration_s or math.inf
-    return [move.strike for move in sorted(moves, key=lambda move: move.order) if move.strike.at_s < end]
+    planned = [move.strike for move in sorted(moves, key=lambda move: move.order) if move.strike.at_s < end]
+    for event in scenario.events:
+        if event.phase:
+            planned += _waiting(event, len(planned))
+    return planned
+
+
+def aimed_at(strike: Strike, victim: PeerSpec) -> Strike:
+    """A strike that waited for a phase, or undoes such a one, on the victim that was found."""
+    args = dict(strike.args)
+    if strike.do in ("slow_link", "restore_link"):
+        args["link"] = (victim.link.model_dump() if victim.link else {}) | args.get("link", {})
+    if strike.do == "slow_machine":
+        args.setdefault("cores", victim.cores)
+    return strike.model_copy(update={"peer": victim.name, "args": args})
+
+
+def _waiting(event: Event, index: int) -> list[Strike]:
+    """The event, which is number `index` in the list, and what undoes it."""
+    args = {"link": event.link} if event.do == "slow_link" else _args(event, event.do, event.peer, {})
+    strike = Strike(at_s=_ms(event.after_s), do=event.do, peer=event.peer, args=args, phase=event.phase)
+    if not event.for_s or event.do not in OPPOSITE:
+        return [strike]
+    do = OPPOSITE[event.do]
+    args = _args(event, do, event.peer, {}) if do in ("restart", "mend") else {}
+    return [strike, Strike(at_s=_ms(event.after_s + event.for_s), do=do, peer=event.peer, args=args, undoes=index)]
 
 
 def _place(number: int, event: Event) -> str:

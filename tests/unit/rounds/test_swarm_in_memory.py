@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import numpy as np
 import pytest
 
-from p2pllm.network.bulk import BulkServer
+from p2pllm.rounds.messages import Phase
 from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 
-PHASES = ["collecting", "roster", "exchange", "vote", "commit"]
+PHASES: list[Phase] = ["collecting", "roster", "exchange", "vote", "commit"]
 
 
 def delay_of(survivor: MemoryPeer, round_: int) -> float:
@@ -37,7 +34,7 @@ async def test_peers_train_together_bit_identically(count: int) -> None:
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
-async def test_a_peer_is_killed(phase: str, victim: int) -> None:
+async def test_a_peer_is_killed(phase: Phase, victim: int) -> None:
     swarm = MemorySwarm()
     peers = swarm.add(3)
     swarm.fail_at(peer=victim, round=2, phase=phase, how="kill", delay=0.0015)
@@ -53,7 +50,7 @@ async def test_a_peer_is_killed(phase: str, victim: int) -> None:
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
-async def test_a_peer_freezes(phase: str, victim: int) -> None:
+async def test_a_peer_freezes(phase: Phase, victim: int) -> None:
     swarm = MemorySwarm()
     swarm.add(3)
     swarm.fail_at(peer=victim, round=2, phase=phase, how="freeze", delay=0.0015)
@@ -68,7 +65,7 @@ async def test_a_peer_freezes(phase: str, victim: int) -> None:
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
-async def test_a_peer_freezes_and_goes_on(phase: str, victim: int) -> None:
+async def test_a_peer_freezes_and_goes_on(phase: Phase, victim: int) -> None:
     """It wakes in the middle of a round that is long over, with all its time-outs due at once."""
     swarm = MemorySwarm(rounds=10**6)
     peers = swarm.add(3)
@@ -85,7 +82,7 @@ async def test_a_peer_freezes_and_goes_on(phase: str, victim: int) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
-async def test_a_peer_is_killed_and_comes_back_with_its_disk(phase: str) -> None:
+async def test_a_peer_is_killed_and_comes_back_with_its_disk(phase: Phase) -> None:
     swarm = MemorySwarm(rounds=10**6)
     first, second, _ = swarm.add(3)
     swarm.fail_at(peer=2, round=2, phase=phase, how="kill", delay=0.0015, for_s=4.0)
@@ -101,7 +98,7 @@ async def test_a_peer_is_killed_and_comes_back_with_its_disk(phase: str) -> None
 
 @pytest.mark.parametrize("phase", PHASES)
 @virtual
-async def test_of_two_peers_one_is_killed(phase: str) -> None:
+async def test_of_two_peers_one_is_killed(phase: Phase) -> None:
     swarm = MemorySwarm()
     first, _ = swarm.add(2)
     swarm.fail_at(peer=1, round=2, phase=phase, how="kill", delay=0.0015)

@@ -1,0 +1,171 @@
+"""Fetching: records, bodies, aggregates and snapshots from other peers, by digests that we know.
+
+Whoever gives something is not trusted: all of it is bounded, and checked before it is used or kept. What does not live
+here: which of it we want (`catchup`), moving the bytes (`network.bulk`), and the other side (`serving`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from p2pllm.errors import NetworkError, StateError
+from p2pllm.network.bulk import fetch
+from p2pllm.network.transport import Transport
+from p2pllm.rounds.disk import Disk, as_vector
+from p2pllm.rounds.download import Download
+from p2pllm.rounds.packing import MessageError
+from p2pllm.rounds.record import MAX_RECORD_BYTES, Body, Checkpoint, Head, Record, unpack_all
+from p2pllm.rounds.serving import MAX_ITEMS, MAX_PAGE_RECORDS, PAGE_BYTES
+from p2pllm.state import CHUNK_BYTES, ChunkPlan, Layout, SharedState
+
+log = logging.getLogger(__name__)
+
+PLAN_BYTES = 32 << 20
+"""Bound on the digests of a state's chunks: 1 TB of state."""
+
+Vector = NDArray[np.float32]
+
+
+class Refuted(Exception):  # noqa: N818 - a finding about a peer, not an error
+    """What a peer gave cannot be right."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A snapshot that peers have."""
+
+    round: int
+    record: bytes
+    state: bytes
+    peers: tuple[str, ...]
+
+
+class Fetcher:
+    """Asks other peers for what we lack."""
+
+    def __init__(self, transport: Transport, disk: Disk, layout: Layout) -> None:
+        self.refuted: set[str] = set()
+        """Peers that gave something that cannot be right, since it was last cleared."""
+        self._transport = transport
+        self._disk = disk
+        self._layout = layout
+
+    async def page(self, peer: str, heads: list[Any]) -> tuple[Head, list[Record]]:
+        """The records of `peer` after the latest of the heads that it knows, as many as it sends at once."""
+        got = await fetch(self._transport, peer, {"what": "log", "heads": heads}, PAGE_BYTES + MAX_RECORD_BYTES)
+        if got is None:
+            raise Refuted("it has no log")
+        header, body = got
+        for packed in _list(header.get("checkpoints"))[:MAX_ITEMS]:
+            if isinstance(packed, bytes):
+                self._disk.log.add_checkpoint(Checkpoint.unpack(packed))
+        base = _list(header.get("base"))
+        if len(base) != 2 or type(base[0]) is not int or type(base[1]) is not bytes:
+            raise Refuted("it does not say where our logs part")
+        return (base[0], base[1]), await asyncio.to_thread(unpack_all, bytes(body), MAX_PAGE_RECORDS)
+
+    async def record(self, peer: str, head: Head) -> Record | None:
+        """The record with this name; None if `peer` does not give it."""
+        request = {"what": "record", "round": head[0], "digest": head[1]}
+        got = await self._ask(peer, request, MAX_RECORD_BYTES)
+        try:
+            record = None if got is None else Record.unpack(bytes(got[1]))
+        except MessageError:
+            return None
+        return record if record is not None and record.head == head else None
+
+    async def aggregate(self, digest: bytes, peers: list[str]) -> Vector | None:
+        """The aggregate with this digest, from our disk, or from the first of `peers` that gives it and kept there."""
+        size = self._layout.size
+        vector = await asyncio.to_thread(self._disk.aggregate, digest, size)
+        for peer in peers if vector is None else ():
+            got = await self._ask(peer, {"what": "aggregate", "digest": digest}, 4 * size)
+            if got is not None and await asyncio.to_thread(_digest, got[1]) == digest:
+                vector = as_vector(got[1], size)
+                if vector is not None:
+                    await asyncio.to_thread(self._disk.aggregates.put, digest, got[1])
+                    break
+        return vector
+
+    async def proposal(self, peer: str, digest: bytes) -> Body | None:
+        """The body with this digest that `peer` voted for; None if it does not give it."""
+        got = await self._ask(peer, {"what": "proposal", "digest": digest}, MAX_RECORD_BYTES)
+        try:
+            body = None if got is None else Body.unpack(bytes(got[1]))
+        except MessageError:
+            return None
+        return body if body is not None and body.digest == digest else None
+
+    async def best_offer(self, peers: list[str]) -> Offer | None:
+        """The newest snapshot of our log that any of `peers` has, with all who have it."""
+        answers = await asyncio.gather(*(self._ask(peer, {"what": "snapshots"}, 0) for peer in peers))
+        found: dict[tuple[int, bytes, bytes], list[str]] = {}
+        for peer, answer in zip(peers, answers, strict=True):
+            for item in _list(answer and answer[0].get("snapshots"))[:MAX_ITEMS]:
+                key = _list(item)
+                if len(key) == 3 and self._names(*key):
+                    found.setdefault((key[0], key[1], key[2]), []).append(peer)
+        if not found:
+            return None
+        best = max(found)
+        return Offer(*best, peers=tuple(found[best]))
+
+    def _names(self, round_: Any, record: Any, state: Any) -> bool:
+        """Whether our log says that this is the state after that round. There is no record of round 0."""
+        if type(round_) is not int or not isinstance(record, bytes) or not self._disk.log.has((round_, record)):
+            return False
+        if round_ == 0:
+            return bool(state == self._disk.initial_state)
+        known = self._disk.log.record(round_)
+        return known is not None and bool(known.body.state == state)
+
+    async def snapshot(self, offer: Offer) -> SharedState:
+        """Download a snapshot, chunk by chunk, and keep it."""
+        incoming = None
+        for peer in offer.peers:
+            got = await self._ask(peer, {"what": "plan", "state": offer.state}, PLAN_BYTES)
+            try:
+                plan = None if got is None else ChunkPlan.unpack(bytes(got[1]), self._layout)
+            except StateError as error:
+                raise Refuted(str(error)) from None
+            if plan is not None and plan.digest == offer.state:
+                incoming = await asyncio.to_thread(self._disk.snapshots.incoming, plan, offer.record)
+                break
+        if incoming is None:
+            raise NetworkError(f"Nobody gives the chunks of round {offer.round}.")
+
+        async def one(peer: str, index: int) -> bool | None:
+            got = await self._ask(peer, {"what": "chunk", "state": offer.state, "index": index}, CHUNK_BYTES)
+            return None if got is None else await asyncio.to_thread(incoming.put, index, bytes(got[1]))
+
+        missing = await asyncio.to_thread(incoming.missing)
+        log.info("fetching %d chunks of round %d from %d peers", len(missing), offer.round, len(offer.peers))
+        download = Download(missing, offer.peers, one)
+        done = await download.run()
+        self.refuted |= download.liars
+        if not done:
+            raise NetworkError(f"The snapshot of round {offer.round} was broken off; what came is kept.")
+        return await asyncio.to_thread(lambda: self._disk.snapshots.load(incoming.finish()))
+
+    async def _ask(self, peer: str, request: dict[str, Any], max_bytes: int) -> tuple[dict[str, Any], bytearray] | None:
+        try:
+            return await fetch(self._transport, peer, request, max_bytes)
+        except NetworkError as error:
+            log.info("%s", error)
+            return None
+
+
+def _list(value: Any) -> tuple[Any, ...]:
+    """A sequence from a peer, or nothing."""
+    return tuple(value) if isinstance(value, (list, tuple)) else ()
+
+
+def _digest(data: bytearray) -> bytes:
+    return bytes(blake3(data, max_threads=blake3.AUTO if len(data) >= 1 << 20 else 1).digest())
