@@ -9,7 +9,8 @@ P2PLLMError                  anything that we raise on purpose; `exit_code` is w
 └── RunError                 exit 1: the run failed although what was given is fine
     ├── NetworkError         p2pd, the DHT, or other peers
     │   └── UnreachableError nobody answers at the given addresses
-    ├── StateError           a snapshot that is damaged, or a disk that does not take one
+    ├── StateError           a snapshot that is damaged, or a disk that cannot be used
+    │   └── DiskError        a round that the disk does not take
     ├── WorkerError          the compute process failed for good
     └── DaemonError          the daemon on this machine: not running, running twice, not answering
 
@@ -62,6 +63,10 @@ class UnreachableError(NetworkError):
 
 class StateError(RunError):
     """A snapshot is damaged or cannot be written."""
+
+
+class DiskError(StateError):
+    """The disk does not take what must be on it before a round counts."""
 
 
 class WorkerError(RunError):

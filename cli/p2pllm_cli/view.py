@@ -72,6 +72,7 @@ def status_line(status: dict[str, Any]) -> str:
         f"validation {_loss(status.get('validation_loss'))} peers {1 + len(status['peers'])} "
         f"tokens/s {status['swarm_tokens_per_s']:.0f} "
         f"up {size(status['bytes_sent'])} down {size(status['bytes_received'])}"
+        + (f" takes no part: {status['trouble']}" if status.get("trouble") else "")
     )
 
 
@@ -91,6 +92,8 @@ def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
     parts: list[Any] = [facts]
     if len(status["losses"]) > 1:
         parts.append(Text(f"loss {curve(status['losses'])}", no_wrap=True, overflow="crop"))
+    if status.get("trouble"):
+        parts.append(Text(f"takes no part: {status['trouble']}", style="red"))
     me = {**status, "peer": f"{status['peer_id'][-8:]} (this)"}
     parts.append(peer_table([me, *status["peers"]]))
     bottom = "leaving: finishing the round ..." if leaving else "Ctrl+C leaves"

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from p2pllm.errors import StateError
+from p2pllm.errors import DiskError, StateError
 from p2pllm.network.bulk import Blob
 from p2pllm.network.transport import Transport
 from p2pllm.rounds.catchup import CatchUp
@@ -108,6 +108,8 @@ class StateKeeper:
             after, stored = await asyncio.gather(self._step(aggregate), storing, return_exceptions=True)
             if isinstance(after, BaseException):
                 raise after
+            if isinstance(stored, StateError):
+                raise DiskError(str(stored)) from None
             if isinstance(stored, BaseException):
                 raise stored
             self.seconds["store"] = max(0.0, clock() - begin - self.seconds["outer_step"] - self.seconds["digest"])

@@ -101,7 +101,8 @@ class TrainingLoop:
         self._pending: Update | None = None  # computed, and in no committed round yet
         self._failed_follows = 0
         self._mended = False  # what was found damaged on our disk when it was opened
-        self._trouble = ""
+        self.trouble = ""
+        """Why this peer takes no part now; empty: it does."""
         self._at_head_since = time.monotonic()
 
     def stop(self) -> None:
@@ -116,11 +117,11 @@ class TrainingLoop:
             try:
                 if await self._step():
                     return
-                self._trouble = ""
+                self.trouble = ""
             except StateError as error:  # our disk: nothing is committed that it does not hold
-                if str(error) != self._trouble:
+                if str(error) != self.trouble:
                     log.error("this peer takes no part until this is mended: %s", error)
-                self._trouble = str(error)
+                self.trouble = str(error)
                 await self._compute.abandon()
                 await self._rest()
 

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from p2pllm.averaging import ExchangeResult, Group
-from p2pllm.errors import StateError
+from p2pllm.errors import DiskError, StateError
 from p2pllm.identity import Identity
 from p2pllm.manifest import RoundSection
 from p2pllm.rounds import plan
@@ -105,6 +105,7 @@ class _Proposed:
 
     body: Body | None
     exchange: ExchangeResult
+    trouble: DiskError | None = None
 
 
 class RoundRunner:
@@ -134,7 +135,8 @@ class RoundRunner:
     async def run(self, update: Update) -> RoundResult:
         """Average `update` with the others' until one record is agreed on, or the swarm has moved on.
 
-        There is no last attempt: who fails twice is left out, so that in the end those agree who can.
+        There is no last attempt: who fails twice is left out, so that in the end those agree who can. Raises DiskError
+        if our disk does not take what we would vote for.
         """
         result = RoundResult()
         strikes: Counter[str] = Counter()
@@ -173,6 +175,8 @@ class RoundRunner:
         if decision.verdict is not plan.Verdict.COMMIT:
             result.reason = exchange.reason or "no record found a majority"
             log.info("round %d, attempt %d: %s", roster.round, result.attempts, result.reason)
+            if proposed.trouble is not None:
+                raise proposed.trouble  # the others know that we have nothing
             if own and any(voted not in (b"", own) for voted in ballot.votes.values()):
                 await self._keeper.check()  # somebody's state is wrong: is it ours?
             return plan.culprits(self._view.peer_id, roster.members, ballot.votes, exchange.failed, exchange.accused)
@@ -200,7 +204,8 @@ class RoundRunner:
             body = await self._keeper.propose(roster.claims, exchange.aggregate)
         except StateError as error:
             log.error("round %d cannot be voted for: %s", roster.round, error)
-            return _Proposed(None, ExchangeResult(None, frozenset(), str(error), 0, 0))
+            nothing = ExchangeResult(None, frozenset(), str(error), 0, 0)
+            return _Proposed(None, nothing, error if isinstance(error, DiskError) else None)
         return _Proposed(body, exchange)
 
     async def _exchange(self, group_id: bytes, roster: Roster, update: Update) -> ExchangeResult:

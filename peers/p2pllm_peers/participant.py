@@ -225,6 +225,7 @@ class Participant:
             "peer_id": self._node.peer_id,
             "invite": self.invite(),
             "phase": own.phase,
+            "trouble": self.loop.trouble,
             "round": own.round,
             "rounds": self._manifest.round.rounds,
             "recorded_round": own.round if self._last is None else self._last.round,  # what loss and curve belong to

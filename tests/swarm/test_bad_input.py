@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,20 +66,27 @@ def test_home_that_becomes_full(machine) -> None:
     with filling.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    reached = current_round(machine) + 20  # two saves and twenty records that the disk does not take
-    end = time.monotonic() + 30
-    while current_round(machine) < reached:
-        assert time.monotonic() < end, "it does not train on"
-        time.sleep(0.05)
+    until(lambda: "free" in status_of(machine)["trouble"], "it takes no part and says why")
     filling.unlink()
+    stopped_at = status_of(machine)["round"]
+    until(lambda: status_of(machine)["round"] > stopped_at + 3, "it trains on when there is room")
+    assert not status_of(machine)["trouble"]
     assert machine.p2pllm("leave").returncode == 0
     assert list(machine.home.glob("runs/*/founder/state/*.safetensors"))
     machine.keeps_nothing(runs=True)
 
 
-def current_round(machine) -> int:
+def status_of(machine) -> dict:
     (facts,) = machine.home.glob("runs/*/founder/daemon.json")
-    return int(ask(json.loads(facts.read_text())["socket"], {"do": "status"})["round"])
+    return ask(json.loads(facts.read_text())["socket"], {"do": "status"})
+
+
+def until(condition: Callable[[], bool], what: str, limit: float = 60.0) -> None:
+    """Poll until the condition holds; fail after `limit` seconds."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"not within {limit:.0f} s: {what}"
+        time.sleep(0.05)
 
 
 def test_run_that_is_stopped(stopped) -> None:

@@ -82,7 +82,7 @@ OPPOSITE = {
 """What undoes what."""
 
 ANYONE, LEADER, MEMBER = "any", "leader", "member"
-"""Victims without a name: one that nothing else touches; of those there who leads the round, and who would be last to."""
+"""Victims without a name: one that nothing else touches; the first of those there to lead the round, and the last."""
 
 
 class Event(_Section):

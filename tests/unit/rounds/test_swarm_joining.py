@@ -110,20 +110,15 @@ async def test_a_late_joiner_is_replayed_not_copied_when_it_missed_little() -> N
 
 
 @virtual
-async def test_who_joins_late_has_a_snapshot_from_all_and_the_same_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p2pllm.state.chunks.CHUNK_BYTES", 256)
+async def test_who_joins_late_has_a_snapshot_and_the_same_log() -> None:
     swarm = MemorySwarm(rounds=30, snapshot_every=4)
     peers = swarm.add(3)
     (late,) = swarm.add(1)
     await swarm.start(*peers)
-    await swarm.until(lambda: peers[0].keeper.head[0] == 17)
-    for peer in peers:
-        peer.compute.step_s = 3.0  # all are at one head when it comes
-    await swarm.until(lambda: {peer.keeper.head[0] for peer in peers} == {18})
+    await swarm.until(lambda: peers[0].keeper.head[0] == 18)
     await late.start()
     await swarm.until(lambda: late.keeper.head[0] >= 18)
     assert all(found.round in (0, 16) for found in late.disk.snapshots.all()), "it was given one, and made none before"
-    assert all(peer.host.sent["fetch"].bytes > 2000 for peer in peers), "each gave a part of its 7644 bytes"
     await swarm.finish()
     assert names_of(late, 30) == names_of(peers[0], 30)
     swarm.check_rounds()

@@ -2,36 +2,131 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import numpy as np
 import pytest
+from histories import changed, claims_of, record_of
 
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.averaging.dense import NOTICE_METHOD
+from p2pllm.network.bulk import Blob, BulkServer
+from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.messages import Roster
-from p2pllm.testing import MemorySwarm, virtual
+from p2pllm.rounds.record import Body, Record, pack_all
+from p2pllm.rounds.roster import Offer
+from p2pllm.rounds.vote import Ballot
+from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
+
+
+async def claim(liar: MemoryPeer, branch: Branch, *, serve: Any = None) -> None:
+    """The liar beats and says that it holds `branch`; it trains nothing, and serves what `serve` says."""
+    await liar.membership.start([host.address for host in liar.swarm.network.first(2) if host is not liar.host])
+    if serve is not None:
+        await BulkServer(liar.host, serve).start()
+    liar.view.say(branch=branch, phase="collecting")
+    liar.swarm.gone.add(liar)
+
+
+def invented(liar: MemoryPeer, base: tuple[int, bytes], total: int, samples: int, count: int) -> list[Record]:
+    """Right records of the liar alone, with states and aggregates that are none."""
+    records: list[Record] = []
+    for _ in range(count):
+        body = Body(
+            run=bytes.fromhex(liar.keeper.run_id),
+            round=base[0] + 1,
+            previous=base[1],
+            total=total + samples,
+            members=claims_of(base, liar.number, samples=samples),
+            aggregate=bytes(32),
+            state=bytes(32),
+        )
+        records.append(record_of(body, liar.number))
+        base, total = body.head, body.total
+    return records
+
+
+# -- claims to a branch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@virtual
+async def test_a_claim_that_nobody_can_show_stops_nobody(count: int) -> None:
+    """It serves nothing at all. However many samples it claims, it moves nobody, and delays within bounds."""
+    swarm = MemorySwarm(rounds=10**6)
+    *honest, liar = swarm.add(count + 1)
+    await swarm.start(*honest)
+    await swarm.until(lambda: all(peer.keeper.head[0] >= 3 for peer in honest))
+    kept = honest[0].disk.head_at(3)
+    await claim(liar, Branch((20, bytes(31) + b"x"), 10**18, 10**6))
+    await swarm.until(lambda: all(peer.keeper.head[0] >= 8 for peer in honest), 40.0)
+    assert all(peer.disk.log.has(kept) and not peer.disk.log.abandoned() for peer in honest)
+    swarm.check_states()
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+@pytest.mark.parametrize("what", ["nothing", "invented records", "a forged vote", "its own light branch"])
+@virtual
+async def test_a_claim_that_is_shown_to_be_wrong_stops_nobody(what: str, rounds: int) -> None:
+    swarm = MemorySwarm(rounds=10**6)
+    *honest, liar = swarm.add(4)
+    await swarm.start(*honest)
+    await swarm.until(lambda: all(peer.keeper.head[0] >= rounds for peer in honest))
+    records = invented(liar, liar.keeper.head, 0, 10**9, 5)
+    if what == "a forged vote":
+        records[2] = Record(body=records[2].body, votes=records[1].votes)
+    if what == "its own light branch":
+        records = invented(liar, liar.keeper.head, 0, 1, 2)
+
+    async def serve(request: dict[str, Any]) -> Blob | None:
+        if request["what"] != "log":
+            return None
+        shown = [] if what == "nothing" else [record.pack() for record in records]
+        return Blob({"base": list(liar.keeper.head), "checkpoints": []}, [pack_all(shown)])
+
+    await claim(liar, Branch((20, bytes(31) + b"x"), 10**12, 0), serve=serve)
+    since = honest[0].keeper.head[0]
+    await swarm.until(lambda: all(peer.keeper.head[0] >= since + 5 for peer in honest), 60.0)
+    assert not any(peer.disk.log.has(records[0].head) for peer in honest)
+    swarm.check_states()
+    swarm.check_rounds()
 
 
 @virtual
-async def test_a_claim_that_nobody_can_show_stops_nobody() -> None:
-    swarm = MemorySwarm(rounds=30)
-    honest, liar = swarm.add(2)
-    await swarm.start(honest)
-    await swarm.until(lambda: honest.keeper.head[0] == 2)
-    await liar.membership.start([honest.host.address])  # it beats, and serves nothing
-    liar.view.say(head=(20, bytes(31) + b"x"), phase="collecting")
-    await swarm.until(lambda: honest.keeper.head[0] >= 5, 20.0)
+async def test_a_state_that_two_keys_of_a_liar_vote_for_stops_nobody() -> None:
+    """Keys cost nothing; its record links and adds up, its aggregate is there, but its state is made up."""
+    swarm = MemorySwarm(rounds=10**6)
+    *honest, liar = swarm.add(3)
+    await swarm.start(*honest)
+    await swarm.until(lambda: all(peer.keeper.head[0] >= 3 for peer in honest))
+    first = honest[0].disk.log.record(1)
+    assert first is not None
+    claims = claims_of(first.body.base, liar.number, 77, samples=10**9)
+    total = sum(each.samples for each in claims)
+    lie = record_of(changed(first.body, members=claims, total=total, state=bytes(32)), liar.number, 77)
+
+    async def serve(request: dict[str, Any]) -> Blob | None:
+        if request["what"] == "log":
+            return Blob({"base": list(first.body.base), "checkpoints": []}, [pack_all([lie.pack()])])
+        return await honest[0].keeper.serve(request)
+
+    await claim(liar, Branch(lie.head, lie.body.total, 0), serve=serve)
+    since = honest[0].keeper.head[0]
+    await swarm.until(lambda: all(peer.keeper.head[0] >= since + 5 for peer in honest), 60.0)
+    swarm.check_states()
 
 
 @virtual
 async def test_at_round_0_a_refuted_claim_stops_nobody() -> None:
     swarm = MemorySwarm(rounds=30)
     honest, liar = swarm.add(2)
-    liar.keeper.head = (20, bytes(31) + b"x")  # it serves its state of round 0 instead
-    await swarm.start()
-    assert liar.task is not None
-    liar.task.cancel()
-    swarm.gone.add(liar)
-    liar.view.say(head=liar.keeper.head, phase="collecting")
+    await claim(liar, Branch((20, bytes(31) + b"x"), 10**6, 0), serve=liar.keeper.serve)  # it has round 0 alone
+    await swarm.start(honest)
     await swarm.until(lambda: honest.keeper.head[0] >= 3, 30.0)
+
+
+# -- rosters and votes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -40,30 +135,36 @@ async def test_a_member_that_never_votes_stops_nobody(count: int) -> None:
     swarm = MemorySwarm(rounds=4)
     peers = swarm.add(count)
     mute = peers[0]
-    mute.votes._send = lambda *_: None
+    mute.votes._send = lambda *_: None  # type: ignore[method-assign]
     await swarm.start()
     await swarm.finish(600.0)
 
 
+@pytest.mark.parametrize("lie", ["for nothing that is", "forged"])
 @pytest.mark.parametrize("count", [2, 3, 5])
 @virtual
-async def test_a_member_that_votes_for_nonsense_stops_nobody(count: int) -> None:
+async def test_a_member_that_votes_for_nonsense_stops_nobody(count: int, lie: str) -> None:
     swarm = MemorySwarm(rounds=4)
     peers = swarm.add(count)
     liar = peers[0]
-    settle = liar.votes.settle
+    settle, send = liar.votes.settle, liar.votes._send
 
-    async def lie(group: bytes, members: tuple[str, ...], aggregate: bytes, timeout: float):
+    async def nonsense(group: bytes, members: tuple[str, ...], body: bytes, timeout: float) -> tuple[Any, Ballot]:
         return await settle(group, members, bytes(32), timeout)
 
-    liar.votes.settle = lie
+    if lie == "forged":
+        liar.votes._send = lambda peer, vote, failed: send(  # type: ignore[method-assign]
+            peer, vote.model_copy(update={"signature": bytes(64)} if vote.body else {}), failed
+        )
+    else:
+        liar.votes.settle = nonsense  # type: ignore[method-assign]
     await swarm.start()
     honest = peers[1:]
     await swarm.until(lambda: all(peer.keeper.head[0] == 4 for peer in honest), 600.0)
     await swarm.until(lambda: len({peer.keeper.head for peer in honest}) == 1)
 
 
-@pytest.mark.parametrize("lie", ["replay", "different"])
+@pytest.mark.parametrize("lie", ["replay", "different", "forged claim", "made-up proposal"])
 @virtual
 async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
     swarm = MemorySwarm(rounds=20)  # enough for the liar to lead one
@@ -76,14 +177,66 @@ async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
         sent.append(payload)
         if lie == "different":
             payload = roster.model_copy(update={"nonce": peer[-16:].encode()}).pack()
+        elif lie == "forged claim":
+            claims = [
+                each.model_copy(update={"samples": 10**9}) if each.peer != peer else each for each in roster.claims
+            ]
+            payload = roster.model_copy(update={"claims": tuple(claims)}).pack()
+        elif lie == "made-up proposal":
+            holder = roster.members.index(liar.id)
+            payload = roster.model_copy(update={"proposal": bytes(32), "holders": (holder,)}).pack()
         elif Roster.unpack(sent[0]).head == roster.head:
             payload = sent[0]
         await liar.host.call(peer, "roster", payload, 2.0)
 
-    liar.desk._tell = tell
+    liar.desk._tell = tell  # type: ignore[method-assign]
     await swarm.start()
     await swarm.finish(600.0)
     assert sent
+    for peer in peers:
+        assert all(record.samples < 10**6 for record in peer.records)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@virtual
+async def test_a_member_that_says_it_holds_what_is_not_there_stops_nobody(count: int) -> None:
+    """In every enrolment it claims to have voted for a body before; with it, nothing would be exchanged."""
+    swarm = MemorySwarm(rounds=6)
+    peers = swarm.add(count)
+    liar = peers[0]
+    gather = liar.desk.gather
+
+    async def lie(offer: Offer, left_out: frozenset[str], not_leading: frozenset[str]) -> Roster | None:
+        return await gather(dataclasses.replace(offer, holding=b"made up " * 4), left_out, not_leading)
+
+    liar.desk.gather = lie  # type: ignore[method-assign]
+    await swarm.start()
+    honest = peers[1:]
+    await swarm.until(lambda: all(peer.keeper.head[0] == 6 for peer in honest), 600.0)
+    swarm.check_rounds()
+
+
+@virtual
+async def test_a_proposal_with_claims_that_were_not_signed_is_committed_by_nobody() -> None:
+    """The liar says that it holds a body, and it does: one with samples that the others never claimed."""
+    swarm = MemorySwarm(rounds=6)
+    peers = swarm.add(3)
+    liar, *honest = peers
+    propose = liar.keeper.propose
+    made: list[Body] = []
+
+    async def invent(claims: tuple[Any, ...], aggregate: np.ndarray) -> Body:
+        forged = tuple(each.model_copy(update={"samples": 10**9}) if each.peer != liar.id else each for each in claims)
+        made.append(await propose(forged, aggregate))
+        return made[-1]
+
+    liar.keeper.propose = invent  # type: ignore[method-assign]
+    await swarm.start()
+    await swarm.until(lambda: all(peer.keeper.head[0] == 6 for peer in honest), 600.0)
+    assert made
+    for peer in honest:
+        assert peer.keeper.branch.total < 10**6
+        assert not any(peer.disk.log.has(body.head) for body in made)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

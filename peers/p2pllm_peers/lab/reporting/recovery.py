@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from p2pllm_peers.lab.evidence import Facts, PeerFacts, Strike
+from p2pllm_peers.lab.evidence import Facts, PeerFacts, Strike, Struck
 from p2pllm_peers.lab.reporting.commits import Commit
-from p2pllm_peers.lab.timeline import OPPOSITE
+from p2pllm_peers.lab.scenario import OPPOSITE
+from p2pllm_peers.lab.timeline import aimed_at
 
 TAKES_AWAY = frozenset({"kill", "stop", "freeze", "cut", "partition"})
 """Faults after which a victim cannot commit with all the others; it comes back when they are undone."""
@@ -33,6 +34,7 @@ class Fault:
     at_s: float
     undone_s: float | None
     splits: bool
+    struck: Struck
 
     def active(self, time_s: float) -> bool:
         """Whether it held at that time."""
@@ -41,18 +43,25 @@ class Fault:
 
 def faults(facts: Facts) -> list[Fault]:
     """The faults that were carried out, in the order in which they struck."""
-    done = sorted((struck.at_s, struck.event) for struck in facts.struck if not struck.error)
+    done = carried_out(facts)
     found = []
-    for place, (at_s, index) in enumerate(done):
-        strike = facts.events[index]
+    for place, (struck, strike) in enumerate(done):
         if (strike.do in OPPOSITE or strike.do == "corrupt") and not _sets_free(strike, facts):
-            later = ((time_s, facts.events[other]) for time_s, other in done[place + 1 :])
-            undone = next((time_s for time_s, other in later if _undoes(other, strike, facts)), None)
+            later = done[place + 1 :]
+            undone = next((row.at_s for row, other in later if _undoes(other, strike, facts)), None)
             if undone is not None and OPPOSITE.get(strike.do) == "restart":
-                undone = _restarted(strike.peer, at_s, undone, facts)
-            there = [peer.name for peer in facts.peers if _is_there(peer, at_s)]
-            found.append(_fault(index, strike, at_s, undone, there))
+                undone = _restarted(strike.peer, struck.at_s, undone, facts)
+            there = [peer.name for peer in facts.peers if _is_there(peer, struck.at_s)]
+            found.append(_fault(struck, strike, undone, there))
     return found
+
+
+def carried_out(facts: Facts) -> list[tuple[Struck, Strike]]:
+    """What was carried out, in order of time, with the victims of what waited for a phase."""
+    specs = {spec.name: spec for spec in facts.scenario.peer_specs()}
+    done = sorted((row for row in facts.struck if not row.error), key=lambda row: (row.at_s, row.event))
+    planned = [(row, facts.events[row.event]) for row in done]
+    return [(row, aimed_at(strike, specs[row.peer]) if row.peer else strike) for row, strike in planned]
 
 
 def _restarted(name: str, at_s: float, due_s: float, facts: Facts) -> float | None:
@@ -62,16 +71,17 @@ def _restarted(name: str, at_s: float, due_s: float, facts: Facts) -> float | No
     return None if 0 < facts.ended_s < began_s else began_s
 
 
-def _fault(index: int, strike: Strike, at_s: float, undone: float | None, there: list[str]) -> Fault:
+def _fault(struck: Struck, strike: Strike, undone: float | None, there: list[str]) -> Fault:
     """Of a partition, all who are there are victims; all but the largest group (of equals, the first) are cut off."""
     groups = strike.args.get("groups") or []
     if groups:
         largest = max(groups, key=len)
         apart = tuple(name for group in groups if group is not largest for name in group)
-        return Fault(index, strike.do, tuple(there), apart, at_s, undone, True)
+        return Fault(struck.event, strike.do, tuple(there), apart, struck.at_s, undone, True, struck)
     other = strike.args.get("other")
     victims = tuple(name for name in (strike.peer, other) if name)
-    return Fault(index, strike.do, victims, () if other else victims, at_s, undone, bool(other))
+    cut_off = () if other else victims
+    return Fault(struck.event, strike.do, victims, cut_off, struck.at_s, undone, bool(other), struck)
 
 
 def _sets_free(strike: Strike, facts: Facts) -> bool:
@@ -89,12 +99,43 @@ def _undoes(later: Strike, fault: Strike, facts: Facts) -> bool:
 
 
 def recoveries(
-    struck: Sequence[Fault], commits: Mapping[str, list[Commit]], main: Mapping[int, str], end_s: float
+    struck: Sequence[Fault],
+    commits: Mapping[str, list[Commit]],
+    main: Mapping[int, str],
+    names: Mapping[str, str],
+    end_s: float,
 ) -> list[dict[str, Any]]:
-    """For each fault how long the others, and its victims, took to commit again; see `report` for the fields."""
+    """For each fault how long the others, and its victims, took to commit again; see `report` for the fields.
+
+    names: of the peers, by peer id.
+    """
     everything = sorted(itertools.chain.from_iterable(commits.values()), key=lambda commit: commit.time_s)
     common = [commit for commit in everything if main.get(commit.round) == commit.record_digest]
-    return [_recovery(fault, everything, common, end_s) for fault in struck]
+    own = [commit for commit in common if commit.peer in {names.get(member) for member in commit.members}]
+    return [_recovery(fault, everything, own, end_s) for fault in struck]
+
+
+def calm_rounds(recoveries: Sequence[dict[str, Any]], rounds: Sequence[dict[str, Any]], end_s: float) -> list[float]:
+    """Seconds of each round, from one commit to the next, that no fault touched.
+
+    A fault touches the rounds from when it strikes until its victims are back, or for good if they never are although
+    it was undone. One that nothing undoes touches them until the others commit again.
+    """
+    spans = [(row["at_s"], _over(row, end_s)) for row in recoveries]
+    found = []
+    for before, after in itertools.pairwise(row for row in rounds if row["time_s"] >= 0):
+        begin, end = before["time_s"], after["time_s"]
+        if after["round"] == before["round"] + 1 and not any(since < end and begin < until for since, until in spans):
+            found.append(end - begin)
+    return found
+
+
+def _over(row: dict[str, Any], end_s: float) -> float:
+    back_s = row["undone_s"] if row["away"] else row["at_s"]
+    lasts = [row["undone_s"] or 0.0, row["at_s"] + (end_s if row["survivors_s"] is None else row["survivors_s"])]
+    if back_s is not None:
+        lasts.append(end_s if row["return_s"] is None else back_s + row["return_s"])
+    return float(max(lasts))
 
 
 def _recovery(fault: Fault, everything: list[Commit], common: list[Commit], end_s: float) -> dict[str, Any]:
@@ -108,6 +149,9 @@ def _recovery(fault: Fault, everything: list[Commit], common: list[Commit], end_
         "event": fault.event,
         "do": fault.do,
         "victims": list(fault.victims),
+        "phase": fault.struck.phase,
+        "round": fault.struck.round,
+        "age_s": fault.struck.age_s,
         "away": fault.do in TAKES_AWAY,
         "at_s": fault.at_s,
         "undone_s": fault.undone_s,
@@ -120,7 +164,10 @@ def _recovery(fault: Fault, everything: list[Commit], common: list[Commit], end_
 
 
 def _return(victims: tuple[str, ...], common: list[Commit], back_s: float) -> Commit | None:
-    """The commit with which the last of the victims was a member of the swarm's rounds again."""
+    """The commit with which the last of the victims was a member of the swarm's rounds again.
+
+    common: of the swarm's rounds, those of their members.
+    """
     firsts = [
         next((commit for commit in common if commit.peer == victim and commit.time_s > back_s), None)
         for victim in victims
@@ -140,7 +187,7 @@ def timeline(facts: Facts, struck: Sequence[Fault], end_s: float) -> dict[str, l
 
 def _states(peer: PeerFacts, facts: Facts, struck: Sequence[Fault], end_s: float) -> list[State]:
     mine = [fault for fault in struck if peer.name in fault.cut_off and fault.do in ("freeze", "cut", "partition")]
-    strikes = [(done.at_s, facts.events[done.event]) for done in facts.struck]
+    strikes = [(row.at_s, strike) for row, strike in carried_out(facts)]
     starts = [at_s for at_s, strike in strikes if strike.do in ("restart", "join") and strike.peer == peer.name]
     marks = {*peer.ready_s, *peer.ended_s, *starts, *(fault.at_s for fault in mine)}
     marks |= {fault.undone_s for fault in mine if fault.undone_s is not None}

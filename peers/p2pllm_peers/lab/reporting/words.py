@@ -14,13 +14,16 @@ def in_words(event: dict[str, Any]) -> str:
     """A planned event in a few words."""
     other = event["args"].get("other")
     who = " | ".join(", ".join(group) for group in event["args"].get("groups", [])) or event["peer"]
-    return " ".join(part for part in (event["do"].replace("_", " "), who, f"from {other}" if other else "") if part)
+    phase = f"in {event['phase']}" if event["phase"] else ""
+    parts = (event["do"].replace("_", " "), who, f"from {other}" if other else "", phase)
+    return " ".join(part for part in parts if part)
 
 
 def fault_in_words(recovery: dict[str, Any]) -> str:
     """A fault that struck, with whom and when."""
     who = "" if recovery["do"] == "partition" else f" {' and '.join(recovery['victims'])}"
-    return f"{recovery['do'].replace('_', ' ')}{who} at {recovery['at_s']:.0f} s"
+    phase = f" in {recovery['phase']}" if recovery["phase"] else ""
+    return f"{recovery['do'].replace('_', ' ')}{who}{phase} at {recovery['at_s']:.0f} s"
 
 
 def branch_in_words(branch: dict[str, Any]) -> str:
