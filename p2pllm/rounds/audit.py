@@ -91,7 +91,7 @@ def _check_records(disk: Disk, path: Path, report: Report) -> Generator[Step, No
         try:
             check_links([record], base, disk.run_id)
             check_votes(record)
-            check_claims(record)
+            check_claims(record.body)
         except MessageError as error:
             raise StateError(f"The log {path} is not right: {error}; {FORGED}.") from None
         base = Branch(record.head, record.body.total, 0)

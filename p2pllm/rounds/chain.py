@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from p2pllm.rounds.packing import MessageError
-from p2pllm.rounds.record import Checkpoint, Head, Record, genesis, is_vote
+from p2pllm.rounds.record import Body, Checkpoint, Head, Record, genesis, is_vote
 
 
 class Branch(NamedTuple):
@@ -59,11 +59,11 @@ def check_votes(record: Record) -> None:
         raise MessageError(f"no member of record {record.body.round} voted for it")
 
 
-def check_claims(record: Record) -> None:
-    """Raise MessageError unless every member signed what the record says that it brought."""
-    for claim in record.body.members:
-        if not claim.is_signed(record.body.base):
-            raise MessageError(f"record {record.body.round} has a claim that {claim.peer[-8:]} did not sign")
+def check_claims(body: Body) -> None:
+    """Raise MessageError unless every member signed what the body says that it brought."""
+    for claim in body.members:
+        if not claim.is_signed(body.base):
+            raise MessageError(f"record {body.round} has a claim that {claim.peer[-8:]} did not sign")
 
 
 def newest_checkpoint(checkpoints: Iterable[Checkpoint], founder: str, run_id: str) -> Checkpoint | None:

@@ -48,7 +48,7 @@ def tally(log: RoundLog, *, check: bool = True) -> Generator[Step, None, Tally]:
             continue
         try:
             if check:
-                check_claims(record)
+                check_claims(record.body)
         except MessageError as error:
             raise StateError(f"The log is not right: {error}; {FORGED}.") from None
         samples += record.body.samples

@@ -7,7 +7,10 @@ here: which of it we want (`catchup`), moving the bytes (`network.bulk`), and th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,9 @@ from p2pllm.rounds.serving import MAX_ITEMS, MAX_PAGE_RECORDS, PAGE_BYTES
 from p2pllm.state import CHUNK_BYTES, ChunkPlan, Layout, SharedState
 
 log = logging.getLogger(__name__)
+
+OFFERS_S = 3.0
+"""How long to wait for what peers offer, once one has answered."""
 
 PLAN_BYTES = 32 << 20
 """Bound on the digests of a state's chunks: 1 TB of state."""
@@ -53,6 +59,7 @@ class Fetcher:
     def __init__(self, transport: Transport, disk: Disk, layout: Layout) -> None:
         self.refuted: set[str] = set()
         """Peers that gave something that cannot be right, since it was last cleared."""
+        self._failures: Counter[str] = Counter()
         self._transport = transport
         self._disk = disk
         self._layout = layout
@@ -85,7 +92,7 @@ class Fetcher:
         """The aggregate with this digest, from our disk, or from the first of `peers` that gives it and kept there."""
         size = self._layout.size
         vector = await asyncio.to_thread(self._disk.aggregate, digest, size)
-        for peer in peers if vector is None else ():
+        for peer in self._by_trust(peers) if vector is None else ():
             got = await self._ask(peer, {"what": "aggregate", "digest": digest}, 4 * size)
             if got is not None and await asyncio.to_thread(_digest, got[1]) == digest:
                 vector = as_vector(got[1], size)
@@ -103,19 +110,22 @@ class Fetcher:
             return None
         return body if body is not None and body.digest == digest else None
 
-    async def best_offer(self, peers: list[str]) -> Offer | None:
-        """The newest snapshot of our log that any of `peers` has, with all who have it."""
-        answers = await asyncio.gather(*(self._ask(peer, {"what": "snapshots"}, 0) for peer in peers))
+    async def offers(self, peers: list[str]) -> list[Offer]:
+        """The snapshots of our log that `peers` have, newest first, each with all who have it."""
+        asked = {asyncio.create_task(self._ask(peer, {"what": "snapshots"}, 0)): peer for peer in peers}
+        answered, slow = await asyncio.wait(asked, timeout=OFFERS_S)
+        if not answered and slow:
+            answered, slow = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
+        for task in slow:
+            task.cancel()
         found: dict[tuple[int, bytes, bytes], list[str]] = {}
-        for peer, answer in zip(peers, answers, strict=True):
+        for task in asked.keys() & answered:
+            answer = task.result()
             for item in _list(answer and answer[0].get("snapshots"))[:MAX_ITEMS]:
                 key = _list(item)
                 if len(key) == 3 and self._names(*key):
-                    found.setdefault((key[0], key[1], key[2]), []).append(peer)
-        if not found:
-            return None
-        best = max(found)
-        return Offer(*best, peers=tuple(found[best]))
+                    found.setdefault((key[0], key[1], key[2]), []).append(asked[task])
+        return [Offer(*key, peers=tuple(sorted(found[key]))) for key in sorted(found, reverse=True)]
 
     def _names(self, round_: Any, record: Any, state: Any) -> bool:
         """Whether our log says that this is the state after that round. There is no record of round 0."""
@@ -127,19 +137,9 @@ class Fetcher:
         return known is not None and bool(known.body.state == state)
 
     async def snapshot(self, offer: Offer) -> SharedState:
-        """Download a snapshot, chunk by chunk, and keep it."""
-        incoming = None
-        for peer in offer.peers:
-            got = await self._ask(peer, {"what": "plan", "state": offer.state}, PLAN_BYTES)
-            try:
-                plan = None if got is None else ChunkPlan.unpack(bytes(got[1]), self._layout)
-            except StateError as error:
-                raise Refuted(str(error)) from None
-            if plan is not None and plan.digest == offer.state:
-                incoming = await asyncio.to_thread(self._disk.snapshots.incoming, plan, offer.record)
-                break
-        if incoming is None:
-            raise NetworkError(f"Nobody gives the chunks of round {offer.round}.")
+        """Download a snapshot, chunk by chunk, and keep it. Raises NetworkError if it is not to be had."""
+        plan = await self._plan(offer)
+        incoming = await asyncio.to_thread(self._disk.snapshots.incoming, plan, offer.record)
 
         async def one(peer: str, index: int) -> bool | None:
             got = await self._ask(peer, {"what": "chunk", "state": offer.state, "index": index}, CHUNK_BYTES)
@@ -154,10 +154,28 @@ class Fetcher:
             raise NetworkError(f"The snapshot of round {offer.round} was broken off; what came is kept.")
         return await asyncio.to_thread(lambda: self._disk.snapshots.load(incoming.finish()))
 
+    async def _plan(self, offer: Offer) -> ChunkPlan:
+        """The digests of a snapshot's chunks, which make the digest that the record names."""
+        for peer in self._by_trust(offer.peers):
+            got = await self._ask(peer, {"what": "plan", "state": offer.state}, PLAN_BYTES)
+            if got is None:
+                continue
+            with contextlib.suppress(StateError):
+                plan = ChunkPlan.unpack(bytes(got[1]), self._layout)
+                if plan.digest == offer.state:
+                    return plan
+            self.refuted.add(peer)
+        raise NetworkError(f"Nobody gives the chunks of round {offer.round}.")
+
+    def _by_trust(self, peers: Iterable[str]) -> list[str]:
+        """Those first that did not let us down."""
+        return sorted(peers, key=lambda peer: (peer in self.refuted, self._failures[peer]))
+
     async def _ask(self, peer: str, request: dict[str, Any], max_bytes: int) -> tuple[dict[str, Any], bytearray] | None:
         try:
             return await fetch(self._transport, peer, request, max_bytes)
         except NetworkError as error:
+            self._failures[peer] += 1
             log.info("%s", error)
             return None
 

@@ -124,7 +124,10 @@ class StateKeeper:
                 state=after,
             )
             self._in_spare = body.digest
-            self._hold(body)
+            self._held[body.digest] = body
+            self._held.move_to_end(body.digest)
+            if len(self._held) > MAX_HELD:
+                self._held.popitem(last=False)
             return body
 
     async def _step(self, aggregate: Vector) -> bytes:
@@ -138,12 +141,6 @@ class StateKeeper:
         self.seconds.update(outer_step=stepped - begin, digest=clock() - stepped)
         return digest
 
-    def _hold(self, body: Body) -> None:
-        self._held[body.digest] = body
-        self._held.move_to_end(body.digest)
-        while len(self._held) > MAX_HELD:
-            self._held.popitem(last=False)
-
     async def fetch_proposal(self, peers: list[str], digest: bytes) -> Body | None:
         """The body with this digest, from `peers` unless we hold it; None if none gives one that our state leads to."""
         body = self._held.get(digest)
@@ -154,30 +151,21 @@ class StateKeeper:
             if found is not None and found.base == self.head:
                 body = found
                 break
-        if body is None or not await self._can_claim(body):
-            return None
-        vector = await self._fetcher.aggregate(body.aggregate, peers)
-        if vector is None:
+        if body is None:
             return None
         try:
-            mine = await self.propose(body.members, vector)
-        except StateError as error:
+            await asyncio.to_thread(check_claims, body)
+            vector = await self._fetcher.aggregate(body.aggregate, peers)
+            mine = None if vector is None else await self.propose(body.members, vector)
+        except (StateError, MessageError) as error:
             log.error("round %d cannot be voted for: %s", body.round, error)
             return None
-        if mine.digest != digest:
+        if mine is not None and mine.digest != digest:
             log.warning("our state of round %d differs from the swarm's", self.head[0])
             self._held.pop(mine.digest, None)
             await self.check()
             return None
         return mine
-
-    async def _can_claim(self, body: Body) -> bool:
-        try:
-            await asyncio.to_thread(check_claims, Record.of(body, {body.peers[0]: bytes(64)}))
-        except MessageError as error:
-            log.warning("a proposal was refused: %s", error)
-            return False
-        return True
 
     async def commit(self, record: Record) -> dict[str, float]:
         """Take the round that the record tells of; returns the seconds of its parts.
@@ -240,8 +228,8 @@ class StateKeeper:
         """Whether the state is what its record says; if not, it is made anew from the disk."""
         async with self._lock:
             record = self.disk.log.record(self.head[0])
-            digest = bytes.fromhex(await asyncio.to_thread(self.state.digest))
-            if record is None or record.body.state == digest:
+            right = record.body.state if record else self.disk.initial_state
+            if bytes.fromhex(await asyncio.to_thread(self.state.digest)) == right or (record is None and self.head[0]):
                 return True
             log.error("the state in memory is not that of round %d any more; making it anew", self.head[0])
             state = await asyncio.to_thread(self.disk.recover, self._optimizer, None)
@@ -264,9 +252,10 @@ class StateKeeper:
     async def serve(self, request: dict[str, Any]) -> Blob | None:
         """Answer another peer's fetch, see `serving`."""
         if request.get("what") == "proposal":
-            body = next((body for digest, body in self._held.items() if digest == request.get("digest")), None)
-            if body is not None:
-                return Blob({}, [body.pack()])
+            newest = self.disk.log.record(self.head[0])  # who committed still gives it to who could not
+            bodies = [*self._held.values(), *([newest.body] if newest else [])]
+            body = next((body for body in bodies if body.digest == request.get("digest")), None)
+            return None if body is None else Blob({}, [body.pack()])
         return await self.serving.answer(request)
 
     # -- snapshots ---------------------------------------------------------------------------------------------------

@@ -120,7 +120,8 @@ class ChunkPlan:
         if len(data) > size + _MAX_HEADER_BYTES:
             raise StateError(f"The plan of a state has {len(data)} bytes, but its layout makes about {size}.")
         try:
-            header, joined = msgpack.unpackb(data)
+            # Unbounded, a few bytes could ask for a million empty places, each in one of the other's.
+            header, joined = msgpack.unpackb(data, max_array_len=2, max_map_len=4, max_str_len=64, max_ext_len=0)
         except Exception:  # noqa: BLE001 - msgpack raises many kinds on hostile bytes
             raise StateError("The plan of a state is not a header and digests in msgpack.") from None
         if not isinstance(joined, bytes) or len(joined) != size:

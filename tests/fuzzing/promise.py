@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -62,7 +63,8 @@ def target(
     """Register a function as the target of its name; see Target."""
 
     def register(read: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
-        TARGETS[read.__name__] = Target(read.__name__, read, seeds, max_bytes, memory, is_json)
+        made = functools.cache(seeds)  # of signatures, which take their time
+        TARGETS[read.__name__] = Target(read.__name__, read, made, max_bytes, memory, is_json)
         return read
 
     return register

@@ -117,7 +117,7 @@ def _look_at(each: Record) -> None:
     check(not each.has_majority or bool(set(each.voters) & set(body.peers)), "a majority of nobody")
     with suppress(MessageError):
         check_votes(each)
-        check_claims(each)
+        check_claims(each.body)
 
 
 # -- roster and vote ---------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def _votes() -> list[bytes]:
 
 @target(_votes, max_bytes=Vote.max_bytes + 64, memory=512 * Vote.max_bytes)
 def vote(data: bytes) -> bool:
-    """Votes, and a ballot that takes them. Memory: 512 x Vote.max_bytes, 512 KiB; msgpack takes 256 to pack anything."""
+    """Votes, and a ballot that takes them. Memory: 512 x Vote.max_bytes, half of it for msgpack to pack anything."""
     (message,) = taken_by([Vote], data) or (None,)
     if not isinstance(message, Vote):
         return False

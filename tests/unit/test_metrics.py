@@ -28,13 +28,13 @@ RECORD = RoundRecord(
 )
 
 
-def test_a_record_is_one_line_with_all_its_fields():
+def test_a_record_is_one_line_with_all_its_fields() -> None:
     line = RECORD.to_json()
     assert "\n" not in line
     assert RoundRecord(**json.loads(line)) == RECORD
 
 
-def test_a_reader_sees_a_record_at_once_and_a_new_sink_goes_on(tmp_path: Path):
+def test_a_reader_sees_a_record_at_once_and_a_new_sink_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "rounds.jsonl"
     for number in (1, 2):
         sink = JsonlSink(path)
@@ -44,7 +44,7 @@ def test_a_reader_sees_a_record_at_once_and_a_new_sink_goes_on(tmp_path: Path):
     assert len(path.read_text().splitlines()) == 2
 
 
-def test_half_a_line_swallows_no_record(tmp_path: Path):
+def test_half_a_line_swallows_no_record(tmp_path: Path) -> None:
     path = tmp_path / "rounds.jsonl"
     path.write_text('{"round":1}\n{"rou')
     sink = JsonlSink(path)

@@ -1,7 +1,7 @@
 """Strikes that wait for a phase of a round: whom they mean, when that peer is there, and one after the other.
 
 A daemon says on its control socket in which phase it is; only while a strike is awaited, only one daemon is asked,
-every POLL_S. A strike is awaited once the swarm is whole, that is once all who are up take part for each other, and
+every POLL_S or more often. A strike is awaited once the swarm is whole, that is once all who are up take part for each other, and
 has then committed CALM_ROUNDS rounds: so the struck of the last one are back, and each fault has a round without
 faults before it. What does not live here: what is planned (`timeline`) and how a fault is done (`faults`).
 """
@@ -23,6 +23,9 @@ from p2pllm_peers.lab.swarm import Swarm, SwarmPeer
 from p2pllm_peers.lab.timeline import aimed_at
 
 POLL_S = 0.02
+BRIEF_S = 0.004
+"""The same while a peer votes that is to be struck in its commit, which takes a few milliseconds."""
+
 REST_S = 0.25
 """Between two looks while the phase does not matter yet."""
 
@@ -113,7 +116,8 @@ class Aiming:
             meant = victim(strike.peer, plan.ranked(status["run_id"], head, there), self._swarm.peers)
             if status["peer_id"] == meant and status["phase"] == strike.phase:
                 return Sight(there[meant].name, strike.phase, head[0], asked_at)
-            asked, pause = meant, POLL_S
+            asked = meant
+            pause = BRIEF_S if (status["phase"], strike.phase) == ("vote", "commit") else POLL_S
         return None
 
 

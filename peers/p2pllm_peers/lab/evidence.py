@@ -21,7 +21,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2pllm.errors import UsageError
 from p2pllm.explain import explain
+from p2pllm_peers.lab.logs import DiskLog, read_log
 from p2pllm_peers.lab.scenario import Scenario
+
+PEERS = "peers"
+"""Folder of the peers' disks in the folder of a run."""
 
 
 class _Row(BaseModel):
@@ -156,6 +160,8 @@ class Evidence:
         self.records: dict[str, list[dict[str, Any]]] = {
             peer.name: read_lines(out / peer.records) for peer in self.facts.peers if peer.records
         }
+        found = {peer.name: read_log(out / PEERS / peer.name) for peer in self.facts.peers}
+        self.logs: dict[str, DiskLog] = {name: log for name, log in found.items() if log is not None}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

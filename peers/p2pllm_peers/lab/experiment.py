@@ -21,7 +21,7 @@ from p2pllm_peers.lab.disturbance import Disturbance
 from p2pllm_peers.lab.evidence import Facts, PeerFacts
 from p2pllm_peers.lab.life import Life, Watcher
 from p2pllm_peers.lab.machines import Machines
-from p2pllm_peers.lab.reporting.report import link_is_right
+from p2pllm_peers.lab.reporting.lines import link_is_right
 from p2pllm_peers.lab.scenario import Scenario
 from p2pllm_peers.lab.swarm import LEAVE_TIMEOUT_S, Swarm
 from p2pllm_peers.lab.timeline import timeline

@@ -20,16 +20,13 @@ from p2pllm_peers.lab import budgets
 from p2pllm_peers.lab.budgets import Budgets
 from p2pllm_peers.lab.cleanup.claims import Claims
 from p2pllm_peers.lab.cleanup.commands import run
-from p2pllm_peers.lab.evidence import Emulator, LinkCheck
+from p2pllm_peers.lab.evidence import PEERS, Emulator, LinkCheck
 from p2pllm_peers.lab.network import links
 from p2pllm_peers.lab.network.links import Links
 from p2pllm_peers.lab.scenario import PeerSpec, Scenario
 
 GRACE_S = 2.0
 """For processes that are on their way out when their daemon has ended."""
-
-PEERS = "peers"
-"""Folder of the peers' disks in the folder of a run."""
 
 FILLER = "filler"
 """File that fills a disk."""

@@ -42,3 +42,9 @@ def event(do: str, at_s: float = 30, **fields: object) -> str:
     """An [[events]] in TOML; fields are given as TOML writes them."""
     lines = [f"{name} = {value}" for name, value in fields.items()]
     return "\n".join(["[[events]]", f"at_s = {at_s}", f'do = "{do}"', *lines, ""])
+
+
+def waiting(do: str, phase: str = '"vote"', **fields: object) -> str:
+    """One that waits for a phase."""
+    lines = [f"{name} = {value}" for name, value in ({"do": f'"{do}"', "phase": phase} | fields).items()]
+    return "\n".join(["[[events]]", *lines, ""])

@@ -58,7 +58,7 @@ def test_what_makes_runs_hard_to_compare(tmp_path: Path) -> None:
         "links.a.up_mbit": ("5.0", "1.0"),
         "cores.b": ("0.5", "0.0"),
         "micro_batch.peer": ("4", "8"),
-        "events, from number 2 on": ("–", "at_s 9.0, do freeze, peer b, args {}"),
+        "events, from number 2 on": ("–", "at_s 9.0, do freeze, peer b, args {},..."),
         "cores of the machine": ("2", "8"),
         "interrupted": ("False", "True"),
     }

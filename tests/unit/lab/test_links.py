@@ -19,7 +19,7 @@ from p2pllm_peers.lab.network.checking import answer, phase, plan, program
 from p2pllm_peers.lab.network.links import Links, why_not
 from p2pllm_peers.lab.network.netem import device_counters, hub_commands, mac, qdisc_commands
 from p2pllm_peers.lab.network.probe import Plan
-from p2pllm_peers.lab.reporting.report import link_is_right
+from p2pllm_peers.lab.reporting.lines import link_is_right
 from p2pllm_peers.lab.scenario import Link
 
 real = pytest.mark.skipif(why_not() != "", reason=why_not())

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from fake_runs import digest, evidence, peer, record, sample, strikes
 
+from p2pllm_peers.lab.evidence import Strike, Struck
 from p2pllm_peers.lab.reporting.report import report
 
 
@@ -161,3 +162,62 @@ def test_distance_from_the_head(tmp_path: Path, thawed: float, settling: bool) -
     found = story(tmp_path, planned, (20.0, 20.0), samples=samples)
     behind = {row["name"]: (row["behind"], row["settling"]) for row in found["at_end"]}
     assert behind == {"a": (0, False), "b": (14, settling)}
+
+
+def test_who_commits_without_being_a_member_is_not_back(tmp_path: Path) -> None:
+    planned = strikes((20.5, "kill", "b"), (30.0, "restart", "b", {"keep_disk": True}))
+    peers = [peer("a"), peer("b", ready_s=[-1.0, 37.0], ended_s=[20.6, 100.0])]
+    rows = {name: [record(n, 2.0 * n) for n in range(1, 11)] for name in ("a", "b")}
+    for number, members in ((11, ("a",)), (12, ("a", "b"))):
+        for name in ("a", "b"):
+            rows[name].append(record(number, 40.0 + 2.0 * (number - 11), members))
+    (row,) = report(evidence(tmp_path, rows, peers=peers, **planned))["recoveries"]
+    assert row["return_round"] == 12 and row["return_s"] == pytest.approx(12.0)
+
+
+def test_a_fault_in_a_phase_with_its_victim_and_what_undid_it(tmp_path: Path) -> None:
+    events = [
+        Strike(at_s=5.0, do="slow_machine", peer="leader", args={"cores": 0.1}, phase="exchange"),
+        Strike(at_s=9.0, do="slow_machine", peer="leader", undoes=0),
+        Strike(at_s=5.0, do="kill", peer="member", phase="vote"),
+        Strike(at_s=8.0, do="restart", peer="member", args={"keep_disk": True}, undoes=2),
+    ]
+    struck = [
+        Struck(event=0, at_s=10.5, peer="a", phase="exchange", round=5, age_s=0.01),
+        Struck(event=1, at_s=14.5, peer="a"),
+        Struck(event=2, at_s=20.5, peer="b", phase="vote", round=10, age_s=0.03),
+        Struck(event=3, at_s=30.0, peer="b"),
+    ]
+    peers = [peer("a"), peer("b", ready_s=[-1.0, 37.0], ended_s=[20.6, 100.0])]
+    scenario = {"duration_s": 99, "peers": [{"name": "a"}, {"name": "b"}]}
+    found = story(tmp_path, {"events": events, "struck": struck}, (20.0, 26.0), 40.0, peers=peers, scenario=scenario)
+    slow, kill = found["recoveries"]
+    assert (slow["do"], slow["victims"], slow["undone_s"]) == ("slow_machine", ["a"], 14.5)
+    assert (kill["victims"], kill["phase"], kill["round"], kill["age_s"]) == (["b"], "vote", 10, 0.03)
+    assert kill["undone_s"] == 30.0 and kill["return_s"] == pytest.approx(10.0)
+    assert states(found, "b")[1:] == [("down", 20.6), ("starting", 30.0), ("up", 37.0)]
+
+
+def test_how_long_a_round_takes_that_no_fault_touched(tmp_path: Path) -> None:
+    """Rounds take 2 s until 20 s, 6 s and 3 s while b is away, and 2.5 s from its return at 40 s on."""
+    early, away, late = [2.0 * n for n in range(1, 11)], [26.0, 29.0, 32.0, 35.0], [40.0, 42.5, 45.0]
+    rows = {"a": [], "b": []}
+    for number, time_s in enumerate(early + away + late, 1):
+        members = ("a",) if time_s in away else ("a", "b")
+        for name in members:
+            rows[name].append(record(number, time_s, members))
+    planned = strikes((20.5, "freeze", "b"), (36.0, "thaw", "b"))
+    found = report(evidence(tmp_path / "1", rows, **planned))
+    assert found["swarm"]["calm_round_s"] == 2.0, "nine of 2 s and two of 2.5 s"
+    assert found["recoveries"][0]["delay_s"] == pytest.approx(26.0 - 20.5 - 2.0)
+    up = 1 - 15.5 / 99 / 2
+    assert found["swarm"]["share_up"] == pytest.approx(up)
+    assert found["swarm"]["pace"] == pytest.approx(2.0 * 16 / 43 / up)
+    never = report(evidence(tmp_path / "2", rows, **strikes((1.0, "freeze", "b"), (46.0, "thaw", "b"))))
+    assert never["swarm"]["calm_round_s"] is None and never["swarm"]["pace"] is None
+    assert never["recoveries"][0]["delay_s"] is None
+
+
+def test_a_fault_for_good_touches_rounds_until_the_others_go_on(tmp_path: Path) -> None:
+    found = story(tmp_path, strikes((20.5, "kill", "b")), (20.0, 26.0), peers=[peer("a"), peer("b", ended_s=[20.6])])
+    assert found["swarm"]["calm_round_s"] == 2.0

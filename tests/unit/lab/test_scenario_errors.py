@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scenario_files import GOOD, event, written
+from scenario_files import GOOD, event, waiting, written
 
 from p2pllm.errors import UsageError
 from p2pllm_peers.lab.scenario import load_scenario
@@ -47,6 +47,7 @@ WRONG = {
     # peers and the run
     "twice": (GOOD.replace('"late"', '"home-1"'), "2 peers have the name home-1"),
     "any": (GOOD.replace('"late"', '"any"'), "no peer can have the name any"),
+    "leader": (GOOD.replace('"late"', '"leader"'), "no peer can have the name leader, which means a certain one"),
     "name": (GOOD.replace('"late"', '"Late"'), r"\[\[peers\]\] 2 name does not fit \(it is 'Late'\): 1 to 12 of a-z"),
     "too-many": (GOOD.replace("samples = 8", "max_peers = 2"), r"there are 3 peers, but max_peers .* is 2"),
     "too-few": (GOOD.replace("samples = 8", "min_peers = 3"), "2 of the peers are there at the start"),
@@ -59,7 +60,7 @@ WRONG = {
     "tokenizer": ('[run.tokenizer]\nsource = "file:no.json"', r'\[run\.tokenizer\] source: there is no file "/.*no.j'),
     # events: fields
     "do": (GOOD + event("kil", peer='"late"'), r"\[\[events\]\] 1 do: must be 'kill', "),
-    "at": (GOOD + '[[events]]\ndo = "heal"', r"\[\[events\]\] 1 at_s is missing"),
+    "at": (GOOD + '[[events]]\ndo = "heal"', r"\[\[events\]\] 1 \(heal at 0 s\): at_s is missing; set it, or phase"),
     "no-peer": (GOOD + event("freeze"), r"\[\[events\]\] 1 \(freeze at 30 s\): needs peer"),
     "no-cores": (GOOD + event("slow_machine", peer='"late"'), "needs cores"),
     "no-file": (GOOD + event("corrupt", peer='"late"'), "needs file"),
@@ -87,6 +88,29 @@ WRONG = {
     "line-field": (GOOD + event("slow_link", peer='"late"', link="{up = 2}"), "link: up is not a known field"),
     "line-range": (GOOD + event("slow_link", peer='"late"', link="{delay_ms = [1, 2]}"), "must be one number"),
     "line-nat": (GOOD + event("slow_link", peer='"late"', link="{nat = true}"), "nat cannot change"),
+    # events: in a phase
+    "phase": (GOOD + waiting("kill", phase='"votes"', peer='"late"'), r"\[\[events\]\] 1 phase: must be '', 'coll"),
+    "at-phase": (GOOD + event("kill", phase='"vote"', peer='"late"'), "takes at_s or phase, not both"),
+    "no-phase": (GOOD + event("kill", peer='"leader"'), r"1 \(kill at 30 s\): there is no peer leader"),
+    "any-phase": (GOOD + waiting("kill", peer='"any"'), r"1 \(kill in vote\): there is no peer any"),
+    "after": (GOOD + waiting("kill", peer='"late"', after_s=100), "the end, duration_s, is at 100"),
+    "mixed": (GOOD + waiting("kill", peer='"late"') + KILL, "some wait for a phase, so all must"),
+    "phase-churn": (GOOD + waiting("kill", peer='"late"') + "[churn]\nfaults_per_hour = 9", "there can be no .churn"),
+    "no-end": (GOOD.replace("duration_s = 100", "") + waiting("kill", peer='"late"'), "may never come; set duration_s"),
+    "thaw-phase": (GOOD + waiting("thaw", peer='"late"'), "thaw cannot wait for a phase; take one of corrupt, cut, fi"),
+    "for-ever": (GOOD + waiting("freeze", peer='"leader"'), r"1 \(freeze in vote\): for_s is missing: the next event"),
+    "path": (
+        GOOD + waiting("cut", peer='"leader"', other='"home-0"', for_s=5),
+        "the leader may be home-0 itself; name both peers, or cut the whole line",
+    ),
+    "one-peer": (
+        GOOD.replace("count = 2", "count = 1") + waiting("kill", peer='"member"'),
+        "of one peer there is no member; add another one",
+    ),
+    "some-disks": (
+        GOOD + waiting("fill_disk", peer='"member"', for_s=5),
+        "not every peer that it may meet has a disk of its own",
+    ),
     # events: in time
     "thaw": (GOOD + event("thaw", peer='"home-0"'), r"1 \(thaw at 30 s\): home-0 is not frozen then"),
     "restart": (GOOD + event("restart", peer='"home-0"'), "home-0 is not down then"),

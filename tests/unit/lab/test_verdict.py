@@ -176,6 +176,43 @@ def test_recovery(tmp_path: Path) -> None:
     assert not check(evidence(tmp_path / "5", rows, **only), max_recovery_s=8.0).passed
 
 
+def test_next_commit_and_return_by_kind_of_fault(tmp_path: Path) -> None:
+    """Rounds of 2 s; the next commit comes 6 s after the freeze, 4 s late; b is a member 3 s after the thaw."""
+    both = [record(n, 2.0 * n) for n in range(1, 6)]
+    after = [record(6, 16.0, ["a"]), *(record(n, 2.0 * n + 7.0) for n in range(7, 11))]
+    rows = {"a": [*both, *after], "b": [*both, *after[1:]]}
+    planned = strikes((10.0, "freeze", "b"), (18.0, "thaw", "b"))
+    made = evidence(tmp_path / "1", rows, **planned)
+    found = check(made, survivors_within_s={"freeze": 4.0})
+    assert found.passed and found.name == "next commit after freeze"
+    assert found.measured == "4.0 s at most beyond 2.0 s, after freeze b at 10 s; 1 fault"
+    assert not check(made, survivors_within_s={"freeze": 3.9}).passed
+    assert check(made, survivors_within_s={"kill": 9.0}).measured == "no such fault was struck"
+    assert check(made, returns_within_s={"freeze": 3.0}).passed
+    late = check(made, returns_within_s={"freeze": 2.9})
+    assert not late.passed and late.measured == "3.0 s at most, after freeze b at 10 s; 1 fault"
+    lone = evidence(tmp_path / "2", {"a": rows["a"], "b": both}, **planned)
+    never = check(lone, returns_within_s={"freeze": 60.0})
+    assert not never.passed and never.measured == "never after freeze b at 10 s"
+    kept_away = evidence(tmp_path / "3", rows, **strikes((10.0, "freeze", "b")))
+    assert check(kept_away, returns_within_s={"freeze": 60.0}).measured == "nobody came back"
+    dead = evidence(tmp_path / "4", {"a": both, "b": both}, **strikes((10.5, "kill", "b")))
+    found = check(dead, survivors_within_s={"kill": 9.0})
+    assert not found.passed and found.measured == "never after kill b at 10 s"
+
+
+def test_pace(tmp_path: Path) -> None:
+    """Of ten rounds of 2 s one takes 4 s; b is gone for 10 of 99 s."""
+    times = [*range(2, 20, 2), 22.0]
+    rows = {name: [record(n, float(t)) for n, t in enumerate(times, 1)] for name in ("a", "b")}
+    made = evidence(tmp_path / "1", rows, **strikes((18.5, "freeze", "b"), (28.5, "thaw", "b")))
+    found = check(made, min_pace=0.94)
+    assert found.passed and found.measured == "94.8%, peers were up 94.9% of the time"
+    assert not check(made, min_pace=0.95).passed
+    none = evidence(tmp_path / "2", rows, **strikes((0.5, "freeze", "b"), (28.5, "thaw", "b")))
+    assert check(none, min_pace=0.1).measured == "not measured: no round was without faults"
+
+
 def test_the_long_run(tmp_path: Path) -> None:
     found = report(long_run(tmp_path))
     assert [row["name"] for row in found["checks"] if not row["passed"]] == ["links", "efficiency"]

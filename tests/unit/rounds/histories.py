@@ -15,6 +15,9 @@ from p2pllm.rounds.record import Body, Claim, Head, Record, sign_vote
 from p2pllm.state import AdamW, Layout
 from p2pllm.testing import LAYOUT, MemoryNetwork, identity_number, make_manifest, make_state, peer_number
 
+EVERY = 8
+"""Rounds between two snapshots."""
+
 Answer = Callable[[dict[str, Any]], Any]
 
 
@@ -87,6 +90,19 @@ class Node:
     def follow(self, *others: Node) -> Any:
         """Follow the branch of the first of `others`, which all are said to hold."""
         return self.keeper.follow(others[0].keeper.branch, [other.id for other in others])
+
+
+async def make_nodes(count: int, **fields: Any) -> list[Node]:
+    """So many nodes of one network, which serve; a snapshot is made every EVERY rounds."""
+    network = MemoryNetwork()
+    return [await Node(network, number, snapshot_every=EVERY, **fields).start() for number in range(count)]
+
+
+async def saved(*nodes: Node) -> None:
+    """Snapshots are written behind the rounds: until they are."""
+    for node in nodes:
+        if node.keeper._saving is not None:
+            await node.keeper._saving
 
 
 async def commit(*nodes: Node, seed: int = 0, samples: int = 4) -> Record:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from histories import Node, commit, frozen, train
+from histories import EVERY, Node, frozen, make_nodes, saved, train
 
 from p2pllm.network.bulk import Blob
 from p2pllm.rounds import catchup
-from p2pllm.rounds.record import Checkpoint
-from p2pllm.testing import MemoryNetwork, identity_number, virtual
+from p2pllm.testing import MemoryNetwork, virtual
 
-EVERY = 8  # rounds between two snapshots
 SMALL_CHUNK = 256
 CHUNKS = 30
 """Of a state whose chunks have SMALL_CHUNK bytes: 10 a vector."""
@@ -26,18 +23,6 @@ CHUNKS = 30
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """States of several chunks."""
     monkeypatch.setattr("p2pllm.state.chunks.CHUNK_BYTES", SMALL_CHUNK)
-
-
-async def make_nodes(count: int, **fields: Any) -> list[Node]:
-    network = MemoryNetwork()
-    return [await Node(network, number, snapshot_every=EVERY, **fields).start() for number in range(count)]
-
-
-async def saved(*nodes: Node) -> None:
-    """Snapshots are written behind the rounds."""
-    for node in nodes:
-        if node.keeper._saving is not None:
-            await node.keeper._saving
 
 
 def chunks_from(node: Node) -> set[int]:
@@ -234,73 +219,30 @@ async def test_an_aggregate_comes_from_whoever_has_the_right_one() -> None:
     assert good.what == ["aggregate"]
 
 
-# -- another branch --------------------------------------------------------------------------------------------------
-
-
-async def forked(light: Node, heavy: Node, rounds: int = 3) -> None:
-    """Both go on alone from a common log of `rounds`; the light one has more rounds, and fewer samples."""
-    await train(light, heavy, rounds=rounds)
-    await train(light, rounds=4, samples=1)
-    await train(heavy, rounds=2, samples=100)
-    await saved(light, heavy)
-
-
-@pytest.mark.parametrize("rounds", [0, 1, 3, EVERY, EVERY + 3])
 @virtual
-async def test_the_lighter_branch_is_left_and_told_of(rounds: int, caplog: pytest.LogCaptureFixture) -> None:
-    light, heavy = await make_nodes(2)
-    await forked(light, heavy, rounds)
-    before = frozen(heavy)
-    assert not await heavy.follow(light), "nobody moves to a branch with less behind it"
-    assert frozen(heavy) == before
-    left = [light.disk.head_at(rounds + number) for number in range(1, 5)]
-    with caplog.at_level(logging.WARNING):
-        assert await light.follow(heavy)
-    assert frozen(light) == before
-    assert set(light.disk.log.abandoned()) == set(left)
-    assert f"rounds {rounds + 1} to {rounds + 4} of ours are abandoned" in caplog.text
+async def test_a_record_that_is_damaged_on_our_disk_is_had_from_whoever_gives_the_right_one(tmp_path: Path) -> None:
+    network = MemoryNetwork()
+    liar, good = [await Node(network, number, snapshot_every=EVERY).start() for number in range(2)]
+    node = Node(network, 2, tmp_path, snapshot_every=EVERY)
+    await train(liar, good, node, rounds=EVERY + 1)
+    await saved(node)
+    await node.keeper.close()
+    node.host.kill()
+    record, other = good.disk.log.record(3), good.disk.log.record(4)
+    assert record is not None and other is not None
+    data = bytearray((tmp_path / "log").read_bytes())
+    data[data.index(record.body.pack()) + 50] ^= 1
+    (tmp_path / "log").write_bytes(data)
+    again = Node(network, 2, tmp_path, snapshot_every=EVERY)
+    assert again.disk.log.missing() == [record.head]
 
+    async def lie(request: dict[str, Any]) -> Blob | None:
+        return Blob({}, [other.pack()])
 
-@virtual
-async def test_a_checkpoint_makes_the_lighter_branch_win() -> None:
-    light, heavy = await make_nodes(2)
-    await forked(light, heavy)
-    record = light.disk.log.record(4)
-    assert record is not None
-    assert await light.keeper.anchor(Checkpoint.sign(identity_number(0), light.disk.run_id, record.head))
-    assert light.keeper.branch.rank > heavy.keeper.branch.rank
-    assert not await light.follow(heavy)
-    assert await heavy.follow(light)
-    assert frozen(heavy) == frozen(light)
-    assert heavy.keeper.branch.anchor == 4
-
-
-@virtual
-async def test_a_checkpoint_that_its_donor_brings_keeps_us_where_we_are() -> None:
-    """The donor did not know which branch the checkpoint is for."""
-    light, heavy = await make_nodes(2)
-    await forked(light, heavy)
-    record = light.disk.log.record(4)
-    assert record is not None
-    await heavy.keeper.anchor(Checkpoint.sign(identity_number(0), light.disk.run_id, record.head))
-    assert heavy.keeper.branch.anchor == 0
-    before = light.keeper.state.digest()
-    assert not await light.follow(heavy)
-    assert light.keeper.state.digest() == before
-    assert light.keeper.branch.anchor == 4
-
-
-@virtual
-async def test_if_the_state_cannot_be_had_the_log_stays_where_it_was() -> None:
-    light, heavy = await make_nodes(2)
-    await forked(light, heavy)
-
-    async def only_the_log(request: dict[str, Any]) -> Blob | None:
-        return await heavy.keeper.serve(request) if request["what"] == "log" else None
-
-    heavy.answer = only_the_log
-    before = frozen(light)
-    assert not await light.follow(heavy)
-    assert frozen(light) == before
-    await commit(light)
-    assert light.keeper.refuted == set(), "it may be a donor whose disk has lost something"
+    liar.answer = lie
+    await again.keeper.mend([liar.id])
+    assert again.disk.log.missing() == [record.head]
+    await again.keeper.mend([liar.id, good.id])
+    assert again.disk.log.missing() == []
+    assert again.disk.log.record(3) == record
+    await again.keeper.close()

@@ -7,25 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from histories import Node, changed, claims_of, commit, frozen, record_of, train
+from histories import EVERY, Node, changed, claims_of, commit, frozen, make_nodes, record_of, saved, train
 
 from p2pllm.network.bulk import Blob
 from p2pllm.rounds import catchup
 from p2pllm.rounds.chain import Branch
-from p2pllm.rounds.packing import MessageError
 from p2pllm.rounds.record import Body, Checkpoint, Head, Record, pack_all, sign_vote, unpack_all
 from p2pllm.rounds.serving import MAX_PAGE_RECORDS
 from p2pllm.testing import LAYOUT, MemoryNetwork, identity_number, peer_number, virtual
 
-EVERY = 8
 LIAR = 1
 
 Lie = Callable[[Blob, list[Record]], Blob | None]
-
-
-async def make_nodes(count: int) -> list[Node]:
-    network = MemoryNetwork()
-    return [await Node(network, number, snapshot_every=EVERY).start() for number in range(count)]
 
 
 def says(node: Node, what: str, lie: Callable[[Blob], Blob | None]) -> None:
@@ -215,9 +208,7 @@ async def test_a_state_that_a_record_does_not_lead_to_is_refused(voters: tuple[i
 
 async def trained_with_snapshot(*nodes: Node) -> None:
     await train(*nodes, rounds=EVERY + 1)
-    for node in nodes:
-        assert node.keeper._saving is not None
-        await node.keeper._saving
+    await saved(*nodes)
 
 
 PLANS: dict[str, Callable[[Blob], Blob | None]] = {
@@ -297,12 +288,3 @@ async def test_who_alone_offers_a_newer_snapshot_and_gives_none_keeps_nobody_out
     assert await fresh.follow(good, liar)
     assert frozen(fresh) == frozen(good)
     assert good.id not in fresh.keeper.refuted
-
-
-def test_the_records_of_this_test_are_right() -> None:
-    """What is made up must be refused for what it lacks, not for a mistake of the test."""
-    base: Head = (3, bytes(32))
-    record = made_up(base, 7)
-    assert Record.unpack(record.pack()) == record
-    with pytest.raises(MessageError):
-        unpack_all(pack_all([record.pack()]) + b"\0", 10)

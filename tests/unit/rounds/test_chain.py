@@ -65,7 +65,7 @@ def test_a_right_log_passes_whole_and_in_pieces() -> None:
         check_links(LOG[at:], Branch(LOG[at - 1].head, LOG[at - 1].body.total, 0), RUN)
     for record in LOG:
         check_votes(record)
-        check_claims(record)
+        check_claims(record.body)
     assert LOG[-1].body.total == 3 * (5 + 1 + 7 + 2)
 
 
@@ -128,13 +128,13 @@ def test_what_a_record_says_of_a_member_must_be_signed_by_it() -> None:
         forged = voted(body.model_copy(update={"members": tuple(members)}), PEERS)
         check_votes(forged)
         with pytest.raises(MessageError, match=f"record 1 has a claim that {PEERS[at].peer_id[-8:]} did not sign"):
-            check_claims(forged)
+            check_claims(forged.body)
 
 
 def test_a_claim_for_another_place_does_not_count() -> None:
     elsewhere = following(Branch(LOG[0].head, 15, 0)).body.members
     with pytest.raises(MessageError, match="did not sign"):
-        check_claims(following(START, members=elsewhere))
+        check_claims(following(START, members=elsewhere).body)
 
 
 LIGHT, HEAVY = Branch((9, b"b" * 32), 90, 0), Branch((5, b"c" * 32), 91, 0)

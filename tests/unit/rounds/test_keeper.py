@@ -8,18 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from histories import Node, changed, claims_of, commit, frozen, gradient, record_of, train
+from histories import Node, changed, claims_of, commit, frozen, gradient, make_nodes, record_of, train
 
 from p2pllm.errors import StateError
 from p2pllm.rounds.disk import vector_digest
 from p2pllm.rounds.keeper import MAX_HELD
 from p2pllm.rounds.record import Checkpoint, genesis
-from p2pllm.testing import LAYOUT, MemoryNetwork, identity_number, virtual
-
-
-async def make_nodes(count: int, **fields: Any) -> list[Node]:
-    network = MemoryNetwork()
-    return [await Node(network, number, **fields).start() for number in range(count)]
+from p2pllm.testing import LAYOUT, identity_number, virtual
 
 
 def state_after(node: Node) -> bytes:
@@ -182,7 +177,7 @@ async def test_a_proposal_that_our_state_does_not_lead_to_is_not_held() -> None:
     liar, member = await make_nodes(2)
     right = await liar.keeper.propose(claims_of(liar.head, 0), gradient(1))
     wrong = changed(right, state=bytes(32))
-    liar.keeper._hold(wrong)
+    liar.keeper._held[wrong.digest] = wrong
     before = frozen(member)
     assert await member.keeper.fetch_proposal([liar.id], wrong.digest) is None
     assert member.keeper.holding == b""

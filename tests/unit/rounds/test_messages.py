@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pllm.rounds.messages import MAX_ROSTER, Enrol, EnrolReply, MessageError, Roster, Status, Vote
@@ -51,6 +51,7 @@ def test_a_message_comes_back(message: Message) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=50)
 @given(data=st.binary(max_size=200) | values.map(msgpack.packb) | st.lists(values, max_size=7).map(msgpack.packb))
 def test_bytes_raise_nothing_but_message_error(kind: type[Message], data: bytes) -> None:
     try:
@@ -61,6 +62,7 @@ def test_bytes_raise_nothing_but_message_error(kind: type[Message], data: bytes)
 
 
 @pytest.mark.parametrize("message", ALL, ids=lambda message: type(message).__name__)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_damaged_messages_raise_nothing_but_message_error(message: Message, data: st.DataObject) -> None:
     packed = bytearray(message.pack())

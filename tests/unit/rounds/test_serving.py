@@ -5,24 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from histories import Node, commit, train
+from histories import commit, make_nodes, saved, train
 
-from p2pllm.testing import MemoryNetwork, virtual
-
-
-async def make_node() -> Node:
-    return await Node(MemoryNetwork(), 0, snapshot_every=8).start()
-
-
-async def saved(node: Node) -> None:
-    """Snapshots are written behind the rounds."""
-    assert node.keeper._saving is not None
-    await node.keeper._saving
+from p2pllm.testing import virtual
 
 
 @virtual
 async def test_nobody_serves_the_first_state_once_a_record_exists() -> None:
-    node = await make_node()
+    (node,) = await make_nodes(1)
     initial = node.disk.initial_state
     requests: list[dict[str, Any]] = [
         {"what": "snapshots"},
@@ -50,6 +40,11 @@ async def test_nobody_serves_the_first_state_once_a_record_exists() -> None:
         {"what": "state of affairs"},
         {"what": "log"},
         {"what": "log", "heads": 7},
+        {"what": "record"},
+        {"what": "record", "round": "1", "digest": bytes(32)},
+        {"what": "record", "round": 1, "digest": [1]},
+        {"what": "record", "round": 0, "digest": bytes(32)},
+        {"what": "record", "round": 10**30, "digest": bytes(32)},
         {"what": "plan"},
         {"what": "plan", "state": [1]},
         {"what": "chunk", "state": {}, "index": 0},
@@ -62,7 +57,7 @@ async def test_nobody_serves_the_first_state_once_a_record_exists() -> None:
 )
 @virtual
 async def test_strange_requests_get_nothing(request_: dict[str, Any]) -> None:
-    node = await make_node()
+    (node,) = await make_nodes(1)
     await train(node, rounds=1)
     await saved(node)
     assert await node.keeper.serve(request_) is None
@@ -71,7 +66,7 @@ async def test_strange_requests_get_nothing(request_: dict[str, Any]) -> None:
 @pytest.mark.parametrize("index", [-1, 3, 10**30, True, None, "0"])
 @virtual
 async def test_a_chunk_that_is_not_there_is_not_given(index: Any) -> None:
-    node = await make_node()
+    (node,) = await make_nodes(1)
     await train(node, rounds=1)
     await saved(node)
     state = node.disk.on_branch()[0].state
@@ -81,7 +76,7 @@ async def test_a_chunk_that_is_not_there_is_not_given(index: Any) -> None:
 @pytest.mark.parametrize("heads", [[], [[]], [[1, 2, 3]], [["x", b""]], [[0, b"x"]], [[10**30, bytes(32)]], [None]])
 @virtual
 async def test_who_shares_no_head_gets_the_log_from_its_beginning(heads: list[Any]) -> None:
-    node = await make_node()
+    (node,) = await make_nodes(1)
     await train(node, rounds=2)
     blob = await node.keeper.serve({"what": "log", "heads": heads})
     assert blob is not None

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from p2pllm.errors import StateError
+from p2pllm.rounds.disk import vector_digest
 from p2pllm.rounds.messages import Vote
 from p2pllm.rounds.record import Record
+from p2pllm.rounds.round import Update
 from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 
 Switch = Callable[[bool], None]
@@ -34,6 +36,12 @@ def fail_disk(peer: MemoryPeer, what: str, monkeypatch: pytest.MonkeyPatch) -> S
 
         monkeypatch.setattr(owner, name, put)
     return lambda now: full.__setitem__(0, now)
+
+
+def record_at(peer: MemoryPeer, round_: int) -> Record:
+    record = peer.disk.log.record(round_)
+    assert record is not None
+    return record
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -60,6 +68,48 @@ async def test_a_full_disk_at_one_peer_stops_no_other(
     await swarm.until(lambda: poor.disk.log.has(others[0].keeper.head) or others[0].disk.log.has(poor.keeper.head))
     swarm.check_states()
     swarm.check_rounds()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("what", ["aggregates", "log"])
+@virtual
+async def test_an_update_for_which_the_disk_was_full_is_in_one_record(
+    what: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others commit it, or else it waits for the next round."""
+    swarm = MemorySwarm(rounds=10**6)
+    *others, poor = swarm.add(count)
+    await swarm.start()
+    await swarm.until(lambda: len(poor.records) >= 2 and len(poor.records[-1].members) == count)
+    finished: list[bytes] = []
+    finish = poor.compute.finish
+
+    async def watched() -> Update | None:
+        update: Update | None = await finish()
+        if update is not None:
+            finished.append(vector_digest(update.vector))
+            poor.compute.step_s = 5.0  # it has nothing else to bring
+        return update
+
+    poor.compute.finish = watched
+    switch = fail_disk(poor, what, monkeypatch)
+    await swarm.until(lambda: bool(poor.loop.trouble))
+    switch(False)
+    (update,) = finished
+    peer = [*others, poor][0]
+
+    def records_with_it() -> list[int]:
+        return [
+            record.body.round
+            for record in peer.disk.log.records()
+            if record is not None and any(claim.update == update for claim in record.body.members)
+        ]
+
+    await swarm.until(lambda: bool(records_with_it()), 20.0)
+    assert len(finished) == 1, "it was computed anew"
+    poor.compute.step_s = 0.1
+    await swarm.until(lambda: poor.keeper.head[0] >= records_with_it()[0] + 5)
+    assert len(records_with_it()) == 1
 
 
 @virtual
@@ -103,12 +153,6 @@ async def test_a_state_that_is_damaged_in_memory_is_found_and_made_anew(
     record = peers[0].disk.log.record(4)
     assert record is not None
     assert bad.id in record.body.peers, "its update was right; only its state was not"
-
-
-def record_at(peer: MemoryPeer, round_: int) -> Record:
-    record = peer.disk.log.record(round_)
-    assert record is not None
-    return record
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

@@ -209,7 +209,7 @@ async def test_a_member_that_says_it_holds_what_is_not_there_stops_nobody(count:
     async def lie(offer: Offer, left_out: frozenset[str], not_leading: frozenset[str]) -> Roster | None:
         return await gather(dataclasses.replace(offer, holding=b"made up " * 4), left_out, not_leading)
 
-    liar.desk.gather = lie  # type: ignore[method-assign]
+    liar.desk.gather = lie  # type: ignore[method-assign, assignment]
     await swarm.start()
     honest = peers[1:]
     await swarm.until(lambda: all(peer.keeper.head[0] == 6 for peer in honest), 600.0)

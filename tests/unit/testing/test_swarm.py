@@ -68,6 +68,7 @@ class Found:
 
     peer: str
     addresses: tuple[str, ...]
+    status: bytes = b""
 
 
 class Everybody:

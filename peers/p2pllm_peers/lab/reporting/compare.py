@@ -59,6 +59,8 @@ def _pairs(a: Report, b: Report) -> Iterator[tuple[str, str, float | None, float
         ("efficiency", "%", ("swarm", "efficiency")),
         ("rounds", "rounds", ("swarm", "rounds")),
         ("time between rounds, median", "s", ("swarm", "round_interval_s")),
+        ("round that no fault touched, median", "s", ("swarm", "calm_round_s")),
+        ("pace, for the time that peers were up", "%", ("swarm", "pace")),
         ("bytes a token", "B", ("swarm", "bytes", "per_token")),
         ("bytes a round", "B", ("swarm", "bytes", "per_round")),
         ("CPU time", "s", ("swarm", "bytes", "cpu_s")),

@@ -3,8 +3,9 @@
 What lives here: the main chain, and the branches beside it: forks after a partition, and states that differ. What
 does not: reading records (`commits`), what caused it all (`recovery`).
 
-Records do not name the state that they stand on. Where a peer was seen just before it committed a round does, and
-so the main chain is followed backwards from the head that most survivors stand on.
+The main chain is followed backwards from the head that most survivors stand on. The logs on their disks name each
+record's predecessor. For rounds that no log holds any more, those of an abandoned branch, or where there is no log,
+the place where a peer was seen just before it committed a round stands in.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from p2pllm_peers.lab.logs import DiskLog
 from p2pllm_peers.lab.reporting.commits import Commit, Node, Sight
 from p2pllm_peers.lab.reporting.recovery import Fault
 
@@ -62,19 +64,23 @@ class History:
 
 
 def trace(
-    seen: Mapping[str, list[Sight]], survivors: Iterable[str], struck: Sequence[Fault], names: Mapping[str, str]
+    seen: Mapping[str, list[Sight]],
+    survivors: Iterable[str],
+    struck: Sequence[Fault],
+    names: Mapping[str, str],
+    logs: Iterable[DiskLog] = (),
 ) -> History:
     """Tell the main chain from its branches.
 
     seen: all sights of each peer, by time. survivors: who was there at the end; all if nobody was. names: peer id ->
-    name of the peer, as faults know it.
+    name of the peer, as faults know it. logs: those that were on the peers' disks at the end.
     """
     commits: dict[Node, list[Commit]] = defaultdict(list)
     for row in seen.values():
         for sight in row:
             if sight.commit is not None:
                 commits[sight.node].append(sight.commit)
-    parents = _parents(seen)
+    parents = _parents(seen) | _links(logs)
     last = [seen[peer][-1].node for peer in sorted(survivors) if seen.get(peer)]
     main = _main(last or [row[-1].node for row in seen.values() if row], commits, parents)
     branches = []
@@ -97,6 +103,12 @@ def _parents(seen: Mapping[str, list[Sight]]) -> dict[Node, Counter[str]]:
             if sight.commit is not None and before[0] == now[0] - 1 > 0:
                 parents[now][before[1]] += 1
     return parents
+
+
+def _links(logs: Iterable[DiskLog]) -> dict[Node, Counter[str]]:
+    """The same from the logs, where it is no guess."""
+    pairs = ((log.chain, round_) for log in logs for round_ in log.chain if round_ - 1 in log.chain)
+    return {(round_, chain[round_]): Counter([chain[round_ - 1]]) for chain, round_ in pairs}
 
 
 def _main(heads: list[Node], commits: dict[Node, list[Commit]], parents: dict[Node, Counter[str]]) -> dict[int, str]:

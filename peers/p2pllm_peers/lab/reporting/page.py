@@ -104,14 +104,22 @@ def _recoveries(report: Report) -> Table:
     rows = []
     for number, row in enumerate(report["recoveries"], 1):
         what = in_words(report["events"][row["event"]])
-        numbers = (row["at_s"], row["undone_s"], row["survivors_s"], row["return_s"])
-        rows.append([str(number), what, *(amount(value, "s") for value in numbers), _or_dash(row["return_round"])])
-    head = ("number", "fault", "struck at", "undone at", "others' next commit after", "back after", "back in round")
+        seen = "–"
+        if row["phase"]:
+            seen = f"{row['victims'][0]}, after round {row['round']}, {1000 * row['age_s']:.0f} ms before"
+        numbers = (row["at_s"], row["undone_s"], row["survivors_s"], row["delay_s"], row["return_s"])
+        rows.append(
+            [str(number), what, seen, *(amount(value, "s") for value in numbers), _or_dash(row["return_round"])]
+        )
+    head = ("number", "fault", "who was last seen in that phase", "struck at", "undone at", "others' next commit after",
+            "beyond a round", "back after", "back in round")  # fmt: skip
+    calm = amount(report["swarm"]["calm_round_s"], "s")
     note = (
-        "Numbers are those in the charts. Back: from the end of the fault (where the peer was never away: from its "
-        "beginning) to the first commit of the last one it had struck; “–” if that never came."
+        f"Numbers are those in the charts. A round: the median of those that no fault touched, {calm}. Back: from the "
+        "end of the fault (where the peer was never away: from its beginning) to the first commit of a round of which "
+        "the last one it had struck is a member; “–” if that never came."
     )
-    return Table("recoveries", "Faults and recoveries", note, head, rows, words=2)
+    return Table("recoveries", "Faults and recoveries", note, head, rows, words=3)
 
 
 def _branches(report: Report) -> Table:

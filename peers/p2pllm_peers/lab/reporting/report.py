@@ -11,7 +11,9 @@ The report is JSON:
                     final_validation_loss, round_interval_s (median), completed (the run's last round was reached),
                     steady (span without warm-up: from_s, to_s, tokens), tokens_per_s (of that span), alone_tokens_per_s
                     (sum over the peers), efficiency, why_no_efficiency, bytes (see `costs.together`),
-                    overhead_s (median of a round outside compute, validation and idle)
+                    overhead_s (median of a round outside compute, validation and idle), calm_round_s (median of the
+                    rounds that no fault touched), share_up (of the peers' time), pace (rounds by those of a run without
+                    faults, as long and with as many peer hours)
     rounds          the swarm's history: round, time_s (first record), loss, validation_loss, samples, tokens,
                     tokens_so_far, members (names), attempts (largest), digests (peer -> digest)
     reached         first time at each tenth of a nat of validation loss: validation_loss, time_s, tokens, round
@@ -24,16 +26,20 @@ The report is JSON:
     links           peer, what, unit, asked, measured, tolerance, passed (None: not judged)
     events          the planned list and nothing measured: the same seed gives the same
     struck          what became of them: event, at_s, error
-    recoveries      a fault each: event, do, victims, at_s, undone_s, watched_s (how long the run went on), survivors_s
-                    and survivors_round (their next new commit), return_s and return_round (the last victim's first
-                    commit in the swarm's history, from when it was undone; where the victim was never away, from the
-                    fault; None if never), away (whether the victims were)
+    recoveries      a fault each: event, do, victims, at_s, undone_s, watched_s (how long the run went on), phase, round
+                    and age_s (what the victim had said last, see `evidence.Struck`), survivors_s and survivors_round
+                    (their next new commit), delay_s (survivors_s without calm_round_s; below 0: the round had begun
+                    before), return_s and return_round (the last victim's first commit in the swarm's history as a
+                    member, from when it was undone; where the victim was never away, from the fault; None if never),
+                    away (whether the victims were)
     branches        committed beside the history: kind, cause (event), rounds, peers, from_s, to_s, tokens, rejoined
                     (peer -> round), rejoined_s, repaired
     diverged, lost, abandoned    rounds with differing states; rounds missing in the history, without and with a cut
     at_end          name, state (or "done": it ended after the run's last round), round, digest, behind (rounds to the
                     head), settling (trouble ended just before)
     timeline        name -> [{state, from_s, to_s}]
+    logs            on a peer's disk at the end: name -> round, rounds_of_history (how many of these), missing (rounds),
+                    abandoned (records that it left), problem (why it cannot be read)
     left_over, notes, checks and passed (the verdict, see `verdict.Check`)
 """
 
@@ -44,14 +50,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from p2pllm_peers.lab.evidence import Evidence, Facts, LinkCheck
+from p2pllm_peers.lab.evidence import Evidence, Facts
+from p2pllm_peers.lab.logs import DiskLog
 from p2pllm_peers.lab.reporting.commits import PARTS, Commit, Sight, read_commits, sights
 from p2pllm_peers.lab.reporting.costs import costs, together
 from p2pllm_peers.lab.reporting.history import Branch, History, trace
-from p2pllm_peers.lab.reporting.progress import reached, rounds_of, speed
-from p2pllm_peers.lab.reporting.recovery import State, faults, recoveries, timeline
-from p2pllm_peers.lab.reporting.verdict import DELAY_TOLERANCE_MS, RATE_TOLERANCE, judge
-from p2pllm_peers.lab.reporting.words import amount, branch_in_words, count, duration, median, share, size, source
+from p2pllm_peers.lab.reporting.lines import link_rows
+from p2pllm_peers.lab.reporting.progress import pace, reached, rounds_of, speed
+from p2pllm_peers.lab.reporting.recovery import State, calm_rounds, faults, recoveries, timeline
+from p2pllm_peers.lab.reporting.verdict import judge
+from p2pllm_peers.lab.reporting.words import amount, branch_in_words, count, duration, share, size, source
 
 VERSION = 1
 
@@ -76,7 +84,7 @@ def report(evidence: Evidence) -> Row:
     ends = {name: _end(row, seen.get(name, []), facts) for name, row in states.items()}
     living = [name for name, end in ends.items() if end["state"] in ("up", "starting", "done")]
     there = [name for name, end in ends.items() if end["state"] not in ("down", "never there")]
-    history = trace(seen, living, struck, names)
+    history = trace(seen, living, struck, names, evidence.logs.values())
     rounds = rounds_of(commits, history, names)
     completed = history.head >= facts.scenario.run.round.rounds
     parts = [
@@ -87,12 +95,15 @@ def report(evidence: Evidence) -> Row:
     peers = costs(facts, evidence.samples, commits, history.main)
     last_s = min(end_s, rounds[-1]["time_s"]) if completed and rounds else end_s
     damaged = [f"The records of {name} have {count(bad, 'damaged line')}." for name, (_, bad) in read.items() if bad]
+    recovered = recoveries(struck, commits, history.main, names, last_s)
+    calm = calm_rounds(recovered, rounds, end_s)
     found = {
         "version": VERSION,
         "run": _run(facts, end_s),
         "swarm": _totals(rounds, history, parts)
         | {"completed": completed, "bytes": together(peers, len(rounds), sum(row["tokens"] for row in rounds))}
-        | speed(rounds, facts),
+        | speed(rounds, facts)
+        | pace(rounds, calm, _share_up(states, end_s)),
         "rounds": rounds,
         "reached": reached(rounds),
         "peers": [row | {"crashes": p.crashes, "log": p.log} for row, p in zip(peers, facts.peers, strict=True)],
@@ -101,16 +112,17 @@ def report(evidence: Evidence) -> Row:
             "swarm": _anatomy(parts),
             "peers": {name: _anatomy(row for row in parts if row["peer"] == name) for name in commits},
         },
-        "links": [row for link in facts.links for row in _link(link)],
+        "links": [row for link in facts.links for row in link_rows(link)],
         "events": [strike.model_dump(mode="json") for strike in facts.events],
         "struck": [row.model_dump(mode="json") for row in facts.struck],
-        "recoveries": recoveries(struck, commits, history.main, last_s),
+        "recoveries": [row | {"delay_s": _minus(row["survivors_s"], calm)} for row in recovered],
         "branches": [_branch(branch, there) for branch in history.branches],
         "diverged": _rounds(history, lambda branch: branch.kind == "divergence"),
         "lost": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is None),
         "abandoned": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is not None),
         "at_end": [_at_end(name, end, seen.get(name, []), history, end_s) for name, end in ends.items()],
         "timeline": states,
+        "logs": {name: _log(log, history) for name, log in evidence.logs.items()},
         "left_over": facts.left_over,
         "notes": facts.notes + damaged,
     }
@@ -125,10 +137,9 @@ def summary_lines(report: Row) -> list[str]:
     lines = [f"{run['name']}: {duration(run['ended_s'])}, {count(len(report['peers']), 'peer')}{ended}"]
     if report["rounds"]:
         lines += _achieved(report)
-    if report["recoveries"]:
-        others, back = (amount(median(report["recoveries"], key), "s") for key in ("survivors_s", "return_s"))
-        told = f"next commit of the others after {others}, of the struck one {back} after the fault's end (medians)"
-        lines.append(f"{count(len(report['recoveries']), 'fault')}: {told}")
+    for do in dict.fromkeys(row["do"] for row in report["recoveries"]):
+        rows = [row for row in report["recoveries"] if row["do"] == do]
+        lines.append(f"{count(len(rows), do.replace('_', ' '))}: {_got_over(rows)}")
     judged = [row["passed"] for row in report["links"] if row["passed"] is not None]
     if judged:
         lines.append(f"links: {sum(judged)} of {len(judged)} measured values within tolerance")
@@ -136,6 +147,13 @@ def summary_lines(report: Row) -> list[str]:
     lines.append(f"verdict: {'FAILED' if failed else 'passed'}, {len(failed)} of {len(report['checks'])} checks failed")
     lines += [f"FAILED {check['name']}: {check['measured']} (wanted: {check['wanted']})" for check in failed]
     return lines + [f"note: {note}" for note in report["notes"]]
+
+
+def _got_over(rows: list[Row]) -> str:
+    told = (("survivors_s", "others' next commit after"), ("delay_s", "beyond a round"), ("return_s", "back after"))
+    known = [(words, [row[key] for row in rows if row[key] is not None]) for key, words in told]
+    parts = [f"{words} {statistics.median(times):.1f} s, at most {max(times):.1f}" for words, times in known if times]
+    return "; ".join(parts) or "nobody committed after it"
 
 
 def _achieved(report: Row) -> list[str]:
@@ -154,6 +172,23 @@ def _achieved(report: Row) -> list[str]:
         f"a round (mean): {', '.join(parts)}",
         f"states: {'; '.join(apart) or f'equal after {shared} of {shared} rounds that several peers recorded'}",
     ]
+
+
+def _minus(seconds: float | None, calm: list[float]) -> float | None:
+    return None if seconds is None or not calm else seconds - statistics.median(calm)
+
+
+def _share_up(states: dict[str, list[State]], end_s: float) -> float:
+    """Of the time from the beginning to the end, times the peers that were there for it, what they were up."""
+    rows = [(max(0.0, row["from_s"]), row["to_s"], row["state"]) for states_ in states.values() for row in states_]
+    up = sum(to_s - from_s for from_s, to_s, state in rows if state == "up" and to_s > from_s)
+    return up / (end_s * len(states)) if end_s and states else 0.0
+
+
+def _log(log: DiskLog, history: History) -> Row:
+    kept = sum(history.main.get(round_) == digest for round_, digest in log.chain.items())
+    numbers = {"missing": list(log.missing), "abandoned": [list(node) for node in log.abandoned]}
+    return {"round": log.head, "rounds_of_history": kept, "problem": log.problem} | numbers
 
 
 def _spread(values: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
@@ -209,35 +244,6 @@ def _totals(rounds: list[Row], history: History, parts: list[Row]) -> Row:
 
 def _anatomy(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     return _spread((part, row[part]) for row in rows for part in PARTS if row[part] is not None)
-
-
-def _link(link: LinkCheck) -> list[Row]:
-    """Each of a line's properties, and whether it is what was asked for; a loss is too rare to be judged."""
-    delay_tolerance = max(DELAY_TOLERANCE_MS, RATE_TOLERANCE * link.asked_delay_ms)
-    rows = [
-        ("up", "Mbit/s", link.asked_up_mbit, link.measured_up_mbit, RATE_TOLERANCE * link.asked_up_mbit),
-        ("down", "Mbit/s", link.asked_down_mbit, link.measured_down_mbit, RATE_TOLERANCE * link.asked_down_mbit),
-        ("delay one way", "ms", link.asked_delay_ms, link.measured_delay_ms, delay_tolerance),
-        ("loss there and back", "%", 100 * link.asked_loss, 100 * link.measured_loss, None),
-    ]
-    return [
-        {
-            "peer": link.peer,
-            "what": what,
-            "unit": unit,
-            "asked": asked,
-            "measured": measured,
-            "tolerance": tolerance,
-            "passed": None if tolerance is None else abs(measured - asked) <= tolerance * (1 + 1e-9),
-        }
-        for what, unit, asked, measured, tolerance in rows
-        if tolerance is not None or asked or measured
-    ]
-
-
-def link_is_right(link: LinkCheck) -> bool:
-    """Whether all that is judged of a line is within its tolerance."""
-    return all(row["passed"] is not False for row in _link(link))
 
 
 def _branch(branch: Branch, there: list[str]) -> Row:

@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from p2pllm_peers.lab.reporting.lines import DELAY_TOLERANCE_MS, RATE_TOLERANCE
 from p2pllm_peers.lab.reporting.words import branch_in_words, count, fault_in_words, in_words, spans
 from p2pllm_peers.lab.scenario import Verdict
 
 Report = dict[str, Any]
 
-RATE_TOLERANCE = 0.05
-"""Share by which a line's rates, and delays that are long, may differ from what was asked for."""
-DELAY_TOLERANCE_MS = 2.0
 MOST_EFFICIENT = 1.2
 """A swarm cannot make more than its peers alone; so much is left to noise."""
 
@@ -53,6 +51,10 @@ def judge(report: Report, limits: Verdict) -> list[Check]:
         checks.append(_efficiency(report, limits.min_efficiency))
     if limits.max_recovery_s is not None:
         checks.append(_recovery(report, limits.max_recovery_s))
+    checks += [_survivors(report, do, limit) for do, limit in limits.survivors_within_s.items()]
+    checks += [_returns(report, do, limit) for do, limit in limits.returns_within_s.items()]
+    if limits.min_pace is not None:
+        checks.append(_pace(report, limits.min_pace))
     if limits.nothing_left:
         checks.append(_left(report))
     return checks
@@ -134,6 +136,10 @@ def _lost(report: Report) -> Check:
     name, wanted = "nothing lost", "every committed round is in the survivors' history"
     if not report["rounds"]:
         return Check(name, wanted, "no round was committed", False)
+    logs = {row["name"]: report["logs"].get(row["name"]) for row in _present(report)}
+    torn = [name for name, log in logs.items() if log and (log["missing"] or log["problem"])]
+    if torn:
+        return Check(name, wanted, f"the log on the disk of {', '.join(torn)} is not whole", False)
     abandoned = f"; {count(len(report['abandoned']), 'round')} abandoned after a cut" if report["abandoned"] else ""
     if report["lost"]:
         return Check(name, wanted, f"lost: {spans(report['lost'])}{abandoned}", False)
@@ -198,6 +204,45 @@ def _recovery(report: Report, limit: float) -> Check:
     seconds = worst["survivors_s"]
     told = f"{seconds:.1f} s at most, after {fault_in_words(worst)}; {count(len(known), 'fault')}"
     return Check(name, wanted, told, seconds <= limit)
+
+
+def _survivors(report: Report, do: str, limit: float) -> Check:
+    name = f"next commit after {do.replace('_', ' ')}"
+    wanted = f"at most {limit:g} s beyond a round without faults"
+    calm_s = report["swarm"]["calm_round_s"]
+    rows = [row for row in report["recoveries"] if row["do"] == do]
+    if calm_s is None or not rows:
+        return Check(name, wanted, "no such fault was struck" if not rows else "no round was without faults", False)
+    never = [row for row in rows if row["delay_s"] is None and row["watched_s"] > limit + calm_s]
+    known = [row for row in rows if row["delay_s"] is not None]
+    if never or not known:
+        return Check(name, wanted, f"never after {fault_in_words((never or rows)[0])}", False)
+    worst = max(known, key=lambda row: float(row["delay_s"]))
+    told = f"{worst['delay_s']:.1f} s at most beyond {calm_s:.1f} s, after {fault_in_words(worst)}"
+    return Check(name, wanted, f"{told}; {count(len(known), 'fault')}", worst["delay_s"] <= limit)
+
+
+def _returns(report: Report, do: str, limit: float) -> Check:
+    """From when a fault was undone; those that nothing undid, or so late that there was no time, tell nothing."""
+    name, wanted = f"return after {do.replace('_', ' ')}", f"a member of a committed round again within {limit:g} s"
+    end_s = report["run"]["ended_s"]
+    rows = [row for row in report["recoveries"] if row["do"] == do and row["undone_s"] is not None]
+    never = [row for row in rows if row["return_s"] is None and end_s - row["undone_s"] > limit]
+    known = [row for row in rows if row["return_s"] is not None]
+    if never or not known:
+        return Check(name, wanted, f"never after {fault_in_words(never[0])}" if never else "nobody came back", False)
+    worst = max(known, key=lambda row: float(row["return_s"]))
+    told = f"{worst['return_s']:.1f} s at most, after {fault_in_words(worst)}; {count(len(known), 'fault')}"
+    return Check(name, wanted, told, worst["return_s"] <= limit)
+
+
+def _pace(report: Report, limit: float) -> Check:
+    swarm = report["swarm"]
+    name, wanted = "pace", f"at least {limit:.0%} of the rounds without faults, for the time that peers were up"
+    if swarm["pace"] is None:
+        return Check(name, wanted, "not measured: no round was without faults", False)
+    told = f"{swarm['pace']:.1%}, peers were up {swarm['share_up']:.1%} of the time"
+    return Check(name, wanted, told, swarm["pace"] >= limit)
 
 
 def _left(report: Report) -> Check:
