@@ -66,8 +66,9 @@ class MemberRecord:
     def sign(
         cls, identity: Identity, run_id: str, addresses: Sequence[str], now: float, status: bytes = b""
     ) -> MemberRecord:
-        """A record of ourselves; status: at most MAX_STATUS_BYTES. Addresses that do not fit into MAX_RECORD_BYTES are left out, the last ones
-        first.
+        """A record of ourselves with a status of at most MAX_STATUS_BYTES.
+
+        Addresses that do not fit into MAX_RECORD_BYTES are left out, the last ones first.
         """
         fitting = list(addresses)[:MAX_ADDRESSES]
         while True:

@@ -38,6 +38,7 @@ class CatchUp:
         self._fetcher = fetcher
         self._disk = disk
         self._optimizer = optimizer
+        self._owed: tuple[Head, list[Record]] | None = None  # where the log must go back to
 
     async def run(self, branch: Branch, peers: list[str], own: SharedState | None, into: SharedState) -> bool:
         """Move the log to `branch`, or further along it, and make the state there in `into`.
@@ -46,6 +47,7 @@ class CatchUp:
         the log is then as it was. Raises StateError if our own disk fails.
         """
         self._fetcher.refuted.clear()
+        await self.settle()
         for peer in peers:
             try:
                 if await self._from(peer, branch, peers, own, into):
@@ -57,6 +59,12 @@ class CatchUp:
                 log.info("catching up with %s failed: %s", peer[-8:], error)
         return False
 
+    async def settle(self) -> None:
+        """Move the log back to where the state is, if that is owed. Raises StateError if the disk fails."""
+        if self._owed is not None:
+            await asyncio.to_thread(self._disk.log.switch, *self._owed)
+            self._owed = None
+
     async def _from(
         self, peer: str, branch: Branch, peers: list[str], own: SharedState | None, into: SharedState
     ) -> bool:
@@ -66,7 +74,8 @@ class CatchUp:
             state = own if own is not None and before.head == base else None
             await self._make(state, [peer, *(other for other in peers if other != peer)], into)
         except BaseException:
-            await asyncio.to_thread(self._disk.log.switch, base, abandoned)
+            self._owed = (base, abandoned)
+            await self.settle()
             raise
         if abandoned:
             after = self._disk.log.branch
@@ -97,7 +106,7 @@ class CatchUp:
         if not taken and branch.head != own.head:
             raise Refuted("it has no records that we lack")
         anchored = self._anchor(base, taken)
-        if Branch(at.head, at.total, anchored).rank < own.rank:
+        if Branch(at.head, at.total, anchored).rank < self._disk.log.branch.rank:  # with what it told of checkpoints
             raise Refuted("its log has less behind it than ours")
         abandoned = await asyncio.to_thread(self._disk.log.switch, base, taken)
         return base, abandoned

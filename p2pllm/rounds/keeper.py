@@ -184,6 +184,7 @@ class StateKeeper:
                 if vector is None or await self._step(vector) != record.body.state:
                     raise StateError(f"The aggregate of round {record.body.round} is damaged here.")
             begin = clock()
+            await self._catchup.settle()
             await asyncio.to_thread(self.disk.log.append, record)
             self.seconds["log"] = clock() - begin
             await self._move()
@@ -213,6 +214,7 @@ class StateKeeper:
             self._in_spare = b""
             before = self.head
             if not await self._catchup.run(branch, peers, self.state if self.has_state else None, self._spare):
+                self.branch = self.disk.log.branch  # there may be a new checkpoint on it
                 return False
             if self.disk.log.branch.head != before or not self.has_state:
                 await to_the_end(self._move())

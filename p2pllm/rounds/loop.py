@@ -20,7 +20,7 @@ from p2pllm.rounds import plan
 from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase
-from p2pllm.rounds.record import Head
+from p2pllm.rounds.record import Head, Record
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.round import RoundResult, RoundRunner, Update, joined
 from p2pllm.rounds.swarm import SwarmView
@@ -155,20 +155,20 @@ class TrainingLoop:
         if update is None:
             return await self._rest()
         self._pending = None
-        if self._is_behind():
+        try:
+            result = await self._runner.run(update) if not self._is_behind() else RoundResult(reason="we are behind")
+            if result.record is not None:
+                self._view.presume_commit({*result.record.voters, *result.record.body.peers}, self._keeper.branch)
+                self._view.say(phase="commit")
+                seconds = await self._keeper.commit(result.record)
+        except StateError:
             self._pending = update.kept()
-            return None
-        result = await self._runner.run(update)
-        if result.record is None:
-            log.info("round %d is not ours: %s", self._keeper.head[0], result.reason)
+            raise
         if result.record is None or not result.included:
             self._pending = update.kept()
         if result.record is None:
-            return None
-        self._view.presume_commit({*result.record.voters, *result.record.body.peers}, self._keeper.branch)
-        self._view.say(phase="commit")
-        seconds = await self._keeper.commit(result.record)
-        return await self._report(result, {"compute": collected - begin, **result.seconds, **seconds})
+            return log.info("round %d is not ours: %s", self._keeper.head[0], result.reason)
+        return await self._report(result.record, result, {"compute": collected - begin, **result.seconds, **seconds})
 
     async def _wait_for_room(self) -> None:
         log.warning("the swarm is full; waiting until it has room for this peer")
@@ -181,9 +181,10 @@ class TrainingLoop:
     def _is_behind(self) -> bool:
         return plan.branch_to_follow(self._own(), self._view.statuses()) is not None
 
-    async def _rest(self) -> None:
-        """There is no update and the worker may need a moment; nobody is to wait for us meanwhile."""
-        self._view.say(phase="starting", samples=0)
+    async def _rest(self, phase: Phase = "starting") -> None:
+        """The worker, the disk or others may need a moment; nobody is to wait for us meanwhile."""
+        self._view.say(phase=phase, samples=0)
+        # Not until the next change: others' statuses change many times a second.
         await self._view.wait_until(lambda: self._stopping, RETRY_S)
 
     async def _collect(self) -> None:
@@ -248,9 +249,7 @@ class TrainingLoop:
             self._view.doubt(donors)
         elif self._keeper.refuted:
             self._view.doubt(self._keeper.refuted)
-        # Not until the next change: others' statuses change many times a second.
-        await self._view.wait_until(lambda: self._stopping, RETRY_S)
-        return None
+        return await self._rest("joining")
 
     def _drop_included(self, before: Head) -> None:
         """The swarm may have committed our update without our knowing: then it is not pending any more."""
@@ -258,10 +257,9 @@ class TrainingLoop:
         if record is not None and record.body.base == before and self._view.peer_id in record.body.peers:
             self._pending = None
 
-    async def _report(self, result: RoundResult, seconds: dict[str, float]) -> None:
+    async def _report(self, record: Record, result: RoundResult, seconds: dict[str, float]) -> None:
         """Announce the new head, evaluate if it is time, and hand over the record."""
-        assert result.record is not None  # noqa: S101 - it was just committed
-        body = result.record.body
+        body = record.body
         self._view.say(branch=self._keeper.branch, samples=0)
         data = self._manifest.data
         begin = time.monotonic()

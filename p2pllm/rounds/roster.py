@@ -157,8 +157,7 @@ class RosterDesk:
 
     def _noted(self, roster: Roster, search: _Search) -> Roster:
         """Learn how long it takes until all are in."""
-        waited_for = plan.taking_part(roster.head, self._view.statuses()) - search.left_out
-        if waited_for <= set(roster.members):
+        if plan.taking_part(roster.head, self._view.statuses()) - search.left_out <= set(roster.members):
             self._wait.note(self._clock() - search.started)
         else:
             self._wait.missed()

@@ -6,6 +6,8 @@ broken promise with exit code 77, and the input is in out/fuzz/TARGET/; give tha
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import random
 import subprocess
@@ -14,7 +16,8 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["p2pllm", "multiaddr"]):
+# It names every module that it instruments, about a hundred.
+with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["p2pllm", "multiaddr"]):
     from fuzzing.targets import TARGETS
 
 from fuzzing.mutate import changed

@@ -31,7 +31,21 @@ NUMBERS = (
     (1 << 63) - 1,
     (1 << 64) - 1,
 )
-OTHERS = (None, True, False, "", "text", b"", bytes(32), [], {}, 0.5, 1e308, float("nan"), float("-inf"))
+OTHERS: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    "",
+    "text",
+    b"",
+    bytes(32),
+    [],
+    {},
+    0.5,
+    1e308,
+    float("nan"),
+    float("-inf"),
+)
 
 Dump = Callable[[Any], bytes]
 

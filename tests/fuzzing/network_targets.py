@@ -40,7 +40,8 @@ UNFILLED = 96 << 20
 
 
 def _beats() -> list[bytes]:
-    hints = {peer_number(number): (f"{ADDRESS}/p2p/{peer_number(number)}",) for number in range(2, 2 + MAX_HINTS)}
+    others = [peer_number(number) for number in range(2, 2 + MAX_HINTS)]
+    hints: dict[str, tuple[str, ...]] = {other: (f"{ADDRESS}/p2p/{other}",) for other in others}
     beats = [Beat(b""), Beat(bytes(MAX_STATUS_BYTES)), Beat(b"status", (ADDRESS,)), Beat(b"status", (ADDRESS,), hints)]
     return [beat.encode() for beat in beats]
 

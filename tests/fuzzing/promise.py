@@ -21,7 +21,7 @@ class Target:
     """One decoder, or some that take the same bytes.
 
     read: gives it one input; whether it was taken. seeds: inputs that are taken, made by the real encoders. max_bytes:
-    longest input worth trying. memory: bytes that one input may cost at most, over what is there before and after.
+    longest input worth trying. memory: bytes that one input may cost at most, without what stays after it.
     is_json: the input is JSON, not msgpack.
     """
 
@@ -33,22 +33,22 @@ class Target:
     is_json: bool = False
 
     def begin(self) -> None:
-        """Start to measure memory, with all that is imported or remembered once already there."""
+        """Import and remember what is imported or remembered once, so that no input pays for it."""
         for seed in self.seeds():
             self.read(seed)
-        if not tracemalloc.is_tracing():
-            tracemalloc.start()
 
     def keep(self, data: bytes, seconds: float = SECONDS) -> bool:
         """Read one input, after `begin`; whether it was taken. Raises BrokenPromiseError, or whatever `read` raises."""
-        tracemalloc.reset_peak()
-        before, started = tracemalloc.get_traced_memory()[0], time.thread_time()
-        taken = self.read(data)
-        took, (after, most) = time.thread_time() - started, tracemalloc.get_traced_memory()
-        peak = most - max(before, after)  # what stays is in caches, each of which has a bound of its own
+        tracemalloc.start()
+        try:
+            started = time.thread_time()
+            taken = self.read(data)
+            took, (after, peak) = time.thread_time() - started, tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
         if took > seconds:
             raise BrokenPromiseError(f"{self.name}: {len(data)} bytes took {took:.2f} s")
-        if peak > self.memory:
+        if peak - after > self.memory:  # what stays is in caches, each of which has a bound of its own
             raise BrokenPromiseError(f"{self.name}: {len(data)} bytes took {peak} bytes of memory, not {self.memory}")
         return taken
 

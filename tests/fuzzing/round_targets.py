@@ -46,9 +46,14 @@ def following(base: Branch, members: int = 2, salt: int = 0) -> Record:
     """A right record after `base`."""
     claims = claims_of(base.head, members)
     total = base.total + sum(claim.samples for claim in claims)
-    digests = {"aggregate": bytes([salt]) * 32, "state": bytes(32)}
     body = Body(
-        run=bytes.fromhex(RUN), round=base.head[0] + 1, previous=base.head[1], total=total, members=claims, **digests
+        run=bytes.fromhex(RUN),
+        round=base.head[0] + 1,
+        previous=base.head[1],
+        total=total,
+        members=claims,
+        aggregate=bytes([salt]) * 32,
+        state=bytes(32),
     )
     votes = {identity_number(at).peer_id: sign_vote(identity_number(at), body.digest) for at in range(members)}
     return Record.of(body, votes)

@@ -1,8 +1,8 @@
 """Strikes that wait for a phase of a round: whom they mean, when that peer is there, and one after the other.
 
-A daemon says on its control socket in which phase it is; only while a strike is awaited, only one daemon is asked,
-every POLL_S or more often. A strike is awaited once the swarm is whole, that is once all who are up take part for each other, and
-has then committed CALM_ROUNDS rounds: so the struck of the last one are back, and each fault has a round without
+A daemon says on its control socket in which phase it is. One is asked at a time, only while a strike is awaited, every
+POLL_S or more often. A strike is awaited once the swarm is whole, that is once all who are up take part for each other,
+and has then committed CALM_ROUNDS rounds: so the struck of the last one are back, and each fault has a round without
 faults before it. What does not live here: what is planned (`timeline`) and how a fault is done (`faults`).
 """
 

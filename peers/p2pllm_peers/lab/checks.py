@@ -264,7 +264,7 @@ def _check_verdict(scenario: Scenario) -> None:
         raise UsageError("[verdict] min_efficiency: needs what peers make alone; set alone_s, for example to 20")
     if scenario.events or scenario.churn.faults_per_hour:
         return
-    for name in ("max_recovery_s", "survivors_within_s", "returns_within_s"):
+    for name in ("max_recovery_s", "survivors_within_s", "stalls_within_s", "returns_within_s"):
         if getattr(verdict, name):
             raise UsageError(f"[verdict] {name}: there is no fault to recover from; remove it, or add [[events]]")
 

@@ -148,11 +148,17 @@ class Verdict(_Section):
     survivors_within_s: Limits = Field(
         {}, description="by fault: survivors' next commit, seconds beyond the median round that no fault touched"
     )
+    stalls_within_s: Limits = Field(
+        {}, description="by fault: what it cost the survivors beside computing in that round or the next, seconds"
+    )
     returns_within_s: Limits = Field(
         {}, description="by fault: from its end until the struck are members of a committed round, seconds"
     )
     min_pace: float | None = Field(
-        None, gt=0, le=1, description="rounds by those of a run without faults, as long and with as many peer hours"
+        None,
+        ge=0,
+        le=1,
+        description="rounds by those of a run without faults, as long and with as many peer hours; 0: any",
     )
 
 

@@ -52,7 +52,7 @@ def live_through() -> None:
 def test_a_table_of_peers_and_lines(told: io.StringIO) -> None:
     live_through()
     lines = [line.strip("│ ") for line in told.getvalue().splitlines()[-11:]]
-    assert lines[1] == "2 of 600 s  round 4  loss 3.2000  5,012 tokens/s"
+    assert lines[1] == "2 of 900 s  round 4  loss 3.2000  5,012 tokens/s"
     assert lines[4].split() == ["peer-0", "0.5", "50/100", "10ms", "collecting", "4", "1,700", "1.5M", "12k", "ababab"]
     assert lines[6].split() == ["peer-2", "0.5", "50/100", "5ms", "down", "0", "0", "1.5M", "12k"]
     assert lines[7] == "measuring the lines" and lines[8] == "3.8 s  kill peer-2"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import digest, evidence, long_run, peer, record, strikes
+from fake_runs import PARTS, digest, evidence, long_run, peer, record, strikes
 
 from p2pllm_peers.lab.evidence import Evidence, LinkCheck
 from p2pllm_peers.lab.reporting.report import report
@@ -199,6 +199,19 @@ def test_next_commit_and_return_by_kind_of_fault(tmp_path: Path) -> None:
     dead = evidence(tmp_path / "4", {"a": both, "b": both}, **strikes((10.5, "kill", "b")))
     found = check(dead, survivors_within_s={"kill": 9.0})
     assert not found.passed and found.measured == "never after kill b at 10 s"
+
+
+def test_a_stall_is_what_the_next_rounds_took_beside_computing(tmp_path: Path) -> None:
+    """A round takes 0.4 s beside computing; the one after the freeze half a second more, the next one a second."""
+    rows = {"a": [record(n, 2.0 * n) for n in range(1, 6)], "b": [record(n, 2.0 * n) for n in range(1, 6)]}
+    for number, more in ((6, 0.5), (7, 1.0), (8, 3.0)):
+        seconds = PARTS | {"compute": 9.0, "vote": PARTS["vote"] + more}
+        rows["a"].append(record(number, 2.0 * number + 9.0, ["a"], seconds=seconds))
+    made = evidence(tmp_path, rows, **strikes((10.5, "freeze", "b")))
+    found = check(made, stalls_within_s={"freeze": 1.0001})
+    assert found.passed and found.measured == "1.0 s at most, after freeze b at 10 s; 1 fault"
+    assert not check(made, stalls_within_s={"freeze": 0.99}).passed
+    assert not check(made, stalls_within_s={"kill": 9.0}).passed
 
 
 def test_pace(tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ class Commit(BaseModel):
         """When the peer began to work on the round."""
         return self.time_s - (self.round_s or sum(self.seconds.values()))
 
+    @property
+    def overhead_s(self) -> float:
+        """What the round took beside computing and evaluating."""
+        row = self.parts()
+        return sum(row[part] or 0.0 for part in ("roster", "exchange", "vote", "apply"))
+
     def parts(self) -> dict[str, float | None]:
         """Seconds of each of PARTS; idle is None in records that do not tell how long the whole round took."""
         known = self.seconds

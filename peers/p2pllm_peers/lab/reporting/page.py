@@ -107,15 +107,16 @@ def _recoveries(report: Report) -> Table:
         seen = "–"
         if row["phase"]:
             seen = f"{row['victims'][0]}, after round {row['round']}, {1000 * row['age_s']:.0f} ms before"
-        numbers = (row["at_s"], row["undone_s"], row["survivors_s"], row["delay_s"], row["return_s"])
+        numbers = (row["at_s"], row["undone_s"], row["survivors_s"], row["delay_s"], row["stall_s"], row["return_s"])
         rows.append(
             [str(number), what, seen, *(amount(value, "s") for value in numbers), _or_dash(row["return_round"])]
         )
     head = ("number", "fault", "who was last seen in that phase", "struck at", "undone at", "others' next commit after",
-            "beyond a round", "back after", "back in round")  # fmt: skip
+            "beyond a round", "stalled for", "back after", "back in round")  # fmt: skip
     calm = amount(report["swarm"]["calm_round_s"], "s")
     note = (
-        f"Numbers are those in the charts. A round: the median of those that no fault touched, {calm}. Back: from the "
+        f"Numbers are those in the charts. A round: the median of those that no fault touched, {calm}. Stalled: what "
+        "that round or the next took them more than usual, without computing. Back: from the "
         "end of the fault (where the peer was never away: from its beginning) to the first commit of a round of which "
         "the last one it had struck is a member; “–” if that never came."
     )

@@ -7,7 +7,8 @@ recovery took. What does not: planning and striking faults (`timeline`, `faults`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,19 +116,43 @@ def recoveries(
     return [_recovery(fault, everything, own, end_s) for fault in struck]
 
 
-def calm_rounds(recoveries: Sequence[dict[str, Any]], rounds: Sequence[dict[str, Any]], end_s: float) -> list[float]:
-    """Seconds of each round, from one commit to the next, that no fault touched.
+def calm_rounds(
+    recoveries: Sequence[dict[str, Any]], rounds: Sequence[dict[str, Any]], end_s: float
+) -> dict[int, float]:
+    """Seconds of each round, by number, from one commit to the next, that no fault touched.
 
     A fault touches the rounds from when it strikes until its victims are back, or for good if they never are although
     it was undone. One that nothing undoes touches them until the others commit again.
     """
     spans = [(row["at_s"], _over(row, end_s)) for row in recoveries]
-    found = []
+    found = {}
     for before, after in itertools.pairwise(row for row in rounds if row["time_s"] >= 0):
         begin, end = before["time_s"], after["time_s"]
         if after["round"] == before["round"] + 1 and not any(since < end and begin < until for since, until in spans):
-            found.append(end - begin)
+            found[after["round"]] = end - begin
     return found
+
+
+def stalls(
+    recoveries: Sequence[dict[str, Any]], commits: Mapping[str, list[Commit]], calm: Iterable[int]
+) -> list[float | None]:
+    """For each fault what the round under way and the next one took the others, beside computing.
+
+    More precisely by how much it was more than the median of the rounds that no fault touched, seconds, for the slower
+    one of the two and of the others. So time to compute, which is longer with less machines, is not in it.
+    """
+    everything = sorted(itertools.chain.from_iterable(commits.values()), key=lambda commit: commit.time_s)
+    untouched = set(calm)
+    usual = [commit.overhead_s for commit in everything if commit.round in untouched]
+    return [_stall(row, everything, statistics.median(usual)) if usual else None for row in recoveries]
+
+
+def _stall(row: dict[str, Any], everything: list[Commit], usual_s: float) -> float | None:
+    first = row["survivors_round"]
+    if first is None:
+        return None
+    others = (commit for commit in everything if commit.time_s > row["at_s"] and commit.peer not in row["victims"])
+    return max((c.overhead_s for c in others if first <= c.round <= first + 1), default=usual_s) - usual_s
 
 
 def _over(row: dict[str, Any], end_s: float) -> float:

@@ -29,9 +29,9 @@ The report is JSON:
     recoveries      a fault each: event, do, victims, at_s, undone_s, watched_s (how long the run went on), phase, round
                     and age_s (what the victim had said last, see `evidence.Struck`), survivors_s and survivors_round
                     (their next new commit), delay_s (survivors_s without calm_round_s; below 0: the round had begun
-                    before), return_s and return_round (the last victim's first commit in the swarm's history as a
-                    member, from when it was undone; where the victim was never away, from the fault; None if never),
-                    away (whether the victims were)
+                    before), stall_s (see `recovery.stalls`), return_s and return_round (the last victim's first commit
+                    in the swarm's history as a member, from when it was undone; where the victim was never away, from
+                    the fault; None if never), away (whether the victims were)
     branches        committed beside the history: kind, cause (event), rounds, peers, from_s, to_s, tokens, rejoined
                     (peer -> round), rejoined_s, repaired
     diverged, lost, abandoned    rounds with differing states; rounds missing in the history, without and with a cut
@@ -39,7 +39,7 @@ The report is JSON:
                     head), settling (trouble ended just before)
     timeline        name -> [{state, from_s, to_s}]
     logs            on a peer's disk at the end: name -> round, rounds_of_history (how many of these), missing (rounds),
-                    abandoned (records that it left), problem (why it cannot be read)
+                    abandoned (other records), problem (why it cannot be read)
     left_over, notes, checks and passed (the verdict, see `verdict.Check`)
 """
 
@@ -57,7 +57,7 @@ from p2pllm_peers.lab.reporting.costs import costs, together
 from p2pllm_peers.lab.reporting.history import Branch, History, trace
 from p2pllm_peers.lab.reporting.lines import link_rows
 from p2pllm_peers.lab.reporting.progress import pace, reached, rounds_of, speed
-from p2pllm_peers.lab.reporting.recovery import State, calm_rounds, faults, recoveries, timeline
+from p2pllm_peers.lab.reporting.recovery import State, calm_rounds, faults, recoveries, stalls, timeline
 from p2pllm_peers.lab.reporting.verdict import judge
 from p2pllm_peers.lab.reporting.words import amount, branch_in_words, count, duration, share, size, source
 
@@ -103,7 +103,7 @@ def report(evidence: Evidence) -> Row:
         "swarm": _totals(rounds, history, parts)
         | {"completed": completed, "bytes": together(peers, len(rounds), sum(row["tokens"] for row in rounds))}
         | speed(rounds, facts)
-        | pace(rounds, calm, _share_up(states, end_s)),
+        | pace(rounds, list(calm.values()), _share_up(states, end_s)),
         "rounds": rounds,
         "reached": reached(rounds),
         "peers": [row | {"crashes": p.crashes, "log": p.log} for row, p in zip(peers, facts.peers, strict=True)],
@@ -115,7 +115,10 @@ def report(evidence: Evidence) -> Row:
         "links": [row for link in facts.links for row in link_rows(link)],
         "events": [strike.model_dump(mode="json") for strike in facts.events],
         "struck": [row.model_dump(mode="json") for row in facts.struck],
-        "recoveries": [row | {"delay_s": _minus(row["survivors_s"], calm)} for row in recovered],
+        "recoveries": [
+            row | {"delay_s": _minus(row["survivors_s"], list(calm.values())), "stall_s": stall_s}
+            for row, stall_s in zip(recovered, stalls(recovered, commits, calm), strict=True)
+        ],
         "branches": [_branch(branch, there) for branch in history.branches],
         "diverged": _rounds(history, lambda branch: branch.kind == "divergence"),
         "lost": _rounds(history, lambda branch: branch.kind == "fork" and branch.cause is None),
@@ -150,7 +153,8 @@ def summary_lines(report: Row) -> list[str]:
 
 
 def _got_over(rows: list[Row]) -> str:
-    told = (("survivors_s", "others' next commit after"), ("delay_s", "beyond a round"), ("return_s", "back after"))
+    told = (("survivors_s", "others' next commit after"), ("delay_s", "beyond a round"), ("stall_s", "stalled for"),
+            ("return_s", "back after"))  # fmt: skip
     known = [(words, [row[key] for row in rows if row[key] is not None]) for key, words in told]
     parts = [f"{words} {statistics.median(times):.1f} s, at most {max(times):.1f}" for words, times in known if times]
     return "; ".join(parts) or "nobody committed after it"
@@ -187,7 +191,8 @@ def _share_up(states: dict[str, list[State]], end_s: float) -> float:
 
 def _log(log: DiskLog, history: History) -> Row:
     kept = sum(history.main.get(round_) == digest for round_, digest in log.chain.items())
-    numbers = {"missing": list(log.missing), "abandoned": [list(node) for node in log.abandoned]}
+    left = [[round_, digest] for round_, digest in log.abandoned if history.main.get(round_) != digest]
+    numbers = {"missing": list(log.missing), "abandoned": left}
     return {"round": log.head, "rounds_of_history": kept, "problem": log.problem} | numbers
 
 

@@ -52,8 +52,9 @@ def judge(report: Report, limits: Verdict) -> list[Check]:
     if limits.max_recovery_s is not None:
         checks.append(_recovery(report, limits.max_recovery_s))
     checks += [_survivors(report, do, limit) for do, limit in limits.survivors_within_s.items()]
+    checks += [_stalls(report, do, limit) for do, limit in limits.stalls_within_s.items()]
     checks += [_returns(report, do, limit) for do, limit in limits.returns_within_s.items()]
-    if limits.min_pace is not None:
+    if limits.min_pace:
         checks.append(_pace(report, limits.min_pace))
     if limits.nothing_left:
         checks.append(_left(report))
@@ -220,6 +221,16 @@ def _survivors(report: Report, do: str, limit: float) -> Check:
     worst = max(known, key=lambda row: float(row["delay_s"]))
     told = f"{worst['delay_s']:.1f} s at most beyond {calm_s:.1f} s, after {fault_in_words(worst)}"
     return Check(name, wanted, f"{told}; {count(len(known), 'fault')}", worst["delay_s"] <= limit)
+
+
+def _stalls(report: Report, do: str, limit: float) -> Check:
+    name, wanted = f"stall after {do.replace('_', ' ')}", f"at most {limit:g} s of a round beside computing"
+    known = [row for row in report["recoveries"] if row["do"] == do and row["stall_s"] is not None]
+    if not known:
+        return Check(name, wanted, "not measured: no such fault, or no round without faults", False)
+    worst = max(known, key=lambda row: float(row["stall_s"]))
+    told = f"{worst['stall_s']:.1f} s at most, after {fault_in_words(worst)}; {count(len(known), 'fault')}"
+    return Check(name, wanted, told, worst["stall_s"] <= limit)
 
 
 def _returns(report: Report, do: str, limit: float) -> Check:
