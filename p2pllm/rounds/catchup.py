@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,17 +41,20 @@ class CatchUp:
         self._optimizer = optimizer
         self._owed: tuple[Head, list[Record]] | None = None  # where the log must go back to
 
-    async def run(self, branch: Branch, peers: list[str], own: SharedState | None, into: SharedState) -> bool:
+    async def run(
+        self, branch: Branch, peers: list[str], own: SharedState | None, into: SharedState, others: Sequence[str] = ()
+    ) -> bool:
         """Move the log to `branch`, or further along it, and make the state there in `into`.
 
-        peers: claim to hold it. own: our state, at our log's head; None: we have none. False if it is not to be had;
-        the log is then as it was. Raises StateError if our own disk fails.
+        peers: claim to hold it. own: our state, at our log's head; None: we have none. others: asked for snapshots and
+        aggregates, too. False if it is not to be had; the log is then as it was. Raises StateError if our own disk
+        fails.
         """
         self._fetcher.refuted.clear()
         await self.settle()
         for peer in peers:
             try:
-                if await self._from(peer, branch, peers, own, into):
+                if await self._from(peer, branch, [*peers, *others], own, into):
                     return True
             except (Refuted, MessageError) as error:
                 log.warning("what %s claims is refuted: %s", peer[-8:], error)
@@ -66,13 +70,13 @@ class CatchUp:
             self._owed = None
 
     async def _from(
-        self, peer: str, branch: Branch, peers: list[str], own: SharedState | None, into: SharedState
+        self, peer: str, branch: Branch, sources: list[str], own: SharedState | None, into: SharedState
     ) -> bool:
         before = self._disk.log.branch
         base, abandoned = await self._move_log(peer, branch)
         try:
             state = own if own is not None and before.head == base else None
-            await self._make(state, [peer, *(other for other in peers if other != peer)], into)
+            await self._make(state, [peer, *(other for other in sources if other != peer)], into)
         except BaseException:
             self._owed = (base, abandoned)
             await self.settle()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -205,15 +205,17 @@ class StateKeeper:
 
     # -- what others hold ---------------------------------------------------------------------------------------------
 
-    async def follow(self, branch: Branch, peers: list[str]) -> bool:
+    async def follow(self, branch: Branch, peers: list[str], others: Sequence[str] = ()) -> bool:
         """Move to `branch`, which `peers` claim to hold, or further along it; False if none could help.
 
+        others: may have parts of it, too.
         Our state changes only when another one is whole and is the one that the records name.
         """
         async with self._lock:
             self._in_spare = b""
             before = self.head
-            if not await self._catchup.run(branch, peers, self.state if self.has_state else None, self._spare):
+            own = self.state if self.has_state else None
+            if not await self._catchup.run(branch, peers, own, self._spare, others):
                 self.branch = self.disk.log.branch  # there may be a new checkpoint on it
                 return False
             if self.disk.log.branch.head != before or not self.has_state:
@@ -247,6 +249,7 @@ class StateKeeper:
     async def anchor(self, checkpoint: Checkpoint) -> bool:
         """Take the organiser's checkpoint; True if it was new."""
         async with self._lock:
+            await self._catchup.settle()
             new = await asyncio.to_thread(self.disk.log.add_checkpoint, checkpoint)
             self.branch = self.disk.log.branch
             return new

@@ -234,7 +234,8 @@ class TrainingLoop:
         log.info("catching up from round %d to %d", own[0], branch.head[0])
         self._view.say(phase="joining", samples=0)
         donors = plan.donors(branch, statuses)
-        if await self._keeper.follow(branch, donors):
+        others = [peer for peer, status in statuses.items() if status.total and peer not in donors]
+        if await self._keeper.follow(branch, donors, others):
             self._failed_follows = 0
             self._at_head_since = time.monotonic()
             reached = self._keeper.branch

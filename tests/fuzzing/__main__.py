@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if name == "all":  # one process each: libFuzzer ends the one it runs in
         commands = [[sys.executable, "-m", "fuzzing", each, *arguments[1:]] for each in TARGETS]
-        return max(subprocess.run(command, check=False).returncode for command in commands)
+        return int(any([subprocess.run(command, check=False).returncode for command in commands]))
     _fuzz(TARGETS[name], what)
     return 0
 
