@@ -22,9 +22,9 @@ class Branch(NamedTuple):
     anchor: int  # round of the newest checkpoint of the organiser on it; 0: none
 
     @property
-    def rank(self) -> tuple[int, int, bytes]:
+    def rank(self) -> tuple[int, int, int]:
         """The greater one is to be followed."""
-        return (self.anchor, self.total, bytes(255 - byte for byte in self.head[1]))
+        return (self.anchor, self.total, -int.from_bytes(self.head[1], "big"))
 
 
 def start_of(run_id: str) -> Branch:

@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
         return 2
     if name == "all":  # one process each: libFuzzer ends the one it runs in
         commands = [[sys.executable, "-m", "fuzzing", each, *arguments[1:]] for each in TARGETS]
-        return int(any([subprocess.run(command, check=False).returncode for command in commands]))
+        codes = [subprocess.run(command, check=False).returncode for command in commands]
+        return int(any(codes))
     _fuzz(TARGETS[name], what)
     return 0
 
@@ -62,7 +63,7 @@ def _fuzz(target: Target, what: str) -> None:
 
     def mutate(data: bytes, max_bytes: int, seed: int) -> bytes:
         draw = random.Random(seed)
-        other = changed(data, draw, is_json=target.is_json) if draw.random() < 0.5 else None
+        other = changed(data, draw, is_json=target.is_json) if draw.random() < 0.8 else None
         return other if other is not None and len(other) <= max_bytes else bytes(atheris.Mutate(data, max_bytes))
 
     target.begin()

@@ -99,7 +99,7 @@ def _change_length(values: list[Any], at: int, draw: random.Random) -> None:
 
 def _other(value: Any, another: Any, draw: random.Random) -> Any:
     """Something else in the place of `value`; `another` is a value from elsewhere."""
-    match draw.randrange(5):
+    match draw.randrange(6):
         case 0:
             return another
         case 1:
@@ -109,7 +109,7 @@ def _other(value: Any, another: Any, draw: random.Random) -> Any:
     if isinstance(value, bool | None):
         return not value
     if isinstance(value, int | float):
-        return value + draw.choice((-1, 1, 0.5))
+        return value + draw.choice((-1, 1))
     if isinstance(value, bytes | str) and value:
         return _bent(value, draw)
     return [value] * draw.choice((1, 2, 100))

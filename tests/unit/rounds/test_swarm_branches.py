@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import pytest
 
@@ -153,10 +154,10 @@ async def test_the_update_of_who_yields_is_in_its_next_record() -> None:
     pending: list[Update | None] = []
     follow = lost.keeper.follow
 
-    async def watched(branch: Branch, peers: list[str]) -> bool:
+    async def watched(branch: Branch, peers: list[str], others: Sequence[str] = ()) -> bool:
         pending.append(lost.loop._pending)
         lost.compute.step_s = 1000.0  # it has nothing else to bring
-        return await follow(branch, peers)
+        return await follow(branch, peers, others)
 
     lost.keeper.follow = watched  # type: ignore[method-assign]
     alone = len(lost.records)
