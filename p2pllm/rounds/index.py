@@ -67,7 +67,7 @@ class Outline(NamedTuple):
             _version, run, round_, previous, total, members, *_ = body
             samples = sum(claim[1] for claim in members)
             digest = blake3(msgpack.packb(body)).digest()
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise MessageError(f"it is not a record: {error}") from None
         types = [type(value) for value in (run, previous, round_, total, samples)]
         if types != [bytes, bytes, int, int, int] or round_ < 1:

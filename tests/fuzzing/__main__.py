@@ -20,6 +20,7 @@ import atheris
 with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["p2pllm", "multiaddr"]):
     from fuzzing.targets import TARGETS
 
+from fuzzing.bombs import BOMBS, loaded
 from fuzzing.mutate import changed
 from fuzzing.promise import Target
 
@@ -50,7 +51,8 @@ def _fuzz(target: Target, what: str) -> None:
     folder = OUT / target.name
     for place in ("corpus", "seeds"):
         (folder / place).mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(target.seeds()):
+    bombs = (data for bomb in BOMBS.values() for data in loaded(bomb, target))
+    for number, seed in enumerate((*target.seeds(), *bombs)):
         (folder / "seeds" / str(number)).write_bytes(seed)
     inputs = [what] if what and not what.isdecimal() else [str(folder / "corpus"), str(folder / "seeds")]
     limits = [

@@ -64,19 +64,32 @@ def changed(data: bytes, draw: random.Random, *, is_json: bool = False) -> bytes
     inner = changed(value, draw) if isinstance(value, bytes) and draw.random() < 0.7 else None
     if inner is not None:
         container[key] = inner
-    elif isinstance(container, list) and draw.random() < 0.2:
-        _change_length(container, key, draw)
+    elif draw.random() < 0.2:
+        _change_length(container, key, draw) if isinstance(container, list) else _turn(container)
     else:
         other, where = draw.choice(places)
         container[key] = _other(value, other[where], draw)
     try:
-        return _json(values) if is_json else bytes(msgpack.packb(values))
+        return _json(values) if is_json else _spelt(bytes(msgpack.packb(values)), draw)
     except (ValueError, TypeError, OverflowError, RecursionError):  # such as a list that is now in itself
         return None
 
 
 def _json(values: Any) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(values, separators=(",", ":")).encode()
+
+
+def _spelt(packed: bytes, draw: random.Random) -> bytes:
+    """The same values, or nearly; now and then with a longer length than some bytes need."""
+    at = packed.find(b"\xc4", draw.randrange(len(packed)))
+    return packed if at < 0 or draw.random() < 0.95 else packed[:at] + b"\xc5\x00" + packed[at + 1 :]
+
+
+def _turn(values: dict[Any, Any]) -> None:
+    """Another order, as it is of the bytes."""
+    items = list(values.items())[::-1]
+    values.clear()
+    values.update(items)
 
 
 def _places(values: Any) -> Any:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzzing.bombs import BOMBS, loaded
 from fuzzing.mutate import changed
 from fuzzing.promise import BrokenPromiseError, Target
 from fuzzing.targets import TARGETS
@@ -70,40 +71,11 @@ def test_what_the_encoders_make_changed(
     target.keep(bytes(flipped[: draw.randrange(len(flipped) + 1)] if cut else flipped))
 
 
-BOMBS: dict[str, bytes] = {
-    "lists in lists": b"\x91",
-    "long lists in lists": b"\xdc\xff\xff",
-    "longer lists in lists": b"\xdd\x00\x01\x00\x00",
-    "endless lists in lists": b"\xdd\xff\xff\xff\xff",
-    "maps in maps": b"\x81\xa1k",
-    "long maps in maps": b"\xde\xff\xff\xa1k",
-    "endless maps in maps": b"\xdf\xff\xff\xff\xff\xa1k",
-    "maps with lists for keys": b"\x81\x90",
-    "endless text": b"\xdb\xff\xff\xff\xff",
-    "endless bytes": b"\xc6\xff\xff\xff\xff",
-    "endless extensions": b"\xc9\xff\xff\xff\xff\x01",
-    "times": b"\xdc\xff\xff" + b"\xd6\xff\xff\xff\xff\xff" * 8,
-    "times that cannot be": b"\xd7\xff" + b"\xff" * 8,
-    "long times": b"\xc7\x0c\xff" + b"\xff" * 12,
-    "no msgpack": b"\xc1",
-    "JSON lists in lists": b"[",
-    "JSON maps in maps": b'{"model":',
-    "JSON digits": b"9",
-    "JSON escapes": b'{"\\ud800":1e999,',
-    "text of an invite": b"p2pllm:" + b"a" * 4000,
-    "frames that never end": b"\xf5p2L\x01\x00\x00\x5f\xff",
-    "frames of nothing": b"\xf5p2L\x01\x00\x00\x00\x00",
-}
-
-
 @each_target
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs(target: Target, bomb: str) -> None:
-    """Alone, and where something else should follow."""
-    load = BOMBS[bomb] * (target.max_bytes // len(BOMBS[bomb]) + 1)
-    seed = target.seeds()[0]
-    for at in (0, 1, len(seed) // 2):
-        target.keep((seed[:at] + load)[: target.max_bytes])
+    for data in loaded(BOMBS[bomb], target):
+        target.keep(data)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ async def test_a_stopped_peer_is_named_over_p2pd(nodes: Nodes) -> None:
     node, engine = nodes[victim]
     dying = asyncio.create_task(engine.run(group, vector, 60))
     runs = [asyncio.create_task(nodes[peer][1].run(group, vector, 60)) for peer in survivors]
-    while node.traffic.sent < 4_000_000:  # noqa: ASYNC110 - nothing else tells
+    while node.traffic.sent < 4_000_000:
         assert not dying.done(), f"the exchange ended before its victim was stopped: {dying.result()}"
         await asyncio.sleep(0.002)
     await node.stop()

@@ -211,9 +211,11 @@ def test_nonsense_in_an_undamaged_frame_is_skipped(tmp_path: Path) -> None:
     far = after(Branch((10**9 - 5, bytes(32)), 0, 0)).pack()
     elsewhere = after(Branch((0, bytes(32)), 0, 0)).pack()
     texts = msgpack.packb([[1, bytes.fromhex(RUN), "2", "", "", [], 1, 1], []])
+    maps = msgpack.packb([[1, bytes.fromhex(RUN), 3, bytes(32), 9, [{}], 1, 1], []])
+    lists = msgpack.packb([[1, bytes.fromhex(RUN), 3, [[]], 9, [[b"", 1]], 1, 1], []])
     with path.open("ab") as file:
         for kind, payload in [
-            (k, p) for k in (1, 2, 3, 4, 9) for p in (far, elsewhere, texts, b"", b"\xc1", bytes(40))
+            (k, p) for k in (1, 2, 3, 4, 9) for p in (far, elsewhere, texts, maps, lists, b"", b"\xc1", bytes(40))
         ]:
             file.write(framed(kind, payload))
     reader = opened(path, read_only=True)
