@@ -70,7 +70,7 @@ class Outline(NamedTuple):
         except (ValueError, TypeError, LookupError) as error:
             raise MessageError(f"it is not a record: {error}") from None
         types = [type(value) for value in (run, previous, round_, total, samples)]
-        if types != [bytes, bytes, int, int, int] or round_ < 1:
+        if types != [bytes, bytes, int, int, int] or round_ < 1 or not 0 <= samples <= total:
             raise MessageError("it is not a record")
         return cls(run, round_, previous, total, samples, digest)
 

@@ -6,6 +6,7 @@ from fuzzing.promise import Target
 
 BOMBS: dict[str, bytes] = {
     "lists in lists": b"\x91",
+    "lists of 500 in lists": b"\xdc\x01\xf4",  # a length beyond that of the whole input would be refused at once
     "long lists in lists": b"\xdc\xff\xff",
     "longer lists in lists": b"\xdd\x00\x01\x00\x00",
     "endless lists in lists": b"\xdd\xff\xff\xff\xff",
@@ -31,6 +32,10 @@ BOMBS: dict[str, bytes] = {
 
 
 def loaded(bomb: bytes, target: Target) -> list[bytes]:
-    """The longest inputs of a target that consist of it: alone, and where something else should follow."""
+    """Long inputs of a target that consist of it: alone, and where something else should follow.
+
+    The longest one may be refused for its length alone, so there are some of half of it.
+    """
     load, seed = bomb * (target.max_bytes // len(bomb) + 1), target.seeds()[0]
-    return [(seed[:at] + load)[: target.max_bytes] for at in (0, 1, len(seed) // 2)]
+    starts = [seed[:at] for at in (0, 1, len(seed) // 2)]
+    return [(start + load)[:size] for start in starts for size in (target.max_bytes // 2, target.max_bytes)]

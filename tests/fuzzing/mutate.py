@@ -7,47 +7,14 @@ changes of single bytes (atheris and hypothesis do that).
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Callable
 from typing import Any
 
 import msgpack
 
-NUMBERS = (
-    0,
-    1,
-    -1,
-    2,
-    63,
-    64,
-    65,
-    255,
-    256,
-    1 << 16,
-    10**9,
-    10**9 + 1,
-    10**18,
-    10**18 + 1,
-    (1 << 63) - 1,
-    (1 << 64) - 1,
-)
-OTHERS: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    "",
-    "text",
-    b"",
-    bytes(32),
-    [],
-    {},
-    0.5,
-    1e308,
-    float("nan"),
-    float("-inf"),
-)
-
-Dump = Callable[[Any], bytes]
+NUMBERS = (0, 1, -1, 2, 63, 64, 255, 256, 1 << 16, 10**9, 10**9 + 1, 10**18, 10**18 + 1, (1 << 63) - 1, (1 << 64) - 1)
+OTHERS: tuple[Any, ...] = (None, True, False, "", "text", b"", bytes(32), [], {}, 0.5, 1e308, math.nan, -math.inf)
 
 
 def changed(data: bytes, draw: random.Random, *, is_json: bool = False) -> bytes | None:

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any
 
 import msgpack
 from hivemind.dht.crypto import DHTRecord
 from hivemind.dht.routing import DHTID
 
-from fuzzing.promise import check, target
+from fuzzing.promise import check, parts_of, target
 from p2pllm.errors import NetworkError
+from p2pllm.network import dht
 from p2pllm.network.beat import MAX_BEAT_BYTES, MAX_HINTS, MAX_STATUS_BYTES, Beat
-from p2pllm.network.dht import (
-    MAX_RECORD_BYTES,
-    RECORD_SECONDS,
-    MemberRecord,
-    MemberValidator,
-    directory_key,
-)
-from p2pllm.network.dht import (
-    MAX_STATUS_BYTES as MAX_RECORD_STATUS_BYTES,
-)
+from p2pllm.network.dht import MemberRecord, MemberValidator
 from p2pllm.network.membership import Membership
 from p2pllm.network.messages import pack
 from p2pllm.testing import MemoryNetwork, identity_number, peer_number, run
 
 RUN = "5a" * 32
 NOW = 1_700_000_000.0
-KEY = DHTID.generate(source=directory_key(RUN)).to_bytes()
+KEY = DHTID.generate(source=dht.directory_key(RUN)).to_bytes()
 ADDRESS = "/ip4/192.0.2.1/tcp/4001"
 STRANGER = 1
 
@@ -92,13 +83,13 @@ def _members() -> list[bytes]:
     addresses = [f"/ip4/10.0.0.{at}/tcp/{at}" for at in range(1, 9)]
     records = [
         MemberRecord.sign(identity_number(STRANGER), RUN, addresses[:many], NOW, status)
-        for many, status in [(0, b""), (1, bytes(MAX_RECORD_STATUS_BYTES)), (8, b"status")]
+        for many, status in [(0, b""), (1, bytes(dht.MAX_STATUS_BYTES)), (8, b"status")]
     ]
     fields = [[list(each.addresses), each.status, each.issued] for each in records]
     return [*(each.encode() for each in records), *map(msgpack.packb, fields)]
 
 
-@target(_members, max_bytes=MAX_RECORD_BYTES + 64, memory=8 << 20)
+@target(_members, max_bytes=dht.MAX_RECORD_BYTES + 64, memory=8 << 20)
 def member(data: bytes) -> bool:
     """A record of a member in the DHT. An input of three fields is signed first, as a member may sign anything.
 
@@ -110,7 +101,7 @@ def member(data: bytes) -> bool:
     except ValueError:
         found = None
     owner = found.peer if found else peer_number(STRANGER)
-    until = found.issued + RECORD_SECONDS if found else NOW + RECORD_SECONDS
+    until = found.issued + dht.RECORD_SECONDS if found else NOW + dht.RECORD_SECONDS
     stored = DHTRecord(KEY, pack(owner), pack(data), until)
     bare = DHTRecord(KEY, pack(owner), data, until)
     validator = MemberValidator(RUN, lambda: NOW)
@@ -121,10 +112,9 @@ def member(data: bytes) -> bool:
 
 def _signed(data: bytes) -> bytes:
     try:
-        fields: Any = msgpack.unpackb(data, max_array_len=16)
-        addresses, status, issued = fields
+        addresses, status, issued = parts_of(data)
         identity = identity_number(STRANGER)
         body = pack([RUN, identity.peer_id, addresses, status, issued])
         return pack([identity.peer_id, addresses, status, issued, identity.sign("member-record", body)])
-    except Exception:  # noqa: BLE001 - anything that is not three fields is a record as it is
+    except (ValueError, TypeError, OverflowError):  # anything that is not three fields is a record as it is
         return data

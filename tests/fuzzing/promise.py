@@ -7,6 +7,9 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import msgpack
 
 SECONDS = 1.0
 """Of this thread's CPU time for one input, so that other programs on the machine do not count."""
@@ -68,6 +71,17 @@ def target(
         return read
 
     return register
+
+
+def parts_of(data: bytes) -> Any:
+    """What an input consists of that is msgpack, if a target needs more than one thing. Raises ValueError.
+
+    Bounded, since this is not the decoder that is to be measured.
+    """
+    try:
+        return msgpack.unpackb(data, max_array_len=100, max_map_len=100, max_ext_len=0)
+    except Exception as error:  # noqa: BLE001 - msgpack raises many kinds
+        raise ValueError(str(error)) from None
 
 
 def check(holds: bool, what: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 
-from fuzzing.promise import check, target
+from fuzzing.promise import check, parts_of, target
 from p2pllm import invite as invites
 from p2pllm.errors import InviteError, ManifestError, StateError
 from p2pllm.invite import MAX_ADDRESS_BYTES, MAX_ADDRESSES, Invite
@@ -56,10 +56,10 @@ def invite(data: bytes) -> bool:
 
 def _text_of(data: bytes) -> str:
     try:
-        (body,) = msgpack.unpackb(data)
+        (body,) = parts_of(data)
         head = bytes((1,)) + (invites._HEAD + len(body) + invites._CHECKSUM).to_bytes(2, "big")
         return invites._PREFIX + invites._base32(head + body + invites._checksum(head + body))
-    except Exception:  # noqa: BLE001 - anything that is no list of one body is a text as it is
+    except (ValueError, TypeError, OverflowError):  # anything that is no list of one body is a text as it is
         return data.decode(errors="replace")
 
 
@@ -125,8 +125,8 @@ def chunks(data: bytes) -> bool:
 
 def _download_of(data: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:
     try:
-        plan, pieces = msgpack.unpackb(data, max_array_len=100)
+        plan, pieces = parts_of(data)
         right = isinstance(plan, bytes) and all(type(at) is int and type(piece) is bytes for at, piece in pieces)
         return (plan, pieces) if right else (data, [])
-    except Exception:  # noqa: BLE001 - anything that is no list of a plan and chunks is a plan as it is
+    except (ValueError, TypeError):  # anything that is no list of a plan and chunks is a plan as it is
         return data, []

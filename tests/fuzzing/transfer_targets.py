@@ -12,7 +12,7 @@ import numpy as np
 
 from fuzzing.hosts import watch
 from fuzzing.network_targets import UNFILLED
-from fuzzing.promise import check, target
+from fuzzing.promise import check, parts_of, target
 from p2pllm.errors import NetworkError
 from p2pllm.network.bulk import BulkServer, fetch
 from p2pllm.network.messages import pack
@@ -94,8 +94,8 @@ def bulk(data: bytes) -> bool:
     Memory: 96 MiB.
     """
     try:
-        request, answer = msgpack.unpackb(data)
-    except Exception:  # noqa: BLE001 - anything that is no pair is both
+        request, answer = parts_of(data)
+    except (ValueError, TypeError):  # anything that is no pair is both
         request = answer = data
     if not isinstance(request, bytes) or not isinstance(answer, bytes):
         return False
@@ -164,10 +164,10 @@ def catchup(data: bytes) -> bool:
     Afterwards its state is the one that its log names, or its log is as it was. Memory: 96 MiB.
     """
     try:
-        given = msgpack.unpackb(data)
+        given = parts_of(data)
         right = all(isinstance(answers, list) for answers in given.values())
         right = right and all(isinstance(answer, bytes) for answers in given.values() for answer in answers)
-    except Exception:  # noqa: BLE001 - anything that is no map of answers is the answer to everything
+    except (ValueError, AttributeError):  # anything that is no map of answers is the answer to everything
         return run(_caught_up({"log": [data], "snapshots": [data], "plan": [data], "chunk": [data]}))
     return right and run(_caught_up(given))
 

@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 
 from fuzzing.hosts import watch
-from fuzzing.promise import check, target
+from fuzzing.promise import check, parts_of, target
 from p2pllm.averaging import DenseAllReduce, ExchangeResult, Group, codec
 from p2pllm.averaging.attempt import ACCEPTED, MAGIC, STREAM_METHOD
 from p2pllm.averaging.dense import NOTICE_METHOD
@@ -57,16 +57,16 @@ def _updates() -> list[bytes]:
 
 @target(_updates, max_bytes=4096, memory=2 << 20)
 def update(data: bytes) -> bool:
-    """One all-reduce of two members, of which the other one sends what it likes: msgpack [flags, opened, answered,
-    notice], see Sent; anything else is the data of a codec.
+    """One all-reduce of two members, of which the other one sends what it likes; and the codecs.
 
-    Memory: 2 MiB; a vector has 800 bytes, and what a socket gives at once up to 256 KiB.
+    An input is msgpack [flags, opened, answered, notice], see Sent; any is the data of a codec, too. Memory: 2 MiB; a
+    vector has 800 bytes, and what a socket gives at once up to 256 KiB.
     """
     _decode(data)
     try:
-        sent = Sent(*msgpack.unpackb(data))
+        sent = Sent(*parts_of(data))
         right = [type(each) for each in sent] == [int, bytes, bytes, bytes]
-    except Exception:  # noqa: BLE001 - it has been decoded, and there is no more to do with it
+    except (ValueError, TypeError):  # it has been decoded, and there is no more to do with it
         return False
     return right and run(_exchanged(sent))
 

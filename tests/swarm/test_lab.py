@@ -140,7 +140,18 @@ min_rounds = 10
 """
 
 
-TIMED = ("links", "efficiency", "recovery", "rounds", "validation loss", "distance", "pace", "next commit", "return")
+TIMED = (
+    "links",
+    "efficiency",
+    "recovery",
+    "rounds",
+    "validation loss",
+    "distance",
+    "pace",
+    "next commit",
+    "stall",
+    "return",
+)
 """How checks begin that a machine fails from which others took the CPU; such a run says so, and then they count for
 nothing. Without CPU budgets it cannot tell, so they never count."""
 
