@@ -20,6 +20,7 @@ with 256.
 - slow, or alive with nothing to give: W, or W + 3 while it leads; then the round goes on without its update.
 - in an attempt of its own, with a member that stalls it: BUSY_S (10) longer than that, so that nobody goes on alone
   beside an exchange that is about to commit.
+- more than half of the last roster gone at once: those who are left wait MINORITY_WAIT_S (15) before they go on.
 - cut off from some: as frozen, once a round; in a roster twice, since it is not dead for everybody.
 - lying: an attempt fails after E at worst, and a vote after V. MAX_STRIKES (2) failed attempts that speak against a
   peer leave it out of the round, as many pass over who led them, and as many drop a proposal, so 2 (W + 3 + E + V) for

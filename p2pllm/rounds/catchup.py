@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -161,19 +162,36 @@ class CatchUp:
         last = self._disk.log.branch.head[0]
         base = own if own and await self._is_right(own) else await asyncio.to_thread(self._disk.newest_base)
         lacking = self._lacking(base.round if base else -1, last)
-        for offer in await self._fetcher.offers(peers) if base is None or lacking > SNAPSHOT_COST else ():
-            if base is not None and SNAPSHOT_COST + self._lacking(offer.round, last) >= lacking:
+        if base is None:
+            base = await self._newer(None, peers)
+        elif lacking > SNAPSHOT_COST:
+            base = await self._newer(base, peers, lacking - SNAPSHOT_COST) or base
+        while base is not None:
+            await asyncio.to_thread(_copy, base, into)
+            try:
+                while into.round < last:
+                    await self._replay_one(into, peers)
+                return
+            except NetworkError as error:  # they keep no aggregates from before their snapshots
+                log.info("%s", error)
+                base = await self._newer(into, peers)
+        raise NetworkError("Nobody gives a snapshot of this log, or what leads on from ours.")
+
+    async def _newer(
+        self, base: SharedState | None, peers: list[str], most_lacking: float = math.inf
+    ) -> SharedState | None:
+        """The newest snapshot that can be had, later than `base`, with fewer than `most_lacking` to fetch after it."""
+        last = self._disk.log.branch.head[0]
+        for offer in await self._fetcher.offers(peers):
+            if base is not None and offer.round <= base.round:
+                break
+            if self._lacking(offer.round, last) >= most_lacking:
                 break
             try:
-                base = await self._fetcher.snapshot(offer)
-                break
+                return await self._fetcher.snapshot(offer)
             except NetworkError as error:
                 log.info("%s", error)  # the next one is older, and others may have it
-        if base is None:
-            raise NetworkError("Nobody gives a snapshot of this log.")
-        await asyncio.to_thread(_copy, base, into)
-        while into.round < last:
-            await self._replay_one(into, peers)
+        return None
 
     async def _is_right(self, own: SharedState) -> bool:
         """Whether our state is what our log names: memory may be damaged."""

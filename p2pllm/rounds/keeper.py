@@ -80,6 +80,12 @@ class StateKeeper:
         return self.branch.head
 
     @property
+    def members(self) -> frozenset[str]:
+        """Of the newest record."""
+        record = self.disk.log.record(self.head[0])
+        return frozenset(record.body.peers if record else ())
+
+    @property
     def holding(self) -> bytes:
         """Digest of the body that we last proposed or took over in this round; empty: none."""
         return next(reversed(self._held), b"")

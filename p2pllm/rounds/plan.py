@@ -59,6 +59,11 @@ def is_over(head: Head, others: Mapping[str, Status]) -> bool:
     return 2 * sum(1 for peer in working if others[peer].phase in CLOSING) > len(working)
 
 
+def is_minority(present: Iterable[str], former: frozenset[str]) -> bool:
+    """Fewer than half of a roster's members are here. Half of two go on: one of them is likely dead."""
+    return 2 * len(former & set(present)) < len(former)
+
+
 def ranked(run_id: str, head: Head, peers: Iterable[str]) -> list[str]:
     """Order of leadership for the round after `head`: the same on every peer, another one every round."""
     seed = f"{run_id}/{head[0]}/".encode() + head[1]

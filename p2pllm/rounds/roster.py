@@ -36,6 +36,9 @@ LEADER_GRACE_S = 3.0
 ASK_AGAIN_S = 0.5
 """A leader that answered that it is not at our head (yet) is asked again after this."""
 
+MINORITY_WAIT_S = 15.0
+"""How long fewer than half of the last round's members wait for the others before they go on without them."""
+
 ROSTER_FACTOR, ROSTER_FLOOR_S = 3.0, 1.0
 """How long a leader waits: so many times what it lately took until all were in, at least so many seconds."""
 
@@ -54,6 +57,7 @@ class Offer:
     """What we bring to a round."""
 
     claim: Claim
+    former: frozenset[str] = frozenset()  # members of the newest record
     holding: bytes = b""  # digest of the body that we voted for in an attempt without majority; empty: none
     failed: frozenset[bytes] = frozenset()  # proposals that we would not settle again
 
@@ -149,7 +153,7 @@ class RosterDesk:
             first = self._first(head, plan.at_head(head, statuses), search)
             if first != me:
                 await self._be_member(gathering, first, search)
-            elif self._is_whole(plan.taking_part(head, statuses), gathering, search):
+            elif self._is_whole(plan.taking_part(head, statuses), gathering, search, offer.former):
                 self.leader = me
                 return self._noted(self._close(gathering, left_out, offer.failed), search)
             if gathering.closed is None:
@@ -176,13 +180,15 @@ class RosterDesk:
         ranked = plan.ranked(self._run_id, head, (candidates | {me}) - passed_over)
         return ranked[0] if ranked else me
 
-    def _is_whole(self, others: frozenset[str], gathering: _Gathering, search: _Search) -> bool:
+    def _is_whole(self, others: frozenset[str], gathering: _Gathering, search: _Search, former: frozenset[str]) -> bool:
         """Everybody is in who is to be waited for, or the wait has passed.
 
         If none of the others is waited for, the wait has still passed since we began: nobody goes on alone beside
-        living peers in haste.
+        living peers in haste. Nor do fewer than half of those of the last round: it may be we who are cut off.
         """
         now = self._clock()
+        if plan.is_minority(gathering.enrolments.keys(), former) and now - search.started < MINORITY_WAIT_S:
+            return False
         if search.leading_since is None:
             search.leading_since = now
         waived = search.left_out | (search.waived - gathering.enrolments.keys())

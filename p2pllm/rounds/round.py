@@ -37,6 +37,10 @@ VOTE_FACTOR, VOTE_FLOOR_S, VOTE_CAP_S = 4.0, 8.0, 60.0
 """Wait for the others' votes: so many times what it lately took, within these bounds in seconds. A member that saw a
 stall votes up to the stall time-out later, hence the floor."""
 
+SHORTEST_ATTEMPT_S = 0.5
+"""A failed attempt takes at least this long, the wait for the next one included: p2pd refuses at once to dial a peer
+again that it could not reach a moment ago."""
+
 EXCHANGE_FACTOR, EXCHANGE_FLOOR_S, EXCHANGE_CAP_S = 4.0, 15.0, 3600.0
 """Time for an exchange in which bytes move, by the same rule; who is silent is found much sooner."""
 
@@ -138,6 +142,7 @@ class RoundRunner:
         There is no last attempt: who fails twice is left out, so that in the end those agree who can. Raises DiskError
         if our disk does not take what we would vote for.
         """
+        clock = asyncio.get_running_loop().time
         result = RoundResult()
         strikes: Counter[str] = Counter()
         leaders: Counter[str] = Counter()
@@ -146,12 +151,13 @@ class RoundRunner:
         claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
         while True:
             result.attempts += 1
-            offer = Offer(claim, self._keeper.holding, _out(proposals))
+            offer = Offer(claim, self._keeper.members, self._keeper.holding, _out(proposals))
             gathering = self._desk.gather(offer, _out(strikes), _out(leaders))
             roster = await self._timed(result, "roster", gathering)
             if roster is None:
                 result.reason = "the swarm committed this round without us"
                 return result
+            closed_at = clock()
             culprits = await self._attempt(result, roster, update)
             if result.record is not None:
                 result.included = claim in result.record.body.members
@@ -161,6 +167,7 @@ class RoundRunner:
             leaders[self._desk.leader] += 1
             proposals[roster.proposal] += 1
             strikes.update(culprits)
+            await asyncio.sleep(max(0.0, closed_at + SHORTEST_ATTEMPT_S - clock()))
 
     async def _attempt(self, result: RoundResult, roster: Roster, update: Update) -> frozenset[str]:
         """Exchange and vote with one roster, and fill in `result`; returns whom a failure speaks against."""

@@ -4,7 +4,8 @@
     <home>/runs/<run id>/manifest.json              the sealed manifest, with manifest.sig and tokenizer.json
     <home>/runs/<run id>/<name>/daemon.json         the running daemon: process id and socket
     <home>/runs/<run id>/<name>/daemon.lock         held while the daemon lives
-    <home>/runs/<run id>/<name>/{daemon.log,rounds.jsonl,peers.json,worker.json,state/}
+    <home>/runs/<run id>/<name>/{log,aggregates/,state/}       the run's rounds and states, see `rounds.disk`
+    <home>/runs/<run id>/<name>/{daemon.log,rounds.jsonl,peers.json,worker.json}
 
 One machine may hold several peers of one run under different names: `start` makes the peer "founder", `join`
 makes "volunteer", and `--name` any other.

@@ -186,17 +186,6 @@ def test_churn(lab: Lab) -> None:
     assert len(result.report["recoveries"]) == 3
 
 
-def test_faults_strike_in_the_phase_that_is_asked_for(lab: Lab) -> None:
-    result = lab(SCENARIOS / "faults.toml", short=True)
-    passed(result)
-    events = result.report["events"]
-    struck = [row for row in result.report["struck"] if row["phase"]]
-    assert [row["phase"] for row in struck] == [event["phase"] for event in events if event["phase"]]
-    assert all(row["age_s"] < 1 and row["round"] >= 2 for row in struck), "it was struck for what it said long ago"
-    assert all(row["return_s"] is not None for row in result.report["recoveries"])
-    assert len(result.report["logs"]) == 3 and not any(log["missing"] for log in result.report["logs"].values())
-
-
 def test_every_kind_of_fault(lab: Lab) -> None:
     result = lab(SMALL.format(duration_s=42, count=1, cores=0.5, disk_mb=200) + EVERYTHING)
     passed(result)

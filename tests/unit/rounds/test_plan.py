@@ -288,3 +288,12 @@ def test_the_next_step_follows_from_what_is_known() -> None:
     assert plan.next_step(own, 3, ahead, False) is Step.FOLLOW
     assert plan.next_step(None, 9, {}, False) is Step.FOLLOW, "no state: there is nothing to train on"
     assert plan.next_step(own, 9, ahead, True) is Step.WAIT_FOR_ROOM
+
+
+def test_fewer_than_half_of_the_last_roster_are_a_minority() -> None:
+    former = frozenset("abcd")
+    assert plan.is_minority("a", former)
+    assert plan.is_minority("axyz", former)
+    assert not plan.is_minority("ab", former), "half of them go on"
+    assert not plan.is_minority("a", frozenset("ab")), "one of two goes on: the other is likely dead"
+    assert not plan.is_minority("a", frozenset()), "there was no round before"
