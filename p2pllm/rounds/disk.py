@@ -89,11 +89,9 @@ class Disk:
 
     # -- coming back -------------------------------------------------------------------------------------------------
 
-    def newest_base(self, latest: int | None = None) -> SharedState | None:
-        """The newest snapshot of our branch, of round `latest` at most, that is undamaged; None if there is none."""
+    def newest_base(self) -> SharedState | None:
+        """The newest snapshot of our branch that is undamaged; None if there is none."""
         for found in self.on_branch():
-            if latest is not None and found.round > latest:
-                continue
             try:
                 return self.snapshots.load(found)
             except StateError as error:

@@ -39,7 +39,7 @@ ASK_AGAIN_S = 0.5
 MINORITY_WAIT_S = 15.0
 """How long fewer than half of the last round's members wait for the others before they go on without them."""
 
-ROSTER_FACTOR, ROSTER_FLOOR_S = 3.0, 1.0
+ROSTER_FACTOR, ROSTER_FLOOR_S = 3.0, 2.0
 """How long a leader waits: so many times what it lately took until all were in, at least so many seconds."""
 
 MAX_ENROLMENTS = 256

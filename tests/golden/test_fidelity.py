@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from p2pllm.manifest import RunDraft
+from p2pllm.rounds.disk import Disk
 from p2pllm.settings import PeerSettings
-from p2pllm.state import AdamW, SharedState, newest
+from p2pllm.state import AdamW, SharedState
 from p2pllm.training.data import Corpus
 from p2pllm.training.inner import GradientAccumulator
 from p2pllm.training.model import build, layout_of, read_params, write_params
@@ -55,13 +56,15 @@ def test_three_peers_equal_one_process(tmp_path: Path, record_property: Callable
         assert len({row["state_digest"] for row in rows}) == 1, f"states differ after round {number}"
         assert len(rows) >= len(rows[0]["members"]), "a member of the round kept no record of it"
 
+    loaded = RunFolder(founder.machine.home, run_id).load()
+    assert loaded is not None
+    manifest = loaded[0]
+    alone = one_process(manifest, records, run_id, tmp_path / "cache")
     assert founder.folder is not None
-    trained = newest(founder.folder.path / "state", run_id)
+    disk = Disk(founder.folder.path, manifest, alone.layout, read_only=True)
+    trained = disk.recover(AdamW(manifest.optimizer, ROUNDS, alone.layout), None)
     assert trained is not None
     assert trained.round == ROUNDS
-    manifest = RunFolder(founder.machine.home, run_id).load()
-    assert manifest is not None
-    alone = one_process(manifest[0], records, run_id, tmp_path / "cache")
     distance = np.linalg.norm(trained.params.astype(np.float64) - alone.params) / np.linalg.norm(alone.params)
     record_property("relative L2 distance", float(distance))
     assert distance <= LARGEST_DISTANCE

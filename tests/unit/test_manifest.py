@@ -11,8 +11,8 @@ from p2pllm.errors import ManifestError
 from p2pllm.manifest import MAX_MANIFEST_BYTES, RunDraft, RunManifest, draft_template, load_draft
 
 FOUNDER = "12D3KooWNMszKZCCPkRwtMBfzXuSxBMMpmy5S1oHfVAqUGwXfyyE"
-GOLDEN_DRAFT = "c189006fc1e0ffe97543d394fb183069f99c292720b0c5dcf0e04ad0df2d10f3"
-GOLDEN_RUN = "6099830ee4c882b39c69d7344f0b867690f3a49d4bad0929e8cd54af79b0873a"
+GOLDEN_DRAFT = "024c01d5d9f7cd4bd0ce926932bab735293a470675fb7ab2cefb1b1bce9cef5e"
+GOLDEN_RUN = "f54bccf54647cf484bd4e9ff81b4c73914d624f0209021058923ff6075df7e63"
 """They change with every field, default or spelling of a number, and then old runs and new peers do not meet: change
 them on purpose only."""
 
