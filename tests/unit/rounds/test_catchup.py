@@ -64,7 +64,7 @@ async def test_what_lies_on_our_own_disk_is_not_fetched() -> None:
     await train(ahead, behind, rounds=5)
     behind.disk.log.rewind(behind.disk.head_at(2))  # as when it left this branch
     behind.keeper.state.params[:] = 0.0  # of no use any more
-    state = behind.disk.newest_base(2)
+    state = behind.disk.newest_base()
     assert state is not None and state.round == 1
     behind.keeper.has_state = False
     assert await behind.follow(ahead)

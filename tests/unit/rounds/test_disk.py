@@ -113,12 +113,6 @@ async def test_a_machine_that_computes_another_step_says_so(tmp_path: Path) -> N
 
 
 @virtual
-async def test_a_state_of_a_certain_round_can_be_had() -> None:
-    node = await trained(None, 10)
-    assert [state and state.round for state in map(node.disk.newest_base, (None, 9, 8, 7, 3))] == [8, 8, 8, 4, None]
-
-
-@virtual
 async def test_replaying_changes_only_the_state_it_is_given() -> None:
     node = await trained(None, 3)
     initial = make_state()
