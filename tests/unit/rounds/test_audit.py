@@ -80,11 +80,8 @@ class Files:
         return found
 
     def state(self, round_: int) -> SharedState:
-        disk = Disk(self.folder, self.manifest, LAYOUT, read_only=True)
-        state = disk.newest_base(round_)
-        disk.close()
-        assert state is not None and state.round == round_
-        return state
+        snapshots = Disk(self.folder, self.manifest, LAYOUT, read_only=True).snapshots
+        return next(snapshots.load(found) for found in snapshots.all() if found.round == round_)
 
     def audit(self, manifest: RunManifest | None = None) -> Report:
         return end_of(audit(self.folder, manifest or self.manifest))
