@@ -2,13 +2,16 @@
 
 It owns the network, the shared state and the round protocol, supervises the worker, and answers the commands of
 this machine. This file is its life from the order to the exit; what it takes part with is `Membership`,
-`TrainingLoop` and their kin in the library, put together in `participant`.
+`TrainingLoop` and their kin in the library, put together in `participant`. What needs hivemind is imported inside of
+functions: that takes seconds, in which the worker loads its own libraries already.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import importlib
 import json
 import logging
 import os
@@ -17,19 +20,17 @@ import signal
 import sys
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from p2pllm.errors import NetworkError, P2PLLMError, RunError, StateError, UsageError
 from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.manifest import RunDraft
 from p2pllm.network.addresses import port_of
-from p2pllm.network.node import Node
 from p2pllm.rounds.record import Checkpoint
 from p2pllm.settings import new_runtime_dir
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.control import ControlServer, Handler
-from p2pllm_peers.entry import fetch_manifest, seal
 from p2pllm_peers.folders import (
     FOUNDER,
     PeerFolder,
@@ -40,8 +41,11 @@ from p2pllm_peers.folders import (
     write_whole,
 )
 from p2pllm_peers.launcher import Order
-from p2pllm_peers.participant import Participant
 from p2pllm_peers.reporting import log_into, silence, tell, tell_progress
+
+if TYPE_CHECKING:
+    from p2pllm.network.node import Node
+    from p2pllm_peers.participant import Participant
 
 T = TypeVar("T")
 
@@ -85,7 +89,11 @@ class Daemon:
         invite = Invite.decode(self._order.invite) if self._order.invite else None
         draft = RunDraft(**self._order.draft) if self._order.draft is not None else None
         folder = self._known_folder(invite, draft)
-        await compute.launch()  # its libraries load while we start the network
+        await compute.launch()
+        await asyncio.to_thread(_load_libraries)
+        from p2pllm_peers.entry import fetch_manifest
+        from p2pllm_peers.participant import Participant
+
         if folder is None:
             assert draft is not None  # noqa: S101 - every other order names a run
             folder = await self._found(compute, draft)
@@ -122,6 +130,8 @@ class Daemon:
 
     async def _found(self, compute: ComputeProcess, draft: RunDraft) -> PeerFolder:
         """Seal a new run and become its founder."""
+        from p2pllm_peers.entry import seal
+
         home, name = self._settings.home, self._order.name or FOUNDER
         sealed = await seal(draft, Identity.load_or_create(key_file(home, name)), compute, self._settings)
         run = RunFolder(home, sealed[0].run_id)
@@ -130,6 +140,8 @@ class Daemon:
 
     async def _start_node(self, folder: PeerFolder, identity: Identity, relays: tuple[str, ...]) -> Node:
         """Start the network on the port of the last time if it is free, so that old addresses of ours stay true."""
+        from p2pllm.network.node import Node
+
         remembered, wanted = folder.path / "port", self._settings.listen_port
         with contextlib.suppress(OSError, ValueError):
             wanted = wanted or int(remembered.read_text())
@@ -279,6 +291,14 @@ async def _first_failure(compute: asyncio.Future[None], node: asyncio.Future[Net
         compute.result()
     if node.done() and not node.cancelled():
         raise node.result()
+
+
+def _load_libraries() -> None:
+    """Import what takes seconds, hivemind and with it torch; the collector would only go over what stays."""
+    gc.disable()
+    importlib.import_module("p2pllm_peers.participant")
+    gc.freeze()
+    gc.enable()
 
 
 def kill_children() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import json
 import mmap
 import os
@@ -112,6 +113,8 @@ class Worker:
         tokens = tokenizer.load_tokenizer(base64.b64decode(job["tokenizer"]) if job["tokenizer"] else None)
         pipe.emit("progress", text="building the model")
         self._model = model.build(draft, tokens)
+        gc.freeze()
+        gc.enable()
         layout = model.layout_of(self._model)
         self._params, self._update = _map(job["shared_fd"], layout.size)
         if job["fresh"]:
@@ -237,9 +240,12 @@ def main() -> None:
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break the protocol
     pipe = Pipe(sys.stdin, events)
-    import torch  # noqa: F401 - load the libraries while the daemon finds out what to compute
+    gc.disable()  # while libraries load, of which all stays; a fifth of that time
+    # load the libraries while the daemon finds out what to compute: torch, and what all models of transformers need
+    import torch  # noqa: F401
 
     from p2pllm.training import inner, model  # noqa: F401
+    from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
 
     job = pipe.start()
     try:
