@@ -161,13 +161,14 @@ class CatchUp:
         await self.mend(peers)
         last = self._disk.log.branch.head[0]
         base = own if own and await self._is_right(own) else await asyncio.to_thread(self._disk.newest_base)
-        lacking = self._lacking(base.round if base else -1, last)
+        lacking = len(self._lacking(base.round if base else 0, last))
         if base is None:
             base = await self._newer(None, peers)
         elif lacking > SNAPSHOT_COST:
             base = await self._newer(base, peers, lacking - SNAPSHOT_COST) or base
         while base is not None:
             await asyncio.to_thread(_copy, base, into)
+            await self._fetcher.aggregates(self._lacking(into.round, last), peers)
             try:
                 while into.round < last:
                     await self._replay_one(into, peers)
@@ -185,7 +186,7 @@ class CatchUp:
         for offer in await self._fetcher.offers(peers):
             if base is not None and offer.round <= base.round:
                 break
-            if self._lacking(offer.round, last) >= most_lacking:
+            if len(self._lacking(offer.round, last)) >= most_lacking:
                 break
             try:
                 return await self._fetcher.snapshot(offer)
@@ -199,10 +200,11 @@ class CatchUp:
         named = record.body.state if record else self._disk.initial_state
         return bytes.fromhex(await asyncio.to_thread(own.digest)) == named
 
-    def _lacking(self, round_: int, last: int) -> int:
-        """Aggregates that have to be fetched to replay from `round_`."""
+    def _lacking(self, round_: int, last: int) -> list[bytes]:
+        """Digests of the aggregates that have to be fetched to replay from `round_`."""
         records = (self._disk.log.record(number) for number in range(round_ + 1, last + 1))
-        return sum(record is None or not self._disk.aggregates.has(record.body.aggregate) for record in records)
+        digests = [record.body.aggregate for record in records if record is not None]
+        return [digest for digest in digests if not self._disk.aggregates.has(digest)]
 
     async def _replay_one(self, state: SharedState, peers: list[str]) -> None:
         record = await asyncio.to_thread(self._disk.log.record, state.round + 1)

@@ -28,11 +28,10 @@ class Download:
     def __init__(self, pieces: Iterable[int], sources: Iterable[str], fetch: Fetch) -> None:
         self.liars: set[str] = set()
         self._missing = dict.fromkeys(pieces)  # in order
-        self._asked: Counter[int] = Counter()  # piece -> sources that are at it
+        self._asked: dict[int, set[str]] = {piece: set() for piece in self._missing}  # the sources that are at it
         self._failures: Counter[str] = Counter()
         self._sources = list(sources)[:MAX_SOURCES]
         self._fetch = fetch
-        self._changed = asyncio.Event()
 
     async def run(self) -> bool:
         """Fetch all; False if no source is left that could give what is missing."""
@@ -50,13 +49,16 @@ class Download:
     async def _work(self, source: str) -> None:
         """Fetch from one source as long as it is good for anything."""
         while self._missing and source not in self.liars and self._failures[source] < MAX_FAILURES:
+            others = [piece for piece in self._missing if source not in self._asked[piece]]
+            if not others:
+                return  # the other one of us is at what is left
             # What nobody is at goes first; then what others are slow with, so that one cannot hold up the end.
-            piece = min(self._missing, key=lambda missing: self._asked[missing])
-            self._asked[piece] += 1
+            piece = min(others, key=lambda missing: len(self._asked[missing]))
+            self._asked[piece].add(source)
             try:
                 came = await self._fetch(source, piece)
             finally:
-                self._asked[piece] -= 1
+                self._asked[piece].discard(source)
             if came:
                 self._missing.pop(piece, None)
             elif came is None:

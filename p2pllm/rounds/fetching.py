@@ -93,13 +93,30 @@ class Fetcher:
         size = self._layout.size
         vector = await asyncio.to_thread(self._disk.aggregate, digest, size)
         for peer in self._by_trust(peers) if vector is None else ():
-            got = await self._ask(peer, {"what": "aggregate", "digest": digest}, 4 * size)
-            if got is not None and await asyncio.to_thread(_digest, got[1]) == digest:
-                vector = as_vector(got[1], size)
-                if vector is not None:
-                    await asyncio.to_thread(self._disk.aggregates.put, digest, got[1])
-                    break
+            if await self._aggregate_from(peer, digest):
+                return await asyncio.to_thread(self._disk.aggregate, digest, size)
         return vector
+
+    async def aggregates(self, digests: list[bytes], peers: list[str]) -> None:
+        """Put as many of these aggregates as can be had onto our disk, from several of `peers` at once."""
+
+        async def one(peer: str, index: int) -> bool | None:
+            return await self._aggregate_from(peer, digests[index])
+
+        download = Download(range(len(digests)), self._by_trust(peers), one)
+        await download.run()
+        self.refuted |= download.liars
+
+    async def _aggregate_from(self, peer: str, digest: bytes) -> bool | None:
+        """As Fetch in `download`: True once it is on our disk."""
+        size = self._layout.size
+        got = await self._ask(peer, {"what": "aggregate", "digest": digest}, 4 * size)
+        if got is None:
+            return None
+        if await asyncio.to_thread(_digest, got[1]) != digest or as_vector(got[1], size) is None:
+            return False
+        await asyncio.to_thread(self._disk.aggregates.put, digest, got[1])
+        return True
 
     async def proposal(self, peer: str, digest: bytes) -> Body | None:
         """The body with this digest that `peer` voted for; None if it does not give it."""

@@ -100,6 +100,7 @@ class TrainingLoop:
         self._empty_handed = False
         self._pending: Update | None = None  # computed, and in no committed round yet
         self._failed_follows = 0
+        self._arrivals = 0  # how often we were near the head since we were last in a record
         self._mended = False  # what was found damaged on our disk when it was opened
         self.trouble = ""
         """Why this peer takes no part now; empty: it does."""
@@ -150,8 +151,8 @@ class TrainingLoop:
             return await self._compute.abandon()
         fresh = await self._compute.finish()
         collected = time.monotonic()
-        self._empty_handed = fresh is None
         update = joined(self._pending, fresh)
+        self._empty_handed = update is None
         if update is None:
             return await self._rest()
         self._pending = None
@@ -164,7 +165,9 @@ class TrainingLoop:
         except StateError:
             self._pending = update.kept()
             raise
-        if result.record is None or not result.included:
+        if result.included:
+            self._arrivals = 0
+        else:
             self._pending = update.kept()
         if result.record is None:
             return log.info("round %d is not ours: %s", self._keeper.head[0], result.reason)
@@ -232,7 +235,9 @@ class TrainingLoop:
             return await self._rest()  # we have no state, and nobody is there to have it from
         own = self._keeper.head
         log.info("catching up from round %d to %d", own[0], branch.head[0])
-        self._view.say(phase="joining", samples=0)
+        arriving = self._compute.ready and plan.may_arrive(self._own(), branch, self._arrivals)
+        self._arrivals += plan.is_near(self._own(), branch)
+        self._view.say(phase="arriving" if arriving else "joining", samples=0)
         donors = plan.donors(branch, statuses)
         others = [peer for peer, status in statuses.items() if status.total and peer not in donors]
         if await self._keeper.follow(branch, donors, others):

@@ -20,7 +20,10 @@ from p2pllm.rounds.packing import (
 )
 from p2pllm.rounds.record import Claim, Head
 
-Phase = Literal["starting", "joining", "collecting", "roster", "exchange", "vote", "commit", "done", "leaving"]
+Phase = Literal[
+    "starting", "joining", "arriving", "collecting", "roster", "exchange", "vote", "commit", "done", "leaving"
+]
+"""arriving: catching up with the few rounds that are missing, so about to take part in the next."""
 
 __all__ = ["MAX_ROSTER", "Enrol", "EnrolReply", "MessageError", "Phase", "Roster", "Status", "Vote"]
 

@@ -27,6 +27,10 @@ CLOSING: frozenset[Phase] = frozenset({"roster", "exchange", "vote"})
 """Phases in which a peer's update for the round is ready. Not "commit": a new head is evaluated in it."""
 
 
+NEAR_ROUNDS = 8
+"""A peer that lacks at most so many rounds may ask the others to wait until it has them."""
+
+
 def at_head(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
     """Peers that work on the round after `head`: one of them leads it."""
     round_, digest = head
@@ -40,11 +44,14 @@ def at_head(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
 def taking_part(head: Head, statuses: Mapping[str, Status]) -> frozenset[str]:
     """Peers whose updates for the round after `head` are to be waited for.
 
-    A peer that is one head behind and about to commit counts too: it will be at `head` in a moment, and a
-    round that closed without it would waste its work.
+    A peer that is one head behind and about to commit counts too, and one that arrives: it will be at `head` in a
+    moment, and a round that closed without it would waste its work.
     """
     return at_head(head, statuses) | frozenset(
-        peer for peer, status in statuses.items() if status.round == head[0] - 1 and status.phase in FINISHING
+        peer
+        for peer, status in statuses.items()
+        if (status.round == head[0] - 1 and status.phase in FINISHING)
+        or (0 < head[0] - status.round <= NEAR_ROUNDS and status.phase == "arriving")
     )
 
 
@@ -165,6 +172,21 @@ def donors(branch: Branch, statuses: Mapping[str, Status]) -> list[str]:
         peer: status.branch.rank for peer, status in statuses.items() if status.phase not in ("starting", "joining")
     }
     return sorted((peer for peer in found if found[peer] >= branch.rank), key=lambda peer: (found[peer], peer))
+
+
+def may_arrive(own: Branch | None, branch: Branch, tries: int) -> bool:
+    """Whether a peer that moves to `branch` asks the others to wait for it; they do, for a bounded time.
+
+    It does if a few rounds are all that it lacks: where catching up takes as long as these did, it would be behind for
+    good. tries: how often that was so since it was last in a record. Others pay for it, so it asks the first time, the
+    second, the fourth, the eighth and so on.
+    """
+    return is_near(own, branch) and tries & (tries + 1) == 0
+
+
+def is_near(own: Branch | None, branch: Branch) -> bool:
+    """Few rounds lead from our head to that of `branch`."""
+    return own is not None and 0 < branch.head[0] - own.head[0] <= NEAR_ROUNDS
 
 
 class Step(enum.Enum):

@@ -105,6 +105,8 @@ class Body(Message):
     def _consistent(self) -> Self:
         if len({claim.key for claim in self.members}) != len(self.members):
             raise ValueError("a member is named twice")
+        if self.total < self.samples:
+            raise ValueError("fewer samples are behind it than it has itself")
         return self
 
     @functools.cached_property

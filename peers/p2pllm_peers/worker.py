@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import gc
+import importlib
 import json
 import mmap
 import os
@@ -242,10 +243,8 @@ def main() -> None:
     pipe = Pipe(sys.stdin, events)
     gc.disable()  # while libraries load, of which all stays; a fifth of that time
     # load the libraries while the daemon finds out what to compute: torch, and what all models of transformers need
-    import torch  # noqa: F401
-
-    from p2pllm.training import inner, model  # noqa: F401
-    from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
+    for name in ("torch", "p2pllm.training.inner", "transformers.modeling_utils", "transformers.generation"):
+        importlib.import_module(name)
 
     job = pipe.start()
     try:

@@ -158,7 +158,7 @@ class Verdict(_Section):
         None,
         ge=0,
         le=1,
-        description="rounds by those of a run without faults, as long and with as many peer hours; 0: any",
+        description="rounds by those of a run without faults that lasts as long; 0: any",
     )
 
 

@@ -76,9 +76,8 @@ def test_a_right_log_passes_whole_and_in_pieces() -> None:
         ({"round": 2}, "record 2 does not follow record 0"),
         ({"previous": bytes(32)}, "record 1 does not follow record 0"),
         ({"previous": genesis(OTHER_RUN)[1]}, "record 1 does not follow record 0"),
-        ({"total": 14}, "record 1 does not add up"),
         ({"total": 16}, "record 1 does not add up"),
-        ({"total": 0}, "record 1 does not add up"),
+        ({"total": 10**9}, "record 1 does not add up"),
     ],
 )
 def test_a_record_that_does_not_belong_is_named(changes: dict[str, Any], words: str) -> None:
@@ -121,7 +120,7 @@ def test_somebody_of_the_members_must_have_voted() -> None:
 def test_what_a_record_says_of_a_member_must_be_signed_by_it() -> None:
     body = LOG[0].body
     for at, changes in itertools.product(
-        range(3), [{"samples": 6}, {"loss": 0.5}, {"update": bytes([1]) * 32}, {"signature": bytes(64)}]
+        range(3), [{"samples": 4}, {"loss": 0.5}, {"update": bytes([1]) * 32}, {"signature": bytes(64)}]
     ):
         members = list(body.members)
         members[at] = members[at].model_copy(update=changes)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from p2pllm.rounds import plan
 from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.messages import Enrol, Phase, Roster, Status
-from p2pllm.rounds.plan import Decision, Step, Verdict
+from p2pllm.rounds.plan import NEAR_ROUNDS, Decision, Step, Verdict
 from p2pllm.rounds.record import Claim
 from p2pllm.testing import branch, head, identity_number, status
 
@@ -55,13 +55,25 @@ def test_who_works_on_the_round_is_waited_for_and_who_is_about_to_come() -> None
         "at": status(3, 1),
         "soon": status(2, 7, "vote"),
         "late": status(2, 7, "exchange"),
+        "comes": status(1, 7, "arriving"),
+        "far": status(3, 7, "arriving"),
         "other": status(3, 2),
         "down": status(3, 1, "starting"),
         "joins": status(3, 1, "joining"),
         "done": status(3, 1, "done"),
     }
     assert plan.at_head(head(3, 1), statuses) == {"at"}
-    assert plan.taking_part(head(3, 1), statuses) == {"at", "soon"}
+    assert plan.taking_part(head(3, 1), statuses) == {"at", "soon", "comes"}
+    assert "comes" not in plan.taking_part(head(1 + NEAR_ROUNDS + 1, 1), statuses)
+
+
+def test_others_are_asked_to_wait_by_who_is_near_and_less_and_less_often() -> None:
+    asked = [tries for tries in range(20) if plan.may_arrive(branch(5), branch(6), tries)]
+    assert asked == [0, 1, 3, 7, 15]
+    assert plan.may_arrive(branch(0), branch(NEAR_ROUNDS), 0)
+    assert not plan.may_arrive(branch(0), branch(NEAR_ROUNDS + 1), 0)
+    assert not plan.may_arrive(branch(5, 1), branch(5, 2), 0), "it is another branch, not a missing round"
+    assert not plan.may_arrive(None, branch(1), 0)
 
 
 def test_samples_count_at_the_head_alone() -> None:

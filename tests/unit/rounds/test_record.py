@@ -37,7 +37,7 @@ bodies = st.builds(
     run=digests,
     round=st.integers(1, 10**9),
     previous=digests,
-    total=st.integers(0, 10**18),
+    total=st.integers(5 * 10**9, 10**18),
     members=st.lists(claims, min_size=1, max_size=5, unique_by=lambda claim: claim.key).map(tuple),
     aggregate=digests,
     state=digests,
@@ -52,6 +52,12 @@ def test_a_record_comes_back_as_it_went(record: Record) -> None:
     assert back == record
     assert back.pack() == record.pack()
     assert back.body.digest == Body.unpack(record.body.pack()).digest == record.body.digest
+
+
+def test_a_record_has_no_more_samples_than_all_behind_it() -> None:
+    assert Body.unpack(BODY.model_copy(update={"total": BODY.samples}).pack()).total == BODY.samples
+    with pytest.raises(MessageError, match="Body"):
+        Body.unpack(BODY.model_copy(update={"total": BODY.samples - 1}).pack())
 
 
 @given(st.lists(records, max_size=4))

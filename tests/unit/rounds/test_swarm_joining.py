@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from p2pllm.network.bulk import Blob, BulkServer, Source
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.messages import Phase
-from p2pllm.testing import LAYOUT, MemoryPeer, MemorySwarm, make_state, virtual
+from p2pllm.testing import LAYOUT, MemoryNetwork, MemoryPeer, MemorySwarm, make_state, virtual
 
 PHASES: list[Phase] = ["collecting", "roster", "exchange", "vote", "commit"]
 
@@ -39,6 +40,48 @@ async def test_a_joiner_comes_in_any_phase(phase: Phase) -> None:
     swarm.check_rounds()
     assert len(second.records[-1].members) == 4
     assert late.records[0].round >= 4
+
+
+def round_times(peer: MemoryPeer, rounds: range) -> list[float]:
+    """Filled, while the swarm runs, with the virtual time at which the peer begins to collect after each round."""
+    times: list[float] = []
+    for round_ in rounds:
+        peer.at("collecting", round_, lambda: times.append(asyncio.get_running_loop().time()))
+    return times
+
+
+@virtual
+async def test_a_joiner_comes_in_although_a_round_is_as_short_as_a_step_of_catching_up() -> None:
+    """A peer that is one round behind for good would compute nothing but what nobody takes."""
+    swarm = MemorySwarm(network=MemoryNetwork(latency_s=0.15), rounds=40)
+    first, second, late = swarm.add(3)
+    for peer in swarm.peers:
+        peer.compute.step_s = 0.3  # so that two of them collect for half a second
+    times = round_times(first, range(5, 25))
+    await swarm.start(first, second)
+    await swarm.until(lambda: first.keeper.head[0] == 10)
+    await late.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    assert [len(record.members) for record in first.records[20:]] == [3] * 20
+    calm, *_ = seconds = [after - before for before, after in itertools.pairwise(times)]
+    assert sum(each > 1.5 * calm for each in seconds) <= 2 and max(seconds) < calm + 2, "the others wait for it once"
+
+
+@virtual
+async def test_a_joiner_that_is_too_slow_is_not_waited_for_again_and_again() -> None:
+    swarm = MemorySwarm(network=MemoryNetwork(latency_s=0.02), rounds=60)
+    first, second, late = swarm.add(3)
+    for peer in swarm.peers:
+        peer.compute.step_s = 0.5
+    times = round_times(first, range(5, 60))
+    await swarm.start(first, second)
+    await swarm.until(lambda: first.keeper.head[0] == 10)
+    swarm.network.slow(late.host.peer_id, 0.5)
+    await late.start()
+    await swarm.until(lambda: first.keeper.head[0] == 60)
+    calm, *_ = seconds = [after - before for before, after in itertools.pairwise(times)]
+    assert 1 <= sum(each > 2 * calm for each in seconds) <= 6, "after 1, 2, 4, 8, 16 and 32 times"
 
 
 @virtual

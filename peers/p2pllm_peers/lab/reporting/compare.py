@@ -60,7 +60,7 @@ def _pairs(a: Report, b: Report) -> Iterator[tuple[str, str, float | None, float
         ("rounds", "rounds", ("swarm", "rounds")),
         ("time between rounds, median", "s", ("swarm", "round_interval_s")),
         ("round that no fault touched, median", "s", ("swarm", "calm_round_s")),
-        ("pace, for the time that peers were up", "%", ("swarm", "pace")),
+        ("pace, of the rounds without faults", "%", ("swarm", "pace")),
         ("bytes a token", "B", ("swarm", "bytes", "per_token")),
         ("bytes a round", "B", ("swarm", "bytes", "per_round")),
         ("CPU time", "s", ("swarm", "bytes", "cpu_s")),

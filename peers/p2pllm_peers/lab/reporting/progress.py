@@ -98,17 +98,17 @@ def speed(rounds: Sequence[Row], facts: Facts) -> Row:
     }
 
 
-def pace(rounds: Sequence[Row], calm: Sequence[float], share_up: float) -> Row:
-    """Rounds by those of a run without faults, of the same length and with as many peer hours; None if unknown.
+def pace(rounds: Sequence[Row], calm: Sequence[float]) -> Row:
+    """Rounds by those of a run without faults that lasts as long; None if unknown.
 
-    calm: seconds of the rounds that no fault touched. share_up: of the peers' time, what they were there.
+    calm: seconds of the rounds that no fault touched.
     """
     timed = [row["time_s"] for row in rounds if row["time_s"] >= 0]
     median = statistics.median(calm) if calm else None
     lasted = timed[-1] - timed[0] if timed else 0.0
-    known = median is not None and lasted > 0 and share_up > 0
-    share = median * (len(timed) - 1) / lasted / share_up if known and median else None
-    return {"calm_round_s": median, "share_up": share_up, "pace": share}
+    known = median is not None and lasted > 0
+    share = median * (len(timed) - 1) / lasted if known and median else None
+    return {"calm_round_s": median, "pace": share}
 
 
 def _steady(rounds: Sequence[Row]) -> Row | None:

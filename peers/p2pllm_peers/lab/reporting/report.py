@@ -12,8 +12,8 @@ The report is JSON:
                     steady (span without warm-up: from_s, to_s, tokens), tokens_per_s (of that span), alone_tokens_per_s
                     (sum over the peers), efficiency, why_no_efficiency, bytes (see `costs.together`),
                     overhead_s (median of a round outside compute, validation and idle), calm_round_s (median of the
-                    rounds that no fault touched), share_up (of the peers' time), pace (rounds by those of a run without
-                    faults, as long and with as many peer hours)
+                    rounds that no fault touched), pace (rounds by those of a run without faults, as long),
+                    share_up (of the peers' time)
     rounds          the swarm's history: round, time_s (first record), loss, validation_loss, samples, tokens,
                     tokens_so_far, members (names), attempts (largest), digests (peer -> digest)
     reached         first time at each tenth of a nat of validation loss: validation_loss, time_s, tokens, round
@@ -103,7 +103,8 @@ def report(evidence: Evidence) -> Row:
         "swarm": _totals(rounds, history, parts)
         | {"completed": completed, "bytes": together(peers, len(rounds), sum(row["tokens"] for row in rounds))}
         | speed(rounds, facts)
-        | pace(rounds, list(calm.values()), _share_up(states, end_s)),
+        | pace(rounds, list(calm.values()))
+        | {"share_up": _share_up(states, end_s)},
         "rounds": rounds,
         "reached": reached(rounds),
         "peers": [row | {"crashes": p.crashes, "log": p.log} for row, p in zip(peers, facts.peers, strict=True)],

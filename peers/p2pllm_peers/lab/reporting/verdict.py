@@ -249,7 +249,7 @@ def _returns(report: Report, do: str, limit: float) -> Check:
 
 def _pace(report: Report, limit: float) -> Check:
     swarm = report["swarm"]
-    name, wanted = "pace", f"at least {limit:.0%} of the rounds without faults, for the time that peers were up"
+    name, wanted = "pace", f"at least {limit:.0%} of the rounds without faults in the same time"
     if swarm["pace"] is None:
         return Check(name, wanted, "not measured: no round was without faults", False)
     told = f"{swarm['pace']:.1%}, peers were up {swarm['share_up']:.1%} of the time"

@@ -231,6 +231,6 @@ class SimulatedPeer(MemoryPeer):
         self._simulation.ledger.commit(self.number, record, self._simulation.now)
 
     def _on_phase(self, status: Status) -> None:
-        if status.phase == "joining" and self._has_trained:
+        if status.phase in ("joining", "arriving") and self._has_trained:
             self._simulation.ledger.caught_up += 1
         self._has_trained |= status.phase == "collecting"
