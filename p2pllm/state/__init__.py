@@ -11,7 +11,7 @@ from p2pllm.state.blobs import BlobStore
 from p2pllm.state.chunks import CHUNK_BYTES, Chunk, ChunkPlan, chunk_count, chunk_of
 from p2pllm.state.incoming import Incoming
 from p2pllm.state.layout import FLOAT, Entry, Layout
-from p2pllm.state.outer import AdamW, learning_rate
+from p2pllm.state.outer import AdamW, check_arithmetic, learning_rate
 from p2pllm.state.saved import Snapshot
 from p2pllm.state.shared import SharedState
 from p2pllm.state.snapshot import SnapshotStore
@@ -29,6 +29,7 @@ __all__ = [
     "SharedState",
     "Snapshot",
     "SnapshotStore",
+    "check_arithmetic",
     "chunk_count",
     "chunk_of",
     "learning_rate",

@@ -32,6 +32,9 @@ _MAX_NORM = 1e18
 """What a gradient is clipped to if the manifest does not clip: its square must fit float32, or one member could
 stop the run with a single huge number."""
 
+_KNOWN_DIGEST = "c63c1801bc3d2b3d117b98aaf0ff155b625433627b0453b32643ec20f74ddde1"
+"""Of the state after the steps of `check_arithmetic`."""
+
 _Vectors = tuple[np.ndarray, np.ndarray, np.ndarray]  # params, m, v
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -205,6 +208,30 @@ def _pieces(layout: Layout, block: int) -> Iterator[tuple[int, int, bool]]:
 def _cut(start: int, stop: int, decayed: bool, block: int) -> Iterator[tuple[int, int, bool]]:
     for at in range(start, stop, block):
         yield at, min(at + block, stop), decayed
+
+
+def check_arithmetic() -> None:
+    """Take known steps with a small state. Raises StateError if they lead elsewhere than on every other machine."""
+    layout = Layout.of([("matrix", (61, 67)), ("vector", (13,))])
+    state = SharedState.initial(layout, _known_numbers(layout.size, 3))
+    section = OptimizerSection(
+        learning_rate=4e-3, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0, warmup_rounds=1,
+        final_fraction=0.1,
+    )  # fmt: skip
+    optimizer = AdamW(section, rounds=4, layout=layout)
+    for seed in (5, 7, 11):
+        optimizer.step(state, _known_numbers(layout.size, seed))
+    if state.digest() != _KNOWN_DIGEST:
+        raise StateError(
+            "This machine computes the outer step differently from others, so it would hold another state than they "
+            "do; try another version of NumPy, and report it with the names of your processor and operating system."
+        )
+
+
+def _known_numbers(size: int, seed: int) -> np.ndarray:
+    """Numbers of many magnitudes, made of integers and powers of two alone."""
+    whole = np.arange(1, size + 1, dtype=np.int64) * (2654435761 * seed) % 16777213
+    return np.ldexp((whole - 8388606).astype(FLOAT), (-20 - whole % 11).astype(np.int32)).astype(FLOAT)
 
 
 def _check_subnormals() -> None:

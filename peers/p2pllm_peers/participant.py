@@ -34,7 +34,7 @@ from p2pllm.rounds.serving import GIVE_WAY_S
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.settings import PeerSettings
-from p2pllm.state import AdamW, Layout, SharedState
+from p2pllm.state import AdamW, Layout, SharedState, check_arithmetic
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
@@ -135,6 +135,7 @@ class Participant:
         """Come to the newest state that this peer's disk leads to, and put the round protocol on top of it."""
         manifest, view, compute, identity = self._manifest, self.view, self._compute, self._node.identity
         section = manifest.round
+        check_arithmetic()
         optimizer = AdamW(manifest.optimizer, section.rounds, layout)
         initial = SharedState.initial(layout, compute.params)
         disk = Disk(self.folder.path, manifest, layout, budget=int(self._settings.disk_gb * 1e9))

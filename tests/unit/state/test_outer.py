@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from p2pllm.errors import StateError
 from p2pllm.manifest import OptimizerSection
-from p2pllm.state import FLOAT, AdamW, Layout, SharedState, learning_rate
+from p2pllm.state import FLOAT, AdamW, Layout, SharedState, check_arithmetic, learning_rate, outer
 from p2pllm.state.outer import sum_of_squares
 
 LAYOUT = Layout.of([("bias", (7,)), ("weight", (9, 11)), ("deep", (2, 3, 4)), ("gain", (5,))])
@@ -158,6 +158,14 @@ def test_a_processor_that_flushes_small_numbers_is_noticed() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert state.digest() == fresh().digest()
+
+
+def test_a_machine_that_computes_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_arithmetic()
+    right = outer.sum_of_squares
+    monkeypatch.setattr(outer, "sum_of_squares", lambda vector: right(vector) * (1 + 2**-22))
+    with pytest.raises(StateError, match="This machine computes the outer step differently from others"):
+        check_arithmetic()
 
 
 def test_a_huge_gradient_is_clipped() -> None:
