@@ -5,21 +5,32 @@ digest of the initial weights, and the digests of files that it names are filled
 frozen. Its canonical bytes hash to the run id, so whoever holds a run id can check a manifest that a stranger
 sent.
 
-What does not live here: what one peer may choose (`settings`), signing (`identity`), reading data (`training`).
+What does not live here: the fields themselves (`sections`), what one peer may choose (`settings`), signing
+(`identity`), reading data (`training`).
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from p2pllm.errors import ManifestError
 from p2pllm.explain import explain
+from p2pllm.sections import (
+    OUTER,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    OuterSection,
+    RoundSection,
+    Section,
+    TokenizerSection,
+    canonical_json,
+)
 from p2pllm.toml import read_toml
 
 MAX_MANIFEST_BYTES = 64 * 1024
@@ -28,124 +39,7 @@ MAX_MANIFEST_BYTES = 64 * 1024
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelSection(_Section):
-    """The architecture: any causal language model that transformers' AutoConfig knows."""
-
-    type: str = Field("llama", max_length=64, description="transformers' model_type, for example llama, qwen3, gpt2")
-    config: dict[str, Any] = Field(
-        default={
-            "hidden_size": 128,
-            "intermediate_size": 344,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "tie_word_embeddings": True,
-        },
-        description="the model's own configuration; vocabulary and context length are filled in",
-    )
-
-    @field_validator("config")
-    @classmethod
-    def _plain_values(cls, config: dict[str, Any]) -> dict[str, Any]:
-        try:
-            canonical_json(config)
-        except (ValueError, TypeError):
-            raise ValueError("holds a date, inf or nan, which no model's configuration takes") from None
-        return config
-
-
-class TokenizerSection(_Section):
-    """How text becomes tokens."""
-
-    source: str = Field(
-        "bytes",
-        max_length=4096,
-        description='"bytes" (256 values and an end mark), or "file:PATH" of a tokenizer.json, which the run carries',
-    )
-
-    @model_validator(mode="after")
-    def _known_source(self) -> Self:
-        sealed = re.fullmatch(r"blake3:[0-9a-f]{64}", self.source)
-        if self.source != "bytes" and not self.source.startswith("file:") and not sealed:
-            raise ValueError(f'source is "{self.source}", but must be "bytes" or "file:PATH"')
-        return self
-
-
-class DataSection(_Section):
-    """The text, how it is cut, and what is held out."""
-
-    source: str = Field(
-        "stdlib",
-        max_length=4096,
-        description='"stdlib" (the source of the Python standard library) or "text:PATH", a file, folder or glob',
-    )
-    digest: str = Field(
-        "",
-        pattern=r"^([0-9a-f]{64})?$",
-        description='BLAKE3 over the text of a "text:" source; `start` fills it in',
-    )
-    context_length: int = Field(128, ge=8, le=1 << 20, description="tokens a sample")
-    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of the documents that is held out")
-    validation_samples: int = Field(32, ge=1, le=65536, description="held-out samples of one evaluation")
-    validation_every: int = Field(10, ge=1, description="rounds between evaluations; the first and last are, too")
-
-    @model_validator(mode="after")
-    def _known_source(self) -> Self:
-        if self.source != "stdlib" and not self.source.startswith("text:"):
-            raise ValueError(f'source is "{self.source}", but must be "stdlib" or "text:PATH"')
-        return self
-
-
-class OptimizerSection(_Section):
-    """AdamW (arXiv 1711.05101) on the averaged gradient, and the schedule of its learning rate."""
-
-    learning_rate: float = Field(4e-3, gt=0, le=10, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, a round")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment, a round")
-    epsilon: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay, times the learning rate, a round")
-    clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of the averaged gradient; 0 does not clip")
-    warmup_rounds: int = Field(20, ge=0, description="rounds in which the learning rate rises linearly")
-    final_fraction: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="learning rate of the last round as a share of the peak; it falls linearly",
-    )
-
-
-class RoundSection(_Section):
-    """When a round ends and how its updates are averaged."""
-
-    strategy: Literal["sync"] = Field("sync", description="sync: peers average gradients, then all apply the same step")
-    rounds: int = Field(400, ge=1, le=10**9, description="rounds of the whole run")
-    samples: int = Field(32, ge=1, le=10**9, description="samples that the swarm gathers in one round")
-    deadline_s: float = Field(60.0, ge=1, le=86400, description="seconds after which a round ends with what it has")
-    roster_wait_s: float = Field(
-        5.0,
-        ge=0.5,
-        le=600,
-        description="most seconds that a finished round waits for live peers; it waits as long as they lately took",
-    )
-    min_peers: int = Field(1, ge=1, le=64, description="peers that must be there for a round to begin")
-    max_peers: int = Field(64, ge=1, le=64, description="largest roster of one round")
-    snapshot_every: int = Field(
-        25, ge=1, le=10**6, description="rounds between snapshots of the state, the same at all peers"
-    )
-    codec: Literal["fp32", "fp16"] = Field("fp32", description="how values travel in the all-reduce")
-
-    @model_validator(mode="after")
-    def _can_begin(self) -> Self:
-        if self.min_peers > self.max_peers:
-            raise ValueError(f"min_peers is {self.min_peers}, more than max_peers, which is {self.max_peers}")
-        return self
-
-
-class RunDraft(_Section):
+class RunDraft(Section):
     """What an organiser writes. Every section may be left out; its defaults then hold."""
 
     name: str = Field(
@@ -160,7 +54,24 @@ class RunDraft(_Section):
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection = DataSection()
     optimizer: OptimizerSection = OptimizerSection()
+    outer: OuterSection = OuterSection()
     round: RoundSection = RoundSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _outer_of_the_strategy(cls, raw: Any) -> Any:
+        """What is left out of [outer] depends on the strategy."""
+        round_, outer = (raw.get(name, {}) for name in ("round", "outer")) if isinstance(raw, dict) else ({}, None)
+        strategy = round_.get("strategy") if isinstance(round_, dict) else getattr(round_, "strategy", None)
+        if isinstance(outer, dict) and isinstance(strategy, str):
+            return {**raw, "outer": {**OUTER.get(strategy, {}), **outer}}
+        return raw
+
+    @model_validator(mode="after")
+    def _has_steps_of_its_own(self) -> Self:
+        if self.optimizer.type != "adamw" and self.round.strategy == "sync":
+            raise ValueError(f"optimizer.type is {self.optimizer.type}, which needs the strategy diloco or sparse_loco")
+        return self
 
     def canonical_bytes(self) -> bytes:
         """The one byte string of this value: JSON, keys sorted, no spaces, shortest floats."""
@@ -220,11 +131,6 @@ class RunManifest(RunDraft):
         return manifest
 
 
-def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys, no spaces, ASCII; Python writes each float as its shortest exact decimal."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
 def load_draft(path: Path) -> RunDraft:
     """Read a draft from a TOML file; paths in it are taken relative to the file.
 
@@ -264,9 +170,12 @@ def draft_template() -> str:
         "",
     ]
     lines += _field_lines(draft)
-    for name in ("model", "tokenizer", "data", "optimizer", "round"):
+    for name in ("model", "tokenizer", "data", "optimizer", "round", "outer"):
         section = getattr(draft, name)
-        lines += ["", f"[{name}]  # {(type(section).__doc__ or '').splitlines()[0]}", *_field_lines(section)]
+        fields = _field_lines(section)
+        if name == "outer":
+            fields = [f"# {line}" for line in fields]  # what is left out depends on the strategy
+        lines += ["", f"[{name}]  # {(type(section).__doc__ or '').splitlines()[0]}", *fields]
         if name == "model":
             lines += ["", f"[model.config]  # {ModelSection.model_fields['config'].description}"]
             lines += [f"{key} = {_toml(value)}" for key, value in section.config.items()]

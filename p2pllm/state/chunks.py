@@ -1,6 +1,6 @@
 """Chunks: the digest of a state is that of a list of digests, so that each piece of it can be checked by itself.
 
-A state is cut into chunks of at most CHUNK_BYTES, first params, then m, then v; no chunk has bytes of two vectors.
+A state is cut into chunks of at most CHUNK_BYTES, first params, then the moments; no chunk has bytes of two vectors.
 A `ChunkPlan` is the header of a state and the digests of its chunks. Whoever knows the digest of a state can check a
 plan that a stranger sent, and with it every chunk. What does not live here: files (`snapshot`, `incoming`), sending
 (`rounds`).
@@ -28,9 +28,6 @@ BytesLike = bytes | bytearray | memoryview
 CHUNK_BYTES = 1 << 20
 """Part of the digest of a state: another value is another format of runs."""
 
-VECTORS = ("params", "m", "v")
-"""The vectors of a state, in the order of its chunks."""
-
 _DIGEST_BYTES = 32
 _MAX_HEADER_BYTES = 512  # packed; one that is right has less than 200
 _MANY_BYTES = 1 << 20  # below this, waking threads costs more than hashing
@@ -46,7 +43,7 @@ def digest_of(data: BytesLike) -> bytes:
 class Chunk(NamedTuple):
     """Where a chunk lies: bytes start to stop of a vector; `at` counts from the first byte of params."""
 
-    vector: int  # index in VECTORS
+    vector: int  # index in Layout.vectors
     start: int
     stop: int
     at: int
@@ -59,7 +56,7 @@ class Chunk(NamedTuple):
 
 def chunk_count(layout: Layout) -> int:
     """Chunks of a state of this layout."""
-    return len(VECTORS) * _chunks_a_vector(layout)
+    return len(layout.vectors) * _chunks_a_vector(layout)
 
 
 def chunk_of(layout: Layout, index: int) -> Chunk:
@@ -98,7 +95,8 @@ class ChunkPlan:
     @functools.cached_property
     def digest(self) -> bytes:
         """The digest of the state, 32 bytes."""
-        return digest_of(f"p2pllm state 2\n{lines_of(self.header)}".encode() + b"".join(self.digests))
+        head = f"p2pllm state 3\n{' '.join(self.layout.vectors)}\n{lines_of(self.header)}"
+        return digest_of(head.encode() + b"".join(self.digests))
 
     @property
     def round(self) -> int:

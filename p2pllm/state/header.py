@@ -5,7 +5,6 @@ What does not live here: the state itself (`shared`), the digests of its vectors
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from p2pllm.state.layout import Layout
 MAX_ROUND = 10**9
 """Bound on the round number of a state that is adopted; a manifest allows no more rounds."""
 
-_KEYS = {"layout", "round", "beta1_power", "beta2_power"}
+_KEYS = {"layout", "round"}
 
 
 def lines_of(header: Mapping[str, str | int]) -> str:
@@ -23,8 +22,8 @@ def lines_of(header: Mapping[str, str | int]) -> str:
     return "".join(f"{key}={value}\n" for key, value in sorted(header.items()))
 
 
-def parse_header(layout: Layout, header: Any) -> tuple[int, tuple[float, float]]:
-    """(round, powers of the betas) of a header as SharedState.header gives it.
+def parse_header(layout: Layout, header: Any) -> int:
+    """The round of a header as SharedState.header gives it.
 
     Raises StateError if it is of another layout, says anything else or spells it in another way.
     """
@@ -35,18 +34,4 @@ def parse_header(layout: Layout, header: Any) -> tuple[int, tuple[float, float]]
         raise StateError(f"The header of a state gives a round that is no number from 0 to {MAX_ROUND}.")
     if header["layout"] != layout.digest():
         raise StateError("A state has another layout than this run's model.")
-    powers = _parse_power(header["beta1_power"]), _parse_power(header["beta2_power"])
-    if round_ == 0 and powers != (1.0, 1.0):
-        raise StateError("A state at round 0 claims outer steps that were not made.")
-    return round_, powers
-
-
-def _parse_power(value: Any) -> float:
-    try:
-        power = float.fromhex(value) if isinstance(value, str) and len(value) <= 32 else math.nan
-    except (ValueError, OverflowError):
-        power = math.nan
-    # another spelling of the same number would make another digest
-    if not 0.0 <= power <= 1.0 or power.hex() != value:
-        raise StateError("The header of a state gives a beta power that is no hex float from 0 to 1.")
-    return power
+    return round_

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +34,22 @@ class Entry(NamedTuple):
         return math.prod(self.shape)
 
 
+MOMENTS = ("m", "v")
+"""Those of AdamW."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Parameters one after another, C order, without gaps. Build it with `of` or `from_json`."""
+    """Parameters one after another, C order, without gaps. Build it with `of` or `from_json`.
+
+    moments: names of the vectors that the outer optimizer keeps beside the parameters, each as long as they are.
+    """
 
     entries: tuple[Entry, ...]
+    moments: tuple[str, ...] = MOMENTS
 
     @classmethod
-    def of(cls, named_shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Layout:
+    def of(cls, named_shapes: Iterable[tuple[str, tuple[int, ...]]], moments: tuple[str, ...] = MOMENTS) -> Layout:
         """Lay out parameters in the given order.
 
         Raises StateError if a name comes twice or a dimension is negative.
@@ -56,7 +64,16 @@ class Layout:
             offset += entry.size
         if len({entry.name for entry in entries}) != len(entries):
             raise StateError("The layout names a parameter twice.")
-        return cls(tuple(entries))
+        return cls(tuple(entries), moments)
+
+    def with_moments(self, moments: tuple[str, ...]) -> Layout:
+        """The same parameters for another outer optimizer."""
+        return replace(self, moments=moments)
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of all vectors of a state, in the order of its chunks."""
+        return ("params", *self.moments)
 
     @property
     def size(self) -> int:
@@ -73,7 +90,7 @@ class Layout:
         return str(blake3(self.to_json().encode()).hexdigest())
 
     def to_json(self) -> str:
-        """The one JSON form: a list of [name, shape]; offsets follow from it."""
+        """The one JSON form of the parameters: a list of [name, shape]; offsets follow from it."""
         return json.dumps([[entry.name, list(entry.shape)] for entry in self.entries], separators=(",", ":"))
 
     @classmethod

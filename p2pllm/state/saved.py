@@ -1,9 +1,10 @@
 """What a snapshot file says about itself before the vectors, and the names of such files.
 
-A file is in the safetensors format with the tensors params, m and v: any tool that knows the format can open it, and
-none can run code from it. Its metadata hold the run id, the state's header, layout and digest, the record that the
-state belongs to, and a digest of all these. We write and read the format ourselves: the library hides errno, copies
-the whole state first, and takes files of other forms. What does not live here: the files themselves (`snapshot`).
+A file is in the safetensors format with the tensor params and those of the outer optimizer: any tool that knows the
+format can open it, and none can run code from it. Its metadata hold the run id, the state's header, layout and digest,
+the record that the state belongs to, and a digest of all these. We write and read the format ourselves: the library
+hides errno, copies the whole state first, and takes files of other forms. What does not live here: the files
+themselves (`snapshot`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from p2pllm.errors import StateError
-from p2pllm.state.chunks import VECTORS, digest_of
+from p2pllm.state.chunks import digest_of
 from p2pllm.state.files import Reader
 from p2pllm.state.header import parse_header
 from p2pllm.state.layout import Layout
 
-_FORMAT = "p2pllm state 2"
+_FORMAT = "p2pllm state 3"
 _MAX_HEAD_BYTES = 1 << 24  # the layout of the largest models needs a tenth of it
 _DIGEST_BYTES = 32
 
@@ -64,7 +65,7 @@ class Head:
         metadata["check"] = digest_of(json.dumps(metadata, sort_keys=True).encode()).hex()
         values: dict[str, Any] = {"__metadata__": metadata}
         size = self.layout.nbytes
-        for number, name in enumerate(VECTORS):
+        for number, name in enumerate(self.layout.vectors):
             offsets = [number * size, (number + 1) * size]
             values[name] = {"dtype": "F32", "shape": [self.layout.size], "data_offsets": offsets}
         head = json.dumps(values).encode()
@@ -76,10 +77,12 @@ class Head:
         """The head of a file. Raises StateError unless it is as `pack` writes it and the file has the right size."""
         raw = bytes(file.read(0, vectors_at(file)))
         try:
-            values = json.loads(raw[8:])["__metadata__"]
+            tensors = json.loads(raw[8:])
+            values, moments = tensors["__metadata__"], tuple(tensors)[2:]
             if values["format"] != _FORMAT:
                 raise StateError(f"it is not in the format '{_FORMAT}'.")
-            header, layout = json.loads(values["header"]), Layout.from_json(values["layout"])
+            header = json.loads(values["header"])
+            layout = Layout.from_json(values["layout"]).with_moments(moments)
             run_id, state, record = values["run_id"], *(bytes.fromhex(values[name]) for name in ("digest", "record"))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise StateError("its head is damaged.") from None
@@ -87,8 +90,8 @@ class Head:
         head = cls(run_id, layout, header, state, record)
         if len(state) != _DIGEST_BYTES or len(record) != _DIGEST_BYTES or head.pack() != raw:
             raise StateError("its head is damaged.")
-        if file.size != len(raw) + len(VECTORS) * layout.nbytes:
-            raise StateError(f"it has {file.size} bytes instead of {len(raw) + len(VECTORS) * layout.nbytes}.")
+        if file.size != len(raw) + len(layout.vectors) * layout.nbytes:
+            raise StateError(f"it has {file.size} bytes instead of {len(raw) + len(layout.vectors) * layout.nbytes}.")
         return head
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from p2pllm.errors import StateError
-from p2pllm.state.chunks import VECTORS, ChunkPlan, chunk_of, chunks_of, digest_of
+from p2pllm.state.chunks import ChunkPlan, chunk_of, chunks_of, digest_of
 from p2pllm.state.files import DRAFT, Reader, explained, folder_at
 from p2pllm.state.incoming import Incoming, draft_of, is_draft
 from p2pllm.state.layout import FLOAT, Layout
@@ -73,15 +73,14 @@ class SnapshotStore:
         self._remember(plan)
         return head.snapshot
 
-    def load(self, snapshot: Snapshot, params_out: np.ndarray | None = None) -> SharedState:
-        """The state, verified. The parameters go to `params_out` if it is given, which the state then keeps.
+    def load(self, snapshot: Snapshot) -> SharedState:
+        """The state, verified.
 
-        Raises StateError if the file is damaged, and removes it then, or if it is not there any more; `params_out` is
-        not touched before the whole state is verified.
+        Raises StateError if the file is damaged, and removes it then, or if it is not there any more.
         """
         with self._opened(snapshot) as file:
             head, vectors = _read_head(file, snapshot), []
-            for number in range(len(VECTORS)):
+            for number in range(len(head.layout.vectors)):
                 vector = np.empty(head.layout.size, FLOAT)
                 file.read_into(vectors_at(file) + number * head.layout.nbytes, vector.view(np.uint8).data)
                 vectors.append(vector)
@@ -89,8 +88,6 @@ class SnapshotStore:
             plan = ChunkPlan.of(state)
             _check_digest(plan, snapshot)
         self._remember(plan)
-        if params_out is not None:
-            state.move_params(params_out)
         return state
 
     def plan(self, snapshot: Snapshot) -> ChunkPlan:
@@ -135,7 +132,7 @@ class SnapshotStore:
 
         plan: the caller has compared its digest with the one that it wants. Raises StateError for another layout.
         """
-        if self._layout is not None and plan.layout.entries != self._layout.entries:
+        if self._layout is not None and plan.layout != self._layout:
             raise StateError("A state that other peers offer has another layout than this run's model.")
         with explained(f"A state from other peers cannot be kept in {self._folder}", 0):
             self._clear(lambda name: is_draft(name) and name != draft_of(plan.digest))
@@ -167,7 +164,7 @@ class SnapshotStore:
     def _check_ours(self, head: Head) -> None:
         if head.run_id != self._run_id:
             raise StateError("it belongs to another run.")
-        if self._layout is not None and head.layout.entries != self._layout.entries:
+        if self._layout is not None and head.layout != self._layout:
             raise StateError("it has another layout than this run's model.")
 
     @contextlib.contextmanager

@@ -31,7 +31,7 @@ assert 2 * CHUNK_BYTES < LARGE.nbytes < 3 * CHUNK_BYTES
 
 def state_of(round_: int, layout: Layout = LAYOUT) -> SharedState:
     values = np.random.default_rng(round_).standard_normal((3, layout.size)).astype(FLOAT)
-    return SharedState(layout, values[0], values[1], values[2] ** 2, round=round_, beta_powers=(0.5, 0.25))
+    return SharedState(layout, [values[0], values[1], values[2] ** 2], round=round_)
 
 
 def record_of(round_: int) -> bytes:

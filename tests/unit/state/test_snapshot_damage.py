@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from states import LARGE, LAYOUT, RUN, TINY, chunks_in, fail_at, record_of, save, state_of
 
 from p2pllm.errors import StateError
-from p2pllm.state import CHUNK_BYTES, FLOAT, Layout, SnapshotStore, files
+from p2pllm.state import CHUNK_BYTES, Layout, SnapshotStore, files
 
 LARGE_STATE = state_of(2, LARGE)
 
@@ -33,10 +33,8 @@ def test_any_flipped_byte_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFi
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
         assert store.all() == ([snapshot] if place >= start else []), place
-        out = np.full(TINY.size, 7, FLOAT)
         with pytest.raises(StateError, match="damaged"):
-            store.load(snapshot, out)
-        assert (out == 7).all()
+            store.load(snapshot)
         assert not file.exists(), "what is damaged is removed, so that the next save writes it"
     assert "Skipped" in caplog.text and "not used" in caplog.text
     assert store.save(state, record) == snapshot
@@ -103,7 +101,7 @@ def test_the_plan_of_a_damaged_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_state_that_is_not_finite_is_not_adopted(folder: Path | None) -> None:
     store, state = SnapshotStore(folder, RUN, LAYOUT), state_of(3)
-    state.m[7] = np.nan
+    state.moments["m"][7] = np.nan
     with pytest.raises(StateError, match="not finite"):
         store.load(store.save(state, record_of(3)))
 
