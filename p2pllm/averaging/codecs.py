@@ -1,7 +1,8 @@
 """Codecs: how float32 values travel.
 
-A codec maps each value alone, so a decoded value is the same wherever a vector is cut. Everything is little
-endian on the wire. What does not live here: checks of finiteness and framing; the all-reduce does both.
+A decoded value is the same wherever a vector is cut at a multiple of BLOCK elements: codecs map each value alone, or
+those of a block together. Everything is little endian on the wire. What does not live here: checks of finiteness and
+framing; the all-reduce does both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
+BLOCK = 64
+"""Elements that a codec may treat together. Spans and parts of a vector start at multiples of it."""
+
 _FP16_MAX = np.float32(np.finfo(np.float16).max)
+_BF16_MAX = np.float32(float.fromhex("0x1.fep127"))
+_LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 of it are finite
 
 
 class Codec(Protocol):
@@ -81,11 +87,64 @@ class Fp16:
 
         _check_length(self, data, out.size)
         half = np.frombuffer(data, "<f2").astype(np.float16, copy=False)
-        # torch knows no read-only memory and warns of it
-        torch.from_numpy(out).copy_(torch.from_numpy(half if half.flags.writeable else half.copy()))
+        torch.from_numpy(out).copy_(torch.from_numpy(_writable(half)))
 
 
-_CODECS: dict[str, Codec] = {known.name: known for known in (Fp32(), Fp16())}
+class Bf16:
+    """bfloat16: 2 bytes each, rounded to nearest even: the range of float32, to within 3.39e38, and 8 bits."""
+
+    name = "bf16"
+    direct = False
+
+    def bytes_for(self, count: int) -> int:
+        return 2 * count
+
+    def encode(self, values: Floats) -> memoryview:
+        import torch
+
+        clipped = np.clip(values, -_BF16_MAX, _BF16_MAX)
+        return _bytes(torch.from_numpy(clipped).bfloat16().view(torch.int16).numpy().astype("<i2", copy=False))
+
+    def decode(self, data: bytes | bytearray | memoryview, out: Floats) -> None:
+        import torch
+
+        _check_length(self, data, out.size)
+        half = np.frombuffer(data, "<i2").astype(np.int16, copy=False)
+        torch.from_numpy(out).copy_(torch.from_numpy(_writable(half)).view(torch.bfloat16))
+
+
+class Int8:
+    """A byte each, and a float32 scale for each BLOCK of them: the block's largest magnitude is 127 times its scale.
+
+    All scales come first. A value is the product of two float32 numbers, so it is the same on any machine.
+    """
+
+    name = "int8"
+    direct = False
+
+    def bytes_for(self, count: int) -> int:
+        return count + 4 * -(-count // BLOCK)
+
+    def encode(self, values: Floats) -> memoryview:
+        blocks = -(-values.size // BLOCK)
+        padded = np.zeros(blocks * BLOCK, np.float32)
+        padded[: values.size] = values
+        rows = padded.reshape(blocks, BLOCK)
+        scales = np.minimum(np.abs(rows).max(axis=1, initial=0.0) / np.float32(127), _LARGEST_SCALE)
+        np.divide(rows, np.where(scales > 0, scales, 1)[:, None], out=rows)
+        steps = np.clip(np.rint(rows, out=rows), -127, 127).astype(np.int8).reshape(-1)[: values.size]
+        return memoryview(scales.astype("<f4").tobytes() + steps.tobytes())
+
+    def decode(self, data: bytes | bytearray | memoryview, out: Floats) -> None:
+        _check_length(self, data, out.size)
+        blocks = -(-out.size // BLOCK)
+        scales = np.frombuffer(data, "<f4", blocks)
+        steps = np.frombuffer(data, np.int8, offset=4 * blocks)
+        with np.errstate(over="ignore"):  # the all-reduce looks whether all is finite
+            np.multiply(steps, np.repeat(scales, BLOCK)[: out.size], out=out, casting="unsafe")
+
+
+_CODECS: dict[str, Codec] = {known.name: known for known in (Fp32(), Fp16(), Bf16(), Int8())}
 
 
 def codec(name: str) -> Codec:
@@ -99,6 +158,11 @@ def codec(name: str) -> Codec:
 def _bytes(array: NDArray[Any]) -> memoryview:
     """The memory of a contiguous array; an empty one is spelled out, because memoryview cannot cast it."""
     return array.data.cast("B") if array.size else memoryview(b"")
+
+
+def _writable(array: NDArray[Any]) -> NDArray[Any]:
+    """torch knows no read-only memory and warns of it."""
+    return array if array.flags.writeable else array.copy()
 
 
 def _check_length(used: Codec, data: bytes | bytearray | memoryview, count: int) -> None:

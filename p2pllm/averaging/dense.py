@@ -19,6 +19,7 @@ import numpy as np
 from p2pllm.averaging.attempt import FINISHED, HEADER_BYTES, MAGIC, REFUSED, STREAM_METHOD, Attempt
 from p2pllm.averaging.channel import held, refuse
 from p2pllm.averaging.codecs import Floats
+from p2pllm.averaging.exchange import Exchange, Payload
 from p2pllm.averaging.group import GROUP_ID_BYTES, MAX_MEMBERS, ExchangeResult, Group
 from p2pllm.averaging.vigil import GaveUp
 from p2pllm.errors import NetworkError
@@ -43,7 +44,7 @@ _REMEMBERED = 1024
 """Ids of ended groups that we remember, to answer streams that come too late."""
 
 
-class DenseAllReduce:
+class DenseAllReduce(Exchange):
     """Runs all-reduces over a Transport, several groups at once if need be.
 
     transport: streams and calls. stall_timeout: seconds without any progress after which a peer has failed, until
@@ -78,13 +79,13 @@ class DenseAllReduce:
         await self._transport.serve_stream(STREAM_METHOD, self._on_stream)
         await self._transport.serve_call(NOTICE_METHOD, self._on_notice)
 
-    async def run(self, group: Group, vector: Floats, deadline: float) -> ExchangeResult:
+    async def run(self, group: Group, payload: Payload, deadline: float) -> ExchangeResult:
         """Take part in one all-reduce, for at most `deadline` seconds.
 
-        vector: float32 (group.size,), C-contiguous; it must not change meanwhile and is not changed.
+        payload: float32 (group.size,), C-contiguous; it must not change meanwhile and is not changed.
         Raises ValueError if the vector does not fit the group, we are no member, or the group was run before.
         """
-        self._check(group, vector)
+        vector = self._checked(group, payload)
         started = time.perf_counter()
         attempt = Attempt(
             self._transport,
@@ -124,15 +125,18 @@ class DenseAllReduce:
             return self._first_stall_s
         return min(max(STALL_FACTOR * max(self._silences), STALL_FLOOR_S), STALL_CAP_S)
 
-    def _check(self, group: Group, vector: Floats) -> None:
+    def _checked(self, group: Group, vector: Payload) -> Floats:
         if self._transport.peer_id not in group.members:
             raise ValueError("We are no member of this group.")
         if group.group_id in self._attempts or group.group_id in self._ended:
             raise ValueError("This group was run before; every attempt needs a new group id.")
+        if not isinstance(vector, np.ndarray):
+            raise ValueError("An all-reduce takes a vector.")
         if vector.dtype != np.float32 or vector.shape != (group.size,) or not vector.flags.c_contiguous:
             raise ValueError(
                 f"The vector must be contiguous float32 ({group.size},), not {vector.dtype} {vector.shape}."
             )
+        return vector
 
     def _begin(self, attempt: Attempt) -> None:
         group_id = attempt.group.group_id

@@ -14,7 +14,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from p2pllm.averaging.codecs import codec
+from p2pllm.averaging.codecs import BLOCK, codec
 
 MAX_MEMBERS = 256
 """Largest group; bounds the messages that name members."""
@@ -24,8 +24,8 @@ MAX_WEIGHT = 2.0**53
 
 GROUP_ID_BYTES = 32
 
-_ALIGN = 64
-"""Spans start at multiples of this many elements, so that float32 vectors split at cache lines."""
+_ALIGN = BLOCK
+"""Spans start at multiples of this many elements: vectors split at cache lines, and codecs' blocks stay whole."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Group:
     """Weight of each member, in samples; above zero, at most MAX_WEIGHT."""
     size: int
     """Elements of the vector."""
-    codec: str
-    """Name of the codec, see `codecs`."""
+    codec: str = "fp32"
+    """Name of the codec, see `codecs`; of no meaning where updates are gathered."""
+    digests: tuple[bytes, ...] = ()
+    """Of each member's update, 32 bytes; only needed where updates are gathered."""
 
     def __post_init__(self) -> None:
         if len(self.group_id) != GROUP_ID_BYTES:
@@ -93,14 +95,15 @@ class Group:
 class ExchangeResult:
     """What became of one attempt, as seen by one member."""
 
-    aggregate: NDArray[np.float32] | None
-    """float32 (size,), the weighted mean, the same bits wherever there is one; None after a failure."""
-    failed: frozenset[str]
+    aggregate: NDArray[np.float32] | bytes | None = None
+    """The same bytes wherever there is one: float32 (size,), the weighted mean, or as a `form` says. None after a
+    failure."""
+    failed: frozenset[str] = frozenset()
     """Members that caused the failure, as far as seen from here: silent, gone, or sending nonsense."""
-    reason: str
+    reason: str = ""
     """One sentence; empty if the attempt succeeded."""
-    bytes_sent: int
-    bytes_received: int
+    bytes_sent: int = 0
+    bytes_received: int = 0
     accused: dict[str, frozenset[str]] = field(default_factory=dict)
     """Hearsay: member that gave up first -> members that it holds responsible; may be lies."""
     seconds: dict[str, float] = field(default_factory=dict)

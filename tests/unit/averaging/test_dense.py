@@ -10,11 +10,11 @@ from cluster import Cluster, SocketNetwork, check, make_group, make_vectors, vir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pllm.averaging import Group
+from p2pllm.averaging import Group, codec
 from p2pllm.testing import MemoryNetwork
 
 
-@pytest.mark.parametrize("codec_name", ["fp32", "fp16"])
+@pytest.mark.parametrize("codec_name", ["fp32", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize("members", [1, 2, 3, 5, 8])
 @virtual
 async def test_same_bits_as_the_reference(cluster: Cluster, members: int, codec_name: str) -> None:
@@ -25,16 +25,17 @@ async def test_same_bits_as_the_reference(cluster: Cluster, members: int, codec_
     for result in results.values():
         assert (result.bytes_sent > 0) == (members > 1)
         assert result.seconds["total"] >= result.seconds["reduce"]
-    assert sum(result.bytes_sent for result in results.values()) == members * (members - 1) * 70 + (
-        2 * (members - 1) * 20_011 * (4 if codec_name == "fp32" else 2)
-    )
+    parts = [part for index in range(members) for part in group.parts(index, 1024)]
+    a_copy = sum(codec(codec_name).bytes_for(part.stop - part.start) for part in parts)
+    sent = sum(result.bytes_sent for result in results.values())
+    assert sent == members * (members - 1) * 70 + 2 * (members - 1) * a_copy
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     size=st.integers(0, 1500),
     weights=st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=8),
-    codec_name=st.sampled_from(["fp32", "fp16"]),
+    codec_name=st.sampled_from(["fp32", "fp16", "bf16", "int8"]),
     sockets=st.booleans(),
 )
 @virtual
@@ -83,7 +84,7 @@ async def test_late_member_is_waited_for(cluster: Cluster) -> None:
 
 @virtual
 async def test_finite_values_at_the_edge_stay_finite(cluster: Cluster) -> None:
-    for codec_name in ("fp32", "fp16"):
+    for codec_name in ("fp32", "fp16", "bf16", "int8"):
         group = make_group(3, 300, codec_name, [1, 1, 1])
         vectors = {m: np.full(300, np.finfo(np.float32).max, np.float32) for m in group.members}
         for result in (await cluster.run(group, vectors)).values():

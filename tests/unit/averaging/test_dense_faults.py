@@ -144,7 +144,7 @@ async def test_values_that_are_not_finite_come_from_a_liar(cluster: Cluster, bad
 
 @virtual
 async def test_our_own_bad_vector_is_our_fault(cluster: Cluster) -> None:
-    for codec_name in ("fp32", "fp16"):
+    for codec_name in ("fp32", "fp16", "bf16", "int8"):
         group = make_group(3, 10_000, codec_name)
         vectors = make_vectors(group)
         vectors["c"][4_000] = np.inf

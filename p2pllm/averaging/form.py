@@ -1,0 +1,104 @@
+"""Forms: what an aggregate is, as bytes that the log names and every peer can read again.
+
+In `dense` exchanges it is the weighted mean itself; in `sparse` ones it is the members' updates, from which each peer
+makes the mean for itself. What does not live here: how aggregates come about between peers (`dense`, `gather`), and
+keeping them (`rounds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgpack
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from p2pllm.averaging.sparse import SparseCodec
+from p2pllm.averaging.sparse_mean import sparse_mean
+from p2pllm.state import FLOAT, Layout
+from p2pllm.state.chunks import BytesLike
+
+Vector = NDArray[np.float32]
+
+_FRAMING_BYTES = 8
+"""msgpack's part of one update in a list of them, at most."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """What the record of a round says of one member's update: its weight in samples, and its digest, 32 bytes."""
+
+    samples: int
+    digest: bytes
+
+
+class Form(Protocol):
+    """How to read the aggregates of a run."""
+
+    def max_bytes(self, members: int) -> int:
+        """The largest aggregate of so many updates."""
+        ...
+
+    def vector(self, aggregate: BytesLike, terms: Sequence[Term]) -> Vector:
+        """The mean update, float32 (layout.size,), the same bits on every machine; it may share the aggregate's memory.
+
+        terms: of the members, in the order of the record. Raises ValueError if it is not an aggregate of these.
+        """
+        ...
+
+
+class DenseForm:
+    """The weighted mean as little-endian float32 values."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._size = layout.size
+
+    def max_bytes(self, members: int) -> int:
+        """See Form."""
+        return FLOAT.itemsize * self._size
+
+    def vector(self, aggregate: BytesLike, terms: Sequence[Term]) -> Vector:
+        """See Form."""
+        view = memoryview(aggregate)
+        if view.nbytes != FLOAT.itemsize * self._size:
+            raise ValueError(f"an aggregate of {self._size} values does not have {view.nbytes} bytes")
+        vector: Vector = np.frombuffer(view, FLOAT)
+        if not np.isfinite(vector).all():
+            raise ValueError("an aggregate holds a number that is not finite")
+        return vector
+
+
+class SparseForm:
+    """The members' sparse updates as a msgpack list, in the order of the record."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.codec = SparseCodec(layout)
+        self._size = layout.size
+
+    def max_bytes(self, members: int) -> int:
+        """See Form."""
+        return members * (self.codec.max_bytes + _FRAMING_BYTES) + _FRAMING_BYTES
+
+    def pack(self, payloads: Sequence[BytesLike]) -> bytes:
+        """The aggregate of these updates."""
+        packed: bytes = msgpack.packb([bytes(payload) for payload in payloads])
+        return packed
+
+    def vector(self, aggregate: BytesLike, terms: Sequence[Term]) -> Vector:
+        """See Form."""
+        try:
+            payloads = msgpack.unpackb(
+                aggregate, max_array_len=len(terms), max_bin_len=self.codec.max_bytes, max_str_len=0, max_map_len=0
+            )
+        except Exception:  # noqa: BLE001 - msgpack raises many kinds on hostile bytes
+            raise ValueError("an aggregate is not a list of updates") from None
+        if not isinstance(payloads, list) or len(payloads) != len(terms):
+            raise ValueError(f"an aggregate does not hold the updates of {len(terms)} members")
+        for payload, term in zip(payloads, terms, strict=True):
+            if not isinstance(payload, bytes) or blake3(payload).digest() != term.digest:
+                raise ValueError("an aggregate holds an update that its member did not sign")
+        updates = [self.codec.decode(payload) for payload in payloads]
+        return sparse_mean(updates, [term.samples for term in terms], self._size, divide_by="all")

@@ -1,0 +1,29 @@
+"""Which exchange a run's strategy has, and in which form its aggregates are.
+
+What does not live here: the outer step of a strategy (`state`) and the inner work (`training`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from p2pllm.averaging.dense import DenseAllReduce
+from p2pllm.averaging.exchange import Exchange
+from p2pllm.averaging.form import DenseForm, Form, SparseForm
+from p2pllm.averaging.sparse_exchange import SparseExchange
+from p2pllm.manifest import RunDraft, RunManifest
+from p2pllm.network.transport import Transport
+from p2pllm.state import Layout
+
+
+def form_of(draft: RunDraft, layout: Layout) -> Form:
+    """The form of a run's aggregates."""
+    return SparseForm(layout) if draft.round.strategy == "sparse_loco" else DenseForm(layout)
+
+
+def exchange_of(manifest: RunManifest, layout: Layout, transport: Transport, folder: Path | None = None) -> Exchange:
+    """The exchange of a run's strategy. folder: where it keeps what is this peer's own, from session to session."""
+    if manifest.round.strategy != "sparse_loco":
+        return DenseAllReduce(transport)
+    file = None if folder is None else folder / "error.safetensors"
+    return SparseExchange(transport, layout, manifest.run_id, file)
