@@ -21,7 +21,7 @@ import numpy as np
 from blake3 import blake3
 
 from p2pllm.errors import DataError, StateError
-from p2pllm.manifest import DataSection
+from p2pllm.sections import DataSection
 from p2pllm.training.sources import (
     Document,
     Progress,

@@ -1,7 +1,7 @@
-"""Inner work of the strategy `sync`: a peer's part of a round's gradient, in micro-batches that fit memory.
+"""Gradients of a peer's samples in micro-batches that fit memory; the inner work of the strategy `sync`, their mean.
 
-What does not live here: the parameters' way between host and device (`model`), averaging (`averaging`), the
-optimizer (`state.outer`).
+What does not live here: inner optimizer steps (`local`), the parameters' way between host and device (`model`),
+averaging (`averaging`), the outer optimizer (`state.outer`).
 """
 
 from __future__ import annotations
@@ -41,12 +41,11 @@ class StepResult:
     loss: float
 
 
-class GradientAccumulator:
-    """Sums gradients of samples on the model's current parameters until `finish` takes their mean.
+class SampleGradients:
+    """Sums the gradients of samples that a peer draws; base of what makes an update of them.
 
     A sample's loss is the mean over its tokens, and what is summed are the samples' gradients, in float32. So
-    the mean is that of the samples, however they are cut into steps and micro-batches, and peers' means
-    average to the swarm's with the numbers of samples as weights.
+    the mean is that of the samples, however they are cut into micro-batches.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class GradientAccumulator:
         peer: str,
         micro_batch: int = 1,
     ) -> None:
-        """Take the model, which must be on `device`. run_id, peer: whose samples to draw.
+        """Take the model, which must be on `device`. run_id, peer: whose samples to draw; the attributes may be set.
 
         micro_batch: samples computed at once; it is halved when memory runs out; read the attribute.
         """
@@ -68,49 +67,10 @@ class GradientAccumulator:
         self._model = model
         self._corpus = corpus
         self._device = device
-        self._run_id, self._peer = run_id, peer
+        self.run_id, self.peer = run_id, peer
         self._layout = layout_of(model)
         self._parameters = [parameter for _, parameter in trained_parameters(model)]
         self._sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self._parameters]
-
-    def step(self, round: int, step: int, count: int) -> StepResult:  # noqa: A002 - the design's word
-        """Add the gradients of `count` samples, those that (run, peer, round, step) draw.
-
-        When memory runs out, the micro-batch is halved and computed again. Raises WorkerError if even one
-        sample does not fit; what was added before stays, and `samples` counts it.
-        """
-        self._model.train()
-        windows = torch.from_numpy(self._corpus.draw(self._run_id, self._peer, round, step, count))
-        loss = torch.zeros((), dtype=torch.float64)
-        for size, gradients, part in self._micro_batches(windows):
-            torch._foreach_add_(self._sums, gradients)
-            loss += part.double().cpu()
-            self.samples += size
-        return StepResult(count, count * (windows.shape[1] - 1), float(loss) / count)
-
-    def finish(self, out: np.ndarray) -> int:
-        """Write the mean gradient a sample into `out`, float32 of shape (layout.size,), and start afresh.
-
-        Returns the number of samples; with 0, `out` becomes zeros. Raises StateError if `out` does not fit,
-        WorkerError if a gradient is not finite.
-        """
-        if out.dtype != FLOAT:
-            raise StateError(f"The vector for the gradient has elements of type {out.dtype}, not float32.")
-        samples = self.samples
-        for view, total in zip(self._layout.views(out).values(), self._sums, strict=True):
-            np.copyto(view, total.div_(max(samples, 1)).cpu().numpy())
-        self.reset()
-        if not np.isfinite(out).all():
-            raise WorkerError(
-                "The gradient holds a number that is not finite: the training diverges (lower the learning "
-                "rate of the next run), or this device computes wrongly."
-            )
-        return samples
-
-    def reset(self) -> None:
-        """Forget what was added."""
-        torch._foreach_zero_(self._sums)
-        self.samples = 0
 
     def find_micro_batch(self, target_seconds: float = 1.0, limit: int = 1024) -> int:
         """Measure and set the micro-batch that this machine computes fastest; returns it.
@@ -136,6 +96,20 @@ class GradientAccumulator:
             size *= 2
         self.micro_batch = best
         return best
+
+    def _add(self, round: int, step: int, count: int) -> StepResult:  # noqa: A002 - the design's word
+        """Add the gradients of `count` samples, those that (run, peer, round, step) draw, to the sums.
+
+        Raises WorkerError if one sample does not fit; what was added before stays, and `samples` counts it.
+        """
+        self._model.train()
+        windows = torch.from_numpy(self._corpus.draw(self.run_id, self.peer, round, step, count))
+        loss = torch.zeros((), dtype=torch.float64)
+        for size, gradients, part in self._micro_batches(windows):
+            torch._foreach_add_(self._sums, gradients)
+            loss += part.double().cpu()
+            self.samples += size
+        return StepResult(count, count * (windows.shape[1] - 1), float(loss) / count)
 
     def _micro_batches(self, windows: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...], torch.Tensor]]:
         """(samples, gradients, loss) of each micro-batch, halving it when memory runs out."""
@@ -175,7 +149,7 @@ class GradientAccumulator:
 
     def _measure(self, size: int) -> float | None:
         """Seconds of one micro-batch of `size` samples; None if it does not fit in memory."""
-        windows = torch.from_numpy(self._corpus.draw(self._run_id, self._peer, 0, 0, size))
+        windows = torch.from_numpy(self._corpus.draw(self.run_id, self.peer, 0, 0, size))
         best, spent = math.inf, 0.0
         for attempt in range(_MEASURED):
             started = time.perf_counter()
@@ -195,6 +169,45 @@ class GradientAccumulator:
             f"One sample of {self._corpus.window_length - 1} tokens does not fit in the memory of the device "
             f"{self._device}; free some of it, or choose another device."
         )
+
+
+class GradientAccumulator(SampleGradients):
+    """Sums gradients of samples on the model's current parameters until `finish` takes their mean.
+
+    Peers' means average to the swarm's with the numbers of samples as weights.
+    """
+
+    def step(self, round: int, step: int, count: int) -> StepResult:  # noqa: A002 - the design's word
+        """Add the gradients of `count` samples, those that (run, peer, round, step) draw.
+
+        When memory runs out, the micro-batch is halved and computed again. Raises WorkerError if even one
+        sample does not fit; what was added before stays, and `samples` counts it.
+        """
+        return self._add(round, step, count)
+
+    def finish(self, out: np.ndarray) -> int:
+        """Write the mean gradient a sample into `out`, float32 of shape (layout.size,), and start afresh.
+
+        Returns the number of samples; with 0, `out` becomes zeros. Raises StateError if `out` does not fit,
+        WorkerError if a gradient is not finite.
+        """
+        if out.dtype != FLOAT:
+            raise StateError(f"The vector for the gradient has elements of type {out.dtype}, not float32.")
+        samples = self.samples
+        for view, total in zip(self._layout.views(out).values(), self._sums, strict=True):
+            np.copyto(view, total.div_(max(samples, 1)).cpu().numpy())
+        self.reset()
+        if not np.isfinite(out).all():
+            raise WorkerError(
+                "The gradient holds a number that is not finite: the training diverges (lower the learning "
+                "rate of the next run), or this device computes wrongly."
+            )
+        return samples
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        torch._foreach_zero_(self._sums)
+        self.samples = 0
 
 
 def sum_of_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:

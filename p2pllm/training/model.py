@@ -16,7 +16,7 @@ from torch import nn
 
 from p2pllm.errors import ManifestError, StateError
 from p2pllm.manifest import RunDraft
-from p2pllm.state import FLOAT, Layout, SharedState
+from p2pllm.state import FLOAT, Layout, SharedState, moments_of
 from p2pllm.training.hub import (
     CONFIG_MAPPING,
     CONFIG_MAPPING_NAMES,
@@ -71,7 +71,7 @@ def build(draft: RunDraft, tokenizer: Tokenizer) -> nn.Module:
 def initial_state(draft: RunDraft, tokenizer: Tokenizer) -> SharedState:
     """The shared state at round 0: the manifest's initial weights, zero moments. Raises as `build`."""
     model = build(draft, tokenizer)
-    layout = layout_of(model)
+    layout = layout_of(model).with_moments(moments_of(draft))
     params = np.empty(layout.size, FLOAT)
     read_params(model, params)
     return SharedState.initial(layout, params)

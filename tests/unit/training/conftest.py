@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from local_work import CPU, RATE, SETTINGS, MakeWork, params
 
 from p2pllm.manifest import DataSection, ModelSection, RunDraft
+from p2pllm.sections import OptimizerSection
 from p2pllm.training.data import Corpus
+from p2pllm.training.local import LocalSteps
+from p2pllm.training.model import build
 from p2pllm.training.tokenizer import ByteTokenizer
 
 LLAMA = {
@@ -84,3 +88,18 @@ def tokenizer_json() -> bytes:
 @pytest.fixture
 def tokenizer() -> ByteTokenizer:
     return ByteTokenizer()
+
+
+@pytest.fixture
+def make_work(draft: RunDraft, tokenizer: ByteTokenizer, corpus: Corpus) -> MakeWork:
+    """make_work(settings, micro_batch, wrap): local steps on a model of their own, always the same; a round began."""
+
+    def make(
+        settings: OptimizerSection = SETTINGS, micro_batch: int = 4, wrap: Callable[..., Any] = lambda model: model
+    ) -> LocalSteps:
+        model = wrap(build(draft, tokenizer))
+        work = LocalSteps(model, corpus, CPU, run_id="run", peer="peer", settings=settings, micro_batch=micro_batch)
+        work.begin(params(work), RATE)
+        return work
+
+    return make

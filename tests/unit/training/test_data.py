@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from p2pllm.errors import DataError, StateError
-from p2pllm.manifest import DataSection
+from p2pllm.sections import DataSection
 from p2pllm.training import data
 from p2pllm.training.data import Corpus, documents, text_digest
 from p2pllm.training.sources import read_pieces

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from local_work import CPU, Cramped
 
 from p2pllm.errors import StateError, WorkerError
 from p2pllm.manifest import RunDraft
@@ -18,8 +19,6 @@ from p2pllm.training.evaluate import validation_loss
 from p2pllm.training.inner import GradientAccumulator
 from p2pllm.training.model import build, layout_of
 from p2pllm.training.tokenizer import ByteTokenizer
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -34,30 +33,6 @@ def accumulator(model: torch.nn.Module, corpus: Corpus, micro_batch: int = 2) ->
 def mean(work: GradientAccumulator, model: torch.nn.Module) -> tuple[int, np.ndarray]:
     out = np.full(layout_of(model).size, np.nan, FLOAT)
     return work.finish(out), out
-
-
-class Cramped(torch.nn.Module):
-    """A model whose memory suffices for `room` samples; `calls` are the sizes that were tried."""
-
-    def __init__(self, model: Any, room: int, late: bool = False) -> None:
-        super().__init__()
-        self.inner = model
-        self.room, self.late = room, late
-        self.calls: list[int] = []
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        self.calls.append(len(input_ids))
-        output = self.inner(input_ids=input_ids, use_cache=use_cache)
-        if len(input_ids) > self.room:
-            if not self.late:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            self.inner.model.layers[0].mlp.up_proj.weight.register_hook(self.fail)  # half-way through backward
-        return output
-
-    def fail(self, gradient: torch.Tensor) -> torch.Tensor:
-        if self.calls[-1] > self.room:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return gradient
 
 
 def test_the_mean_does_not_depend_on_micro_batches(model: torch.nn.Module, corpus: Corpus) -> None:

@@ -1,0 +1,199 @@
+"""InnerWork: a round's work of one peer, as its strategy has it, behind one interface.
+
+What does not live here: gradients (`inner`), local steps (`local`), and when a round begins and ends (the programs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from p2pllm.manifest import RunDraft
+from p2pllm.state.adamw import learning_rate
+from p2pllm.training.data import Corpus
+from p2pllm.training.inner import GradientAccumulator, StepResult
+from p2pllm.training.local import LocalSteps
+from p2pllm.training.model import write_params
+
+LARGEST_SHARE = 8
+"""A micro-batch of gradients is at most one such part of a round's samples, so that rounds end near their target."""
+
+
+class InnerWork(Protocol):
+    """What the worker does between `begin` and `finish`. Vectors are flat float32, as the layout has them."""
+
+    @property
+    def samples(self) -> int:
+        """Samples behind the update so far."""
+        ...
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples computed at once; it is halved when memory runs out."""
+        ...
+
+    def draw_for(self, run_id: str, peer: str) -> None:
+        """Whose samples to draw."""
+        ...
+
+    def find_micro_batch(self) -> None:
+        """Measure and set the micro-batch that this machine computes fastest."""
+        ...
+
+    def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
+        """Start on the round after state `round`, at `params`."""
+        ...
+
+    def step(self, round: int, number: int) -> StepResult:  # noqa: A002 - the design's word
+        """Compute the smallest piece of work, the one with this number in the round."""
+        ...
+
+    def finish(self, out: np.ndarray) -> int:
+        """Write the update into `out`; returns the samples behind it."""
+        ...
+
+    def reset(self) -> None:
+        """Drop the round's work."""
+        ...
+
+    def holding(self, params: np.ndarray) -> contextlib.AbstractContextManager[None]:
+        """Have the model hold `params` for a while, for example to evaluate them."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Keep what is the peer's own for the next process. Raises StateError if the disk does not take it."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Take what `save` wrote, if it can be used."""
+        ...
+
+
+class Gradients:
+    """`sync`: the mean gradient of the samples, on the parameters of the round's start."""
+
+    def __init__(
+        self, draft: RunDraft, model: nn.Module, corpus: Corpus, device: torch.device, micro_batch: int
+    ) -> None:
+        self._accumulator = GradientAccumulator(model, corpus, device, run_id="", peer="", micro_batch=micro_batch)
+        self._model = model
+        self._largest = max(1, draft.round.samples // LARGEST_SHARE)
+
+    @property
+    def samples(self) -> int:
+        """See InnerWork."""
+        return self._accumulator.samples
+
+    @property
+    def micro_batch(self) -> int:
+        """See InnerWork."""
+        return self._accumulator.micro_batch
+
+    def draw_for(self, run_id: str, peer: str) -> None:
+        """See InnerWork."""
+        self._accumulator.run_id, self._accumulator.peer = run_id, peer
+
+    def find_micro_batch(self) -> None:
+        """See InnerWork."""
+        self._accumulator.find_micro_batch(limit=self._largest)
+
+    def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
+        """See InnerWork."""
+        self._accumulator.reset()
+        write_params(self._model, params)
+
+    def step(self, round: int, number: int) -> StepResult:  # noqa: A002 - the design's word
+        """See InnerWork: one micro-batch."""
+        return self._accumulator.step(round, number, self._accumulator.micro_batch)
+
+    def finish(self, out: np.ndarray) -> int:
+        """See InnerWork."""
+        return self._accumulator.finish(out)
+
+    def reset(self) -> None:
+        """See InnerWork."""
+        self._accumulator.reset()
+
+    @contextlib.contextmanager
+    def holding(self, params: np.ndarray) -> Iterator[None]:
+        """See InnerWork. They stay: every round begins with the shared parameters anyway."""
+        write_params(self._model, params)
+        yield
+
+    def save(self, path: Path) -> None:
+        """See InnerWork: there is nothing."""
+
+    def load(self, path: Path) -> None:
+        """See InnerWork: there is nothing."""
+
+
+class Local:
+    """`diloco` and `sparse_loco`: steps of the peer's own optimizer, and how far they led."""
+
+    def __init__(
+        self, draft: RunDraft, model: nn.Module, corpus: Corpus, device: torch.device, micro_batch: int
+    ) -> None:
+        self._steps = LocalSteps(
+            model, corpus, device, run_id="", peer="", settings=draft.optimizer, micro_batch=micro_batch
+        )
+        self._section, self._rounds = draft.optimizer, draft.round.rounds
+
+    @property
+    def samples(self) -> int:
+        """See InnerWork."""
+        return self._steps.samples
+
+    @property
+    def micro_batch(self) -> int:
+        """See InnerWork."""
+        return self._steps.micro_batch
+
+    def draw_for(self, run_id: str, peer: str) -> None:
+        """See InnerWork."""
+        self._steps.run_id, self._steps.peer = run_id, peer
+
+    def find_micro_batch(self) -> None:
+        """See InnerWork."""
+        self._steps.find_micro_batch(limit=self._section.batch)
+
+    def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
+        """See InnerWork."""
+        self._steps.begin(params, learning_rate(self._section, self._rounds, round))
+
+    def step(self, round: int, number: int) -> StepResult:  # noqa: A002 - the design's word
+        """See InnerWork: one step of the inner optimizer."""
+        return self._steps.step(round, number, self._section.batch)
+
+    def finish(self, out: np.ndarray) -> int:
+        """See InnerWork."""
+        return self._steps.finish(out)
+
+    def reset(self) -> None:
+        """See InnerWork."""
+        self._steps.reset()
+
+    def holding(self, params: np.ndarray) -> contextlib.AbstractContextManager[None]:
+        """See InnerWork."""
+        return self._steps.aside(params)
+
+    def save(self, path: Path) -> None:
+        """See InnerWork: the moments of the optimizer."""
+        self._steps.save(path)
+
+    def load(self, path: Path) -> None:
+        """See InnerWork."""
+        self._steps.load(path)
+
+
+def inner_work(
+    draft: RunDraft, model: nn.Module, corpus: Corpus, device: torch.device, micro_batch: int = 1
+) -> InnerWork:
+    """The inner work of a run's strategy, on a model that is on `device`."""
+    kind = Gradients if draft.round.strategy == "sync" else Local
+    return kind(draft, model, corpus, device, micro_batch)
