@@ -73,7 +73,7 @@ def export(folder: Path, home: Path | None, run_prefix: str | None, name: str | 
 def _load(peer: PeerFolder) -> tuple[Any, Any]:
     """(model, tokenizer) of the newest state: it is made of the peer's files, whether its daemon runs or not."""
     from p2pllm.rounds.disk import Disk
-    from p2pllm.state import AdamW
+    from p2pllm.state import moments_of, outer_optimizer
     from p2pllm.training import model as models
     from p2pllm.training.tokenizer import load_tokenizer
 
@@ -83,9 +83,9 @@ def _load(peer: PeerFolder) -> tuple[Any, Any]:
     manifest, _, tokenizer_json = loaded
     tokenizer = load_tokenizer(tokenizer_json)
     model = models.build(manifest, tokenizer)
-    layout = models.layout_of(model)
+    layout = models.layout_of(model).with_moments(moments_of(manifest))
     disk = Disk(peer.path, manifest, layout, read_only=True)
-    state = disk.recover(AdamW(manifest.optimizer, manifest.round.rounds, layout), None)
+    state = disk.recover(outer_optimizer(manifest, layout), None)
     if state is None or not state.round:
         raise StateError(
             f"'{peer.name}' has saved no state of run {manifest.run_id[:16]} yet; try again after its first round."

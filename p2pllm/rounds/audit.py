@@ -21,7 +21,7 @@ from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.log import MAGIC, RoundLog
 from p2pllm.rounds.packing import MessageError
 from p2pllm.rounds.record import MAX_RECORD_BYTES, Checkpoint, Head
-from p2pllm.state import AdamW, SharedState, Snapshot
+from p2pllm.state import OuterOptimizer, SharedState, Snapshot, outer_optimizer
 
 FORGED = "do not trust these files, and join the run anew under another name"
 """What to do about what no accident makes."""
@@ -213,7 +213,7 @@ def _replay(
         _say_skipped(report, state, base.round)
         state = loaded
         report.snapshots += 1
-        for digest in _replayed(disk, state, AdamW(manifest.optimizer, manifest.round.rounds, state.layout), folder):
+        for digest in _replayed(disk, state, outer_optimizer(manifest, state.layout), folder):
             used.add(digest)
             report.replayed += 1
             yield Step("rounds to replay", state.round, head)
@@ -229,13 +229,13 @@ def _replay(
     return used
 
 
-def _replayed(disk: Disk, state: SharedState, optimizer: AdamW, folder: Path) -> Iterator[bytes]:
+def _replayed(disk: Disk, state: SharedState, optimizer: OuterOptimizer, folder: Path) -> Iterator[bytes]:
     """Take `state` along the log, to its head or to where an aggregate is missing; the digest of each one used."""
     for record in disk.log.records(state.round + 1):
         if record is None:
             return  # damaged since we checked it
         digest = record.body.aggregate
-        vector = disk.aggregate(digest, state.layout.size)
+        vector = disk.update_of(record.body, state.layout)
         if vector is None:
             _check_absent(disk, digest, folder)
             return

@@ -14,15 +14,13 @@ import logging
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from p2pllm.errors import NetworkError, StateError
 from p2pllm.rounds.chain import Branch, check_links, check_votes
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.fetching import Fetcher, Refuted
 from p2pllm.rounds.packing import MessageError
-from p2pllm.rounds.record import Head, Record
-from p2pllm.state import AdamW, SharedState
+from p2pllm.rounds.record import Body, Head, Record
+from p2pllm.state import OuterOptimizer, SharedState
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ SNAPSHOT_COST = 3
 class CatchUp:
     """Moves our log, and makes the state that it leads to."""
 
-    def __init__(self, fetcher: Fetcher, disk: Disk, optimizer: AdamW) -> None:
+    def __init__(self, fetcher: Fetcher, disk: Disk, optimizer: OuterOptimizer) -> None:
         self._fetcher = fetcher
         self._disk = disk
         self._optimizer = optimizer
@@ -167,7 +165,7 @@ class CatchUp:
         elif lacking > SNAPSHOT_COST:
             base = await self._newer(base, peers, lacking - SNAPSHOT_COST) or base
         while base is not None:
-            await asyncio.to_thread(_copy, base, into)
+            await asyncio.to_thread(into.copy_from, base)
             await self._fetcher.aggregates(self._lacking(into.round, last), peers)
             try:
                 while into.round < last:
@@ -200,26 +198,25 @@ class CatchUp:
         named = record.body.state if record else self._disk.initial_state
         return bytes.fromhex(await asyncio.to_thread(own.digest)) == named
 
-    def _lacking(self, round_: int, last: int) -> list[bytes]:
-        """Digests of the aggregates that have to be fetched to replay from `round_`."""
+    def _lacking(self, round_: int, last: int) -> list[Body]:
+        """The rounds whose aggregates have to be fetched to replay from `round_`."""
         records = (self._disk.log.record(number) for number in range(round_ + 1, last + 1))
-        digests = [record.body.aggregate for record in records if record is not None]
-        return [digest for digest in digests if not self._disk.aggregates.has(digest)]
+        bodies = [record.body for record in records if record is not None]
+        return [body for body in bodies if not self._disk.aggregates.has(body.aggregate)]
 
     async def _replay_one(self, state: SharedState, peers: list[str]) -> None:
         record = await asyncio.to_thread(self._disk.log.record, state.round + 1)
         if record is None:
             raise StateError(f"The record of round {state.round + 1} is damaged here.")
-        vector = await self._fetcher.aggregate(record.body.aggregate, peers)
-        if vector is None:
-            raise NetworkError(f"Nobody gives the aggregate of round {record.body.round}.")
-        await asyncio.to_thread(self._optimizer.step, state, vector)
+        body = record.body
+        aggregate = await self._fetcher.aggregate(body, peers)
+        if aggregate is None:
+            raise NetworkError(f"Nobody gives the aggregate of round {body.round}.")
+        try:
+            update = await asyncio.to_thread(self._disk.read, aggregate, body.members, state.layout)
+        except ValueError as error:
+            raise Refuted(f"the aggregate of round {body.round} is of no use: {error}") from None
+        await asyncio.to_thread(self._optimizer.step, state, update)
         if bytes.fromhex(await asyncio.to_thread(state.digest)) != record.body.state:
             # If this is said of every peer, it is this machine that computes the outer step differently.
             raise Refuted(f"round {record.body.round} does not lead to the state that its record names")
-
-
-def _copy(base: SharedState, into: SharedState) -> None:
-    for old, new in ((base.params, into.params), (base.m, into.m), (base.v, into.v)):
-        np.copyto(new, old)
-    into.round, into.beta1_power, into.beta2_power = base.round, base.beta1_power, base.beta2_power

@@ -11,17 +11,19 @@ a peer works on (`keeper`) and getting what is missing from others (`catchup`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
+from p2pllm.averaging import Form, Term, form_of
 from p2pllm.errors import StateError
 from p2pllm.manifest import RunManifest
 from p2pllm.rounds.log import RoundLog
-from p2pllm.rounds.record import Head
-from p2pllm.state import AdamW, BlobStore, Layout, SharedState, Snapshot, SnapshotStore
+from p2pllm.rounds.record import Body, Claim, Head
+from p2pllm.state import BlobStore, Layout, OuterOptimizer, SharedState, Snapshot, SnapshotStore
+from p2pllm.state.chunks import BytesLike
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +39,6 @@ OTHER_STEP = (
 )
 
 Vector = NDArray[np.float32]
-
-
-def vector_digest(vector: Vector) -> bytes:
-    """BLAKE3 of the bytes of a flat float32 vector, 32 bytes."""
-    many = vector.nbytes >= 1 << 20
-    return bytes(blake3(vector.data.cast("B"), max_threads=blake3.AUTO if many else 1).digest())
 
 
 class Disk:
@@ -66,6 +62,8 @@ class Disk:
         self.log = RoundLog(_in(folder, "log"), self.run_id, manifest.founder, read_only)
         self.aggregates = BlobStore(_in(folder, "aggregates"), read_only=read_only)
         self.snapshots = SnapshotStore(_in(folder, "state"), self.run_id, layout, read_only=read_only)
+        self._manifest = manifest
+        self._form: tuple[Layout, Form] | None = None
         self._every = manifest.round.snapshot_every
         self._budget = budget
 
@@ -82,10 +80,24 @@ class Disk:
         """The snapshots of our branch, newest first."""
         return [found for found in self.snapshots.all() if self.log.digest(found.round) == found.record]
 
-    def aggregate(self, digest: bytes, size: int) -> Vector | None:
-        """The aggregate with this digest, float32 of `size` elements; None if it is not here or damaged."""
-        found = self.aggregates.get(digest)
-        return None if found is None else as_vector(found, size)
+    def form(self, layout: Layout) -> Form:
+        """How the run's aggregates are read."""
+        if self._form is None or self._form[0] != layout:
+            self._form = (layout, form_of(self._manifest, layout))
+        return self._form[1]
+
+    def update_of(self, body: Body, layout: Layout) -> Vector | None:
+        """The mean update of a round, float32 (layout.size,); None if its aggregate is not here or of no use."""
+        found = self.aggregates.get(body.aggregate)
+        try:
+            return None if found is None else self.read(found, body.members, layout)
+        except ValueError as error:
+            log.error("the aggregate of round %d is of no use: %s", body.round, error)
+            return None
+
+    def read(self, aggregate: BytesLike, claims: Sequence[Claim], layout: Layout) -> Vector:
+        """The mean update that an aggregate of these claims' updates holds. Raises ValueError if it does not fit."""
+        return self.form(layout).vector(aggregate, [Term(claim.samples, claim.update) for claim in claims])
 
     # -- coming back -------------------------------------------------------------------------------------------------
 
@@ -98,21 +110,21 @@ class Disk:
                 log.warning("skipped the snapshot of round %d: %s", found.round, error)
         return None
 
-    def replay(self, state: SharedState, optimizer: AdamW, last: int) -> None:
+    def replay(self, state: SharedState, optimizer: OuterOptimizer, last: int) -> None:
         """Take `state`, in place, along our log up to round `last`, or to where something is missing here.
 
         Raises StateError if an aggregate does not lead where the record says; `state` is of no use then.
         """
         while state.round < last:
             record = self.log.record(state.round + 1)
-            vector = None if record is None else self.aggregate(record.body.aggregate, state.layout.size)
+            vector = None if record is None else self.update_of(record.body, state.layout)
             if record is None or vector is None:
                 return
             optimizer.step(state, vector)
             if bytes.fromhex(state.digest()) != record.body.state:
                 raise StateError(OTHER_STEP.format(round=state.round))
 
-    def recover(self, optimizer: AdamW, initial: SharedState | None) -> SharedState | None:
+    def recover(self, optimizer: OuterOptimizer, initial: SharedState | None) -> SharedState | None:
         """The newest state that these files lead to, in new memory; None if there is none and no `initial`.
 
         initial: the state at round 0; it is not changed.
@@ -158,18 +170,7 @@ class Disk:
 
 def copy_of(state: SharedState) -> SharedState:
     """The same state in memory of its own."""
-    vectors = (state.params.copy(), state.m.copy(), state.v.copy())
-    powers = (state.beta1_power, state.beta2_power)
-    return SharedState(state.layout, *vectors, round=state.round, beta_powers=powers)
-
-
-def as_vector(data: bytes | bytearray | memoryview, size: int) -> Vector | None:
-    """The bytes as a float32 vector of `size` finite elements; None if they are not one."""
-    view = memoryview(data)
-    if view.nbytes != 4 * size:
-        return None
-    vector: Vector = np.frombuffer(view, dtype="<f4")
-    return vector if bool(np.isfinite(vector).all()) else None
+    return SharedState(state.layout, [vector.copy() for vector in state.vectors], round=state.round)
 
 
 def _in(folder: Path | None, name: str) -> Path | None:

@@ -14,19 +14,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from blake3 import blake3
-from numpy.typing import NDArray
-
 from p2pllm.errors import NetworkError, StateError
 from p2pllm.network.bulk import fetch
 from p2pllm.network.transport import Transport
-from p2pllm.rounds.disk import Disk, as_vector
+from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.download import Download
 from p2pllm.rounds.packing import MessageError
 from p2pllm.rounds.record import MAX_RECORD_BYTES, Body, Checkpoint, Head, Record, unpack_all
 from p2pllm.rounds.serving import MAX_ITEMS, MAX_PAGE_RECORDS, PAGE_BYTES
 from p2pllm.state import CHUNK_BYTES, ChunkPlan, Layout, SharedState
+from p2pllm.state.chunks import BytesLike, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +32,6 @@ OFFERS_S = 3.0
 
 PLAN_BYTES = 32 << 20
 """Bound on the digests of a state's chunks: 1 TB of state."""
-
-Vector = NDArray[np.float32]
 
 
 class Refuted(Exception):  # noqa: N818 - a finding about a peer, not an error
@@ -88,34 +83,33 @@ class Fetcher:
             return None
         return record if record is not None and record.head == head else None
 
-    async def aggregate(self, digest: bytes, peers: list[str]) -> Vector | None:
-        """The aggregate with this digest, from our disk, or from the first of `peers` that gives it and kept there."""
-        size = self._layout.size
-        vector = await asyncio.to_thread(self._disk.aggregate, digest, size)
-        for peer in self._by_trust(peers) if vector is None else ():
-            if await self._aggregate_from(peer, digest):
-                return await asyncio.to_thread(self._disk.aggregate, digest, size)
-        return vector
+    async def aggregate(self, body: Body, peers: list[str]) -> BytesLike | None:
+        """The aggregate of a round, from our disk, or from the first of `peers` that gives it and kept there."""
+        found = await asyncio.to_thread(self._disk.aggregates.get, body.aggregate)
+        for peer in self._by_trust(peers) if found is None else ():
+            if await self._aggregate_from(peer, body):
+                return await asyncio.to_thread(self._disk.aggregates.get, body.aggregate)
+        return found
 
-    async def aggregates(self, digests: list[bytes], peers: list[str]) -> None:
-        """Put as many of these aggregates as can be had onto our disk, from several of `peers` at once."""
+    async def aggregates(self, bodies: list[Body], peers: list[str]) -> None:
+        """Put as many of these rounds' aggregates as can be had onto our disk, from several of `peers` at once."""
 
         async def one(peer: str, index: int) -> bool | None:
-            return await self._aggregate_from(peer, digests[index])
+            return await self._aggregate_from(peer, bodies[index])
 
-        download = Download(range(len(digests)), self._by_trust(peers), one)
+        download = Download(range(len(bodies)), self._by_trust(peers), one)
         await download.run()
         self.refuted |= download.liars
 
-    async def _aggregate_from(self, peer: str, digest: bytes) -> bool | None:
+    async def _aggregate_from(self, peer: str, body: Body) -> bool | None:
         """As Fetch in `download`: True once it is on our disk."""
-        size = self._layout.size
-        got = await self._ask(peer, {"what": "aggregate", "digest": digest}, 4 * size)
+        bound = self._disk.form(self._layout).max_bytes(len(body.members))
+        got = await self._ask(peer, {"what": "aggregate", "digest": body.aggregate}, bound)
         if got is None:
             return None
-        if await asyncio.to_thread(_digest, got[1]) != digest or as_vector(got[1], size) is None:
+        if await asyncio.to_thread(digest_of, got[1]) != body.aggregate:
             return False
-        await asyncio.to_thread(self._disk.aggregates.put, digest, got[1])
+        await asyncio.to_thread(self._disk.aggregates.put, body.aggregate, got[1])
         return True
 
     async def proposal(self, peer: str, digest: bytes) -> Body | None:
@@ -200,7 +194,3 @@ class Fetcher:
 def _list(value: Any) -> tuple[Any, ...]:
     """A sequence from a peer, or nothing."""
     return tuple(value) if isinstance(value, (list, tuple)) else ()
-
-
-def _digest(data: bytearray) -> bytes:
-    return bytes(blake3(data, max_threads=blake3.AUTO if len(data) >= 1 << 20 else 1).digest())

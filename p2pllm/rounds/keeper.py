@@ -13,30 +13,33 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from p2pllm.averaging import view_of
 from p2pllm.errors import DiskError, StateError
 from p2pllm.network.bulk import Blob
 from p2pllm.network.transport import Transport
 from p2pllm.rounds.catchup import CatchUp
 from p2pllm.rounds.chain import Branch, check_claims
-from p2pllm.rounds.disk import Disk, copy_of, vector_digest
+from p2pllm.rounds.disk import Disk, copy_of
 from p2pllm.rounds.fetching import Fetcher
 from p2pllm.rounds.packing import MessageError
 from p2pllm.rounds.record import Body, Checkpoint, Claim, Head, Record
 from p2pllm.rounds.serving import Serving
-from p2pllm.state import AdamW, Layout, SharedState
+from p2pllm.rounds.threads import to_the_end
+from p2pllm.state import Layout, OuterOptimizer, SharedState
+from p2pllm.state.chunks import BytesLike, digest_of
 
 log = logging.getLogger(__name__)
 
 MAX_HELD = 4
 """Proposals of one round that are kept: of the attempts that found no majority."""
 
-Vector = NDArray[np.float32]
+Aggregate = NDArray[np.float32] | BytesLike
 
 T = TypeVar("T")
 
@@ -44,7 +47,7 @@ T = TypeVar("T")
 class StateKeeper:
     """Holds the state; the only one who changes it and the log."""
 
-    def __init__(self, state: SharedState, optimizer: AdamW, disk: Disk, transport: Transport) -> None:
+    def __init__(self, state: SharedState, optimizer: OuterOptimizer, disk: Disk, transport: Transport) -> None:
         """state: what `disk` recovers to, or round 0. initial: digest of the run's state at round 0.
 
         Raises StateError if the log does not know the state's round.
@@ -97,21 +100,21 @@ class StateKeeper:
 
     # -- a round -----------------------------------------------------------------------------------------------------
 
-    async def propose(self, claims: tuple[Claim, ...], aggregate: Vector) -> Body:
-        """What the round after the head would be with this aggregate of the claims' updates.
+    async def propose(self, claims: tuple[Claim, ...], aggregate: Aggregate) -> Body:
+        """What the round after the head would be with this aggregate of the claims' updates, in the run's form.
 
         The aggregate is on the disk then. Raises StateError if it does not fit, or the disk does not take it.
         """
-        return await to_the_end(self._propose(claims, aggregate))
+        return await to_the_end(self._propose(claims, view_of(aggregate)))
 
-    async def _propose(self, claims: tuple[Claim, ...], aggregate: Vector) -> Body:
+    async def _propose(self, claims: tuple[Claim, ...], aggregate: memoryview) -> Body:
         clock = asyncio.get_running_loop().time
         async with self._lock:
-            digest = await asyncio.to_thread(vector_digest, aggregate)
+            digest = await asyncio.to_thread(digest_of, aggregate)
             begin = clock()
             # Written while the outer step computes: neither needs the other.
-            storing = asyncio.to_thread(self.disk.aggregates.put, digest, aggregate.data.cast("B"))
-            after, stored = await asyncio.gather(self._step(aggregate), storing, return_exceptions=True)
+            storing = asyncio.to_thread(self.disk.aggregates.put, digest, aggregate)
+            after, stored = await asyncio.gather(self._step(claims, aggregate), storing, return_exceptions=True)
             if isinstance(after, BaseException):
                 raise after
             if isinstance(stored, StateError):
@@ -136,12 +139,16 @@ class StateKeeper:
                 self._held.popitem(last=False)
             return body
 
-    async def _step(self, aggregate: Vector) -> bytes:
-        """The outer step into the spare; returns the digest of what is there then."""
+    async def _step(self, claims: tuple[Claim, ...], aggregate: BytesLike) -> bytes:
+        """The outer step into the spare; returns the digest of what is there then. Raises StateError."""
         clock = asyncio.get_running_loop().time
         begin = clock()
         self._in_spare = b""
-        await asyncio.to_thread(self._optimizer.step, self.state, aggregate, self._spare)
+        try:
+            update = await asyncio.to_thread(self.disk.read, aggregate, claims, self.layout)
+        except ValueError as error:
+            raise StateError(f"The aggregate of round {self.head[0] + 1} is of no use: {error}.") from None
+        await asyncio.to_thread(self._optimizer.step, self.state, update, self._spare)
         stepped = clock()
         digest = bytes.fromhex(await asyncio.to_thread(self._spare.digest))
         self.seconds.update(outer_step=stepped - begin, digest=clock() - stepped)
@@ -161,8 +168,8 @@ class StateKeeper:
             return None
         try:
             await asyncio.to_thread(check_claims, body)
-            vector = await self._fetcher.aggregate(body.aggregate, peers)
-            mine = None if vector is None else await self.propose(body.members, vector)
+            aggregate = await self._fetcher.aggregate(body, peers)
+            mine = None if aggregate is None else await self.propose(body.members, aggregate)
         except (StateError, MessageError) as error:
             log.error("round %d cannot be voted for: %s", body.round, error)
             return None
@@ -186,8 +193,8 @@ class StateKeeper:
         async with self._lock:
             digest = record.body.digest
             if self._in_spare != digest:
-                vector = await asyncio.to_thread(self.disk.aggregate, record.body.aggregate, self.layout.size)
-                if vector is None or await self._step(vector) != record.body.state:
+                found = await asyncio.to_thread(self.disk.aggregates.get, record.body.aggregate)
+                if found is None or await self._step(record.body.members, found) != record.body.state:
                     raise StateError(f"The aggregate of round {record.body.round} is damaged here.")
             begin = clock()
             await self._catchup.settle()
@@ -200,9 +207,8 @@ class StateKeeper:
         """The spare becomes the state; the parameters are overwritten, since the worker maps their memory."""
         old, new = self.state, self._spare
         np.copyto(old.params, new.params)
-        powers = (new.beta1_power, new.beta2_power)
-        self.state = SharedState(self.layout, old.params, new.m, new.v, round=new.round, beta_powers=powers)
-        self._spare = SharedState(self.layout, new.params, old.m, old.v)
+        self.state = SharedState(self.layout, [old.params, *new.moments.values()], round=new.round)
+        self._spare = SharedState(self.layout, [new.params, *old.moments.values()])
         self._in_spare = b""
         self._held.clear()
         self.branch, self.has_state = self.disk.log.branch, True
@@ -291,16 +297,6 @@ class StateKeeper:
             await asyncio.wait({self._saving})
         async with self._lock:
             self.disk.close()
-
-
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`; if we are cancelled meanwhile, only when it is over: a thread goes on whoever waits for it."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
 
 
 def _empty(layout: Layout) -> SharedState:

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from p2pllm.errors import StateError
 from p2pllm.manifest import RunManifest
@@ -22,9 +21,10 @@ from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase
 from p2pllm.rounds.record import Head, Record
 from p2pllm.rounds.roster import RosterDesk
-from p2pllm.rounds.round import RoundResult, RoundRunner, Update, joined
+from p2pllm.rounds.round import RoundResult, RoundRunner
 from p2pllm.rounds.swarm import SwarmView
-from p2pllm.state.outer import learning_rate
+from p2pllm.rounds.update import Compute, Update, joined
+from p2pllm.state.adamw import learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -39,41 +39,6 @@ RETRY_S = 1.0
 
 FOLLOW_TRIES = 3
 """Failed attempts to catch up after which a peer that trained no longer believes who claims that head."""
-
-
-class Compute(Protocol):
-    """The process that computes gradients, as the loop sees it."""
-
-    @property
-    def ready(self) -> bool:
-        """The process is up and has a model."""
-        ...
-
-    @property
-    def samples(self) -> int:
-        """Samples gathered in the round that was begun."""
-        ...
-
-    @property
-    def own_steps(self) -> list[int]:
-        """Samples of each micro-batch of the update that was finished last."""
-        ...
-
-    async def begin(self, round_number: int) -> None:
-        """Take the parameters as they are now and gather gradients for this round."""
-        ...
-
-    async def finish(self) -> Update | None:
-        """End the current micro-batch and hand over the update; None if there is none."""
-        ...
-
-    async def abandon(self) -> None:
-        """Drop what was gathered; returns when the process no longer reads the parameters."""
-        ...
-
-    async def evaluate(self) -> float | None:
-        """Validation loss of the parameters as they are now, nats a token; None if it failed."""
-        ...
 
 
 class TrainingLoop:
@@ -163,12 +128,13 @@ class TrainingLoop:
                 self._view.say(phase="commit")
                 seconds = await self._keeper.commit(result.record)
         except StateError:
-            self._pending = update.kept()
+            self._keep(update)
             raise
         if result.included:
             self._arrivals = 0
+            self._runner.exchange.delivered()
         else:
-            self._pending = update.kept()
+            self._keep(update)
         if result.record is None:
             return log.info("round %d is not ours: %s", self._keeper.head[0], result.reason)
         return await self._report(result.record, result, {"compute": collected - begin, **result.seconds, **seconds})
@@ -257,11 +223,16 @@ class TrainingLoop:
             self._view.doubt(self._keeper.refuted)
         return await self._rest("joining")
 
+    def _keep(self, update: Update) -> None:
+        """For the next round, unless the exchange does so."""
+        self._pending = None if self._runner.exchange.keeps else update.kept()
+
     def _drop_included(self, before: Head) -> None:
         """The swarm may have committed our update without our knowing: then it is not pending any more."""
         record = self._keeper.disk.log.record(before[0] + 1)
         if record is not None and record.body.base == before and self._view.peer_id in record.body.peers:
             self._pending = None
+            self._runner.exchange.delivered()
 
     async def _report(self, record: Record, result: RoundResult, seconds: dict[str, float]) -> None:
         """Announce the new head, evaluate if it is time, and hand over the record."""

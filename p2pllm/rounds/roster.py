@@ -14,24 +14,21 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
 
 from p2pllm.errors import NetworkError
-from p2pllm.manifest import RoundSection
 from p2pllm.network.transport import Transport
 from p2pllm.rounds import plan
+from p2pllm.rounds.gathering import LEADER_GRACE_S, Gathering, Offer, Search
 from p2pllm.rounds.messages import Enrol, EnrolReply, MessageError, Phase, Roster
 from p2pllm.rounds.pace import Deadline
-from p2pllm.rounds.record import Claim, Head
+from p2pllm.rounds.record import Head
 from p2pllm.rounds.swarm import SwarmView
+from p2pllm.sections import RoundSection
 
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 2.0
 """A peer that does not acknowledge a small message in this time is passed over."""
-
-LEADER_GRACE_S = 3.0
-"""How much longer than the roster wait a member waits for a leader that acknowledged."""
 
 ASK_AGAIN_S = 0.5
 """A leader that answered that it is not at our head (yet) is asked again after this."""
@@ -50,46 +47,6 @@ BUSY_S = 10.0
 IN_ATTEMPT: frozenset[Phase] = frozenset({"exchange", "vote"})
 
 Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What we bring to a round."""
-
-    claim: Claim
-    former: frozenset[str] = frozenset()  # members of the newest record
-    holding: bytes = b""  # digest of the body that we voted for in an attempt without majority; empty: none
-    failed: frozenset[bytes] = frozenset()  # proposals that we would not settle again
-
-
-@dataclass
-class _Gathering:
-    """What is known of the round that is being closed."""
-
-    head: Head
-    enrolments: dict[str, Enrol] = field(default_factory=dict)
-    asked: set[str] = field(default_factory=set)  # leaders that hold our enrolment
-    closed: tuple[Roster, str] | None = None  # and who sent it
-
-
-@dataclass
-class _Search:
-    """How far one call of `gather` has come in finding a leader."""
-
-    started: float
-    passed_over: dict[str, float]  # peer -> until when it does not lead
-    left_out: frozenset[str]
-    waived: set[str] = field(default_factory=set)  # had their time as leaders, so they are not waited for
-    leader: str = ""
-    asked_since: float = 0.0
-    leading_since: float | None = None
-
-    def patience(self, wait: float) -> float:
-        """Seconds that we as the leader wait for who is not in, where the manifest states `wait`.
-
-        If another one led before us, others may still wait for it, each at most the grace longer.
-        """
-        return wait + LEADER_GRACE_S if self.passed_over or self.leader else wait
 
 
 class RosterDesk:
@@ -112,7 +69,7 @@ class RosterDesk:
         self._wait = Deadline(ROSTER_FACTOR, ROSTER_FLOOR_S, cap, first=cap)
         self._max_peers = section.max_peers
         self._clock = clock
-        self._now = _Gathering(head=(-1, b""))
+        self._now = Gathering(head=(-1, b""))
         self._telling: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -142,7 +99,7 @@ class RosterDesk:
         gathering.asked.clear()
         enrol = Enrol(round=head[0], digest=head[1], claim=offer.claim, holding=offer.holding)
         gathering.enrolments[me] = enrol
-        search = _Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf), left_out)
+        search = Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf), left_out)
         while True:
             if gathering.closed is not None:
                 roster, self.leader = gathering.closed
@@ -159,7 +116,7 @@ class RosterDesk:
             if gathering.closed is None:
                 await self._view.wait_change(0.2)
 
-    def _noted(self, roster: Roster, search: _Search) -> Roster:
+    def _noted(self, roster: Roster, search: Search) -> Roster:
         """Learn how long it takes until all are in."""
         if plan.taking_part(roster.head, self._view.statuses()) - search.left_out <= set(roster.members):
             self._wait.note(self._clock() - search.started)
@@ -167,20 +124,20 @@ class RosterDesk:
             self._wait.missed()
         return roster
 
-    def _at(self, head: Head) -> _Gathering:
+    def _at(self, head: Head) -> Gathering:
         """The gathering of the round after `head`; a newer head starts an empty one."""
         if self._now.head != head:
-            self._now = _Gathering(head=head)
+            self._now = Gathering(head=head)
         return self._now
 
-    def _first(self, head: Head, candidates: frozenset[str], search: _Search) -> str:
+    def _first(self, head: Head, candidates: frozenset[str], search: Search) -> str:
         """The leader: the first in the order that was not passed over; ourselves if nobody else is left."""
         me, now = self._view.peer_id, self._clock()
         passed_over = {peer for peer, until in search.passed_over.items() if until > now}
         ranked = plan.ranked(self._run_id, head, (candidates | {me}) - passed_over)
         return ranked[0] if ranked else me
 
-    def _is_whole(self, others: frozenset[str], gathering: _Gathering, search: _Search, former: frozenset[str]) -> bool:
+    def _is_whole(self, others: frozenset[str], gathering: Gathering, search: Search, former: frozenset[str]) -> bool:
         """Everybody is in who is to be waited for, or the wait has passed.
 
         If none of the others is waited for, the wait has still passed since we began: nobody goes on alone beside
@@ -200,7 +157,7 @@ class RosterDesk:
             return True
         return not alone and others - waived <= gathering.enrolments.keys()
 
-    async def _be_member(self, gathering: _Gathering, first: str, search: _Search) -> None:
+    async def _be_member(self, gathering: Gathering, first: str, search: Search) -> None:
         """Enrol with a leader that is new to us; pass over one that fails us."""
         now = self._clock()
         search.leading_since = None
@@ -225,7 +182,7 @@ class RosterDesk:
         )
         return BUSY_S if busy else 0.0
 
-    async def _ask(self, gathering: _Gathering, leader: str) -> bool | None:
+    async def _ask(self, gathering: Gathering, leader: str) -> bool | None:
         """Enrol with `leader`; False if it does not take it now, None if it does not answer."""
         gathering.asked.add(leader)
         payload = gathering.enrolments[self._view.peer_id].pack()
@@ -236,7 +193,7 @@ class RosterDesk:
             log.info("round %d: leader %s does not answer: %s", gathering.head[0], leader[-8:], error)
             return None
 
-    def _close(self, gathering: _Gathering, left_out: frozenset[str], failed: frozenset[bytes]) -> Roster:
+    def _close(self, gathering: Gathering, left_out: frozenset[str], failed: frozenset[bytes]) -> Roster:
         """Close with who is in, ourselves included, and tell the others."""
         me = self._view.peer_id
         present = self._view.statuses().keys() & gathering.enrolments.keys() - left_out

@@ -10,23 +10,23 @@ import logging
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import numpy as np
-
-from p2pllm.averaging import ExchangeResult, Group
+from p2pllm.averaging import Exchange, ExchangeResult, Group, Payload, view_of
 from p2pllm.errors import DiskError, StateError
 from p2pllm.identity import Identity
-from p2pllm.manifest import RoundSection
 from p2pllm.rounds import plan
-from p2pllm.rounds.disk import vector_digest
+from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase, Roster
 from p2pllm.rounds.pace import Deadline
 from p2pllm.rounds.record import Body, Claim, Record
-from p2pllm.rounds.roster import Offer, RosterDesk
+from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.swarm import SwarmView
+from p2pllm.rounds.update import Update
 from p2pllm.rounds.vote import VoteBox
+from p2pllm.sections import RoundSection
+from p2pllm.state.chunks import digest_of
 
 K = TypeVar("K", str, bytes)
 T = TypeVar("T")
@@ -50,44 +50,6 @@ SLOWEST_BYTES_PER_S = 62_500
 MAX_STRIKES = 2
 """Failed attempts that speak against a peer before it is left out of the round; that a leader may close; and in which
 one proposal may fail."""
-
-
-class AllReduce(Protocol):
-    """What a round needs of an all-reduce."""
-
-    async def run(self, group: Group, vector: np.ndarray, deadline: float) -> ExchangeResult:
-        """Average `vector` over the group within `deadline` seconds."""
-        ...
-
-
-@dataclass(frozen=True)
-class Update:
-    """What this peer contributes to a round."""
-
-    samples: int
-    loss: float  # mean training loss, nats a token
-    vector: np.ndarray  # float32, shape (parameters,): mean gradient a sample; the worker may write there again
-
-    def kept(self) -> Update:
-        """The same in memory of its own, for a later round."""
-        return Update(self.samples, self.loss, self.vector.copy())
-
-
-def joined(pending: Update | None, fresh: Update | None) -> Update | None:
-    """Both as one update, in memory of its own; None if there is none.
-
-    pending: computed for a round that was committed without it, so on an older state: a little stale, and not lost.
-    """
-    updates = [update for update in (pending, fresh) if update is not None]
-    if not updates:
-        return None
-    if pending is None or fresh is None:
-        return updates[0]
-    samples = sum(update.samples for update in updates)
-    vector = np.zeros_like(updates[0].vector)
-    for update in updates:
-        vector += update.vector * np.float32(update.samples / samples)
-    return Update(samples, sum(update.loss * update.samples for update in updates) / samples, vector)
 
 
 @dataclass
@@ -121,7 +83,7 @@ class RoundRunner:
         view: SwarmView,
         desk: RosterDesk,
         votes: VoteBox,
-        allreduce: AllReduce,
+        exchange: Exchange,
         keeper: StateKeeper,
         section: RoundSection,
     ) -> None:
@@ -129,7 +91,7 @@ class RoundRunner:
         self._view = view
         self._desk = desk
         self._votes = votes
-        self._allreduce = allreduce
+        self.exchange = exchange
         self._keeper = keeper
         self._section = section
         unmeasured_s = EXCHANGE_FLOOR_S + 2 * 4 * keeper.layout.size / SLOWEST_BYTES_PER_S
@@ -147,7 +109,8 @@ class RoundRunner:
         strikes: Counter[str] = Counter()
         leaders: Counter[str] = Counter()
         proposals: Counter[bytes] = Counter()  # that failed
-        digest = await asyncio.to_thread(vector_digest, update.vector)
+        payload = await asyncio.to_thread(self.exchange.pack, update.vector)
+        digest = await asyncio.to_thread(digest_of, view_of(payload))
         claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
         while True:
             result.attempts += 1
@@ -158,7 +121,7 @@ class RoundRunner:
                 result.reason = "the swarm committed this round without us"
                 return result
             closed_at = clock()
-            culprits = await self._attempt(result, roster, update)
+            culprits = await self._attempt(result, roster, payload)
             if result.record is not None:
                 result.included = claim in result.record.body.members
                 return result
@@ -169,10 +132,10 @@ class RoundRunner:
             strikes.update(culprits)
             await asyncio.sleep(max(0.0, closed_at + SHORTEST_ATTEMPT_S - clock()))
 
-    async def _attempt(self, result: RoundResult, roster: Roster, update: Update) -> frozenset[str]:
+    async def _attempt(self, result: RoundResult, roster: Roster, payload: Payload) -> frozenset[str]:
         """Exchange and vote with one roster, and fill in `result`; returns whom a failure speaks against."""
         group_id = plan.group_id(self._keeper.run_id, roster)
-        proposed = await self._propose(result, group_id, roster, update)
+        proposed = await self._propose(result, group_id, roster, payload)
         body, exchange = proposed.body, proposed.exchange
         own = body.digest if body else b""
         voting = self._votes.settle(group_id, roster.members, own, self._vote_time.seconds)
@@ -196,13 +159,13 @@ class RoundRunner:
         result.record, result.reason = ballot.record(body), ""
         return frozenset()
 
-    async def _propose(self, result: RoundResult, group_id: bytes, roster: Roster, update: Update) -> _Proposed:
+    async def _propose(self, result: RoundResult, group_id: bytes, roster: Roster, payload: Payload) -> _Proposed:
         """What we would commit: what the roster's proposal says, or what comes out of the exchange."""
         nothing = ExchangeResult(None, frozenset(), "the proposal could not be had from its holders", 0, 0)
         if roster.proposal:
             fetching = self._keeper.fetch_proposal(roster.holding, roster.proposal)
             return _Proposed(await self._timed(result, "exchange", fetching), nothing)
-        exchange = await self._timed(result, "exchange", self._exchange(group_id, roster, update))
+        exchange = await self._timed(result, "exchange", self._reduce(group_id, roster, payload))
         result.bytes_sent += exchange.bytes_sent
         result.bytes_received += exchange.bytes_received
         if exchange.aggregate is None:
@@ -215,8 +178,8 @@ class RoundRunner:
             return _Proposed(None, nothing, error if isinstance(error, DiskError) else None)
         return _Proposed(body, exchange)
 
-    async def _exchange(self, group_id: bytes, roster: Roster, update: Update) -> ExchangeResult:
-        """The all-reduce; a roster that cannot be used, as one that was used before, is a failed one."""
+    async def _reduce(self, group_id: bytes, roster: Roster, payload: Payload) -> ExchangeResult:
+        """The exchange; a roster that cannot be used, as one that was used before, is a failed one."""
         try:
             group = Group(
                 group_id=group_id,
@@ -224,9 +187,10 @@ class RoundRunner:
                 weights=tuple(float(claim.samples) for claim in roster.claims),
                 size=self._keeper.layout.size,
                 codec=self._section.codec,
+                digests=tuple(claim.update for claim in roster.claims),
             )
             begin = asyncio.get_running_loop().time()
-            exchange = await self._allreduce.run(group, update.vector, self._exchange_time.seconds)
+            exchange = await self.exchange.run(group, payload, self._exchange_time.seconds)
             if exchange.aggregate is not None:
                 self._exchange_time.note(asyncio.get_running_loop().time() - begin)
             return exchange

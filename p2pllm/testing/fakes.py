@@ -16,8 +16,8 @@ from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Status
 from p2pllm.rounds.record import Head
-from p2pllm.rounds.round import Update
-from p2pllm.state import Layout, SharedState
+from p2pllm.rounds.update import Update
+from p2pllm.state import Layout, SharedState, moments_of
 from p2pllm.testing.network import peer_number
 
 LAYOUT = Layout.of([("matrix", (20, 30)), ("vector", (37,))])
@@ -91,7 +91,7 @@ def make_state(round_: int = 0, seed: int = 0, layout: Layout = LAYOUT) -> Share
     params = np.random.default_rng(seed).standard_normal(layout.size).astype(np.float32)
     state = SharedState.initial(layout, params)
     if round_:
-        state.round, state.beta1_power, state.beta2_power = round_, 0.5, 0.5
+        state.round = round_
     return state
 
 
@@ -99,7 +99,7 @@ def make_manifest(layout: Layout = LAYOUT, **section: Any) -> RunManifest:
     """A run of 5 small rounds that starts at `make_state()`; `section` changes fields of its [round]."""
     values = {"rounds": 5, "samples": 12, "deadline_s": 5.0, "roster_wait_s": 2.0, **section}
     draft = RunDraft.model_validate({"round": values, "data": {"validation_every": 3}})
-    initial = make_state(layout=layout).digest()
+    initial = make_state(layout=layout.with_moments(moments_of(draft))).digest()
     return draft.seal(founder=peer_number(0), initial_state=initial, tokenizer="bytes", data_digest="")
 
 

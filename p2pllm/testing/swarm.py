@@ -20,20 +20,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from p2pllm.averaging import DenseAllReduce
+from p2pllm.averaging import DenseAllReduce, Exchange, exchange_of
 from p2pllm.metrics import RoundRecord
 from p2pllm.network.bulk import BulkServer
 from p2pllm.network.membership import Lookup, Membership
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.keeper import StateKeeper
-from p2pllm.rounds.loop import Compute, TrainingLoop
+from p2pllm.rounds.loop import TrainingLoop
 from p2pllm.rounds.messages import Phase, Status
 from p2pllm.rounds.roster import RosterDesk
-from p2pllm.rounds.round import AllReduce, RoundRunner
+from p2pllm.rounds.round import RoundRunner
 from p2pllm.rounds.serving import GIVE_WAY_S
 from p2pllm.rounds.swarm import SwarmView
+from p2pllm.rounds.update import Compute
 from p2pllm.rounds.vote import VoteBox
-from p2pllm.state import AdamW, Layout
+from p2pllm.state import Layout, moments_of, outer_optimizer
 from p2pllm.testing.fakes import LAYOUT, FakeCompute, make_manifest, make_state
 from p2pllm.testing.faults import How, fail_at
 from p2pllm.testing.network import MemoryNetwork, identity_number
@@ -47,8 +48,11 @@ MAX_BOOTSTRAP = 8
 _POLL_S = 0.02
 
 
-def _dense(peer: MemoryPeer) -> AllReduce:
-    return DenseAllReduce(peer.host, part_bytes=256)
+def _exchange(peer: MemoryPeer) -> Exchange:
+    manifest = peer.swarm.manifest
+    if manifest.round.strategy == "sparse_loco":
+        return exchange_of(manifest, peer.swarm.layout, peer.host)
+    return DenseAllReduce(peer.host, part_bytes=256)  # so that small vectors have several parts
 
 
 def _first_hosts(peer: MemoryPeer) -> Sequence[str]:
@@ -65,12 +69,12 @@ def _fake(peer: MemoryPeer) -> Compute:
 class Parts:
     """What peers are made of where it is not the default. Each is called once a peer, before it starts.
 
-    layout: of the flat vector. allreduce: if it has an async `start`, that is awaited when the peer starts.
+    layout: of the flat vector; the moments follow from the strategy.
     directory: where membership looks for others. bootstrap: addresses with which the peer starts, as of an invite.
     """
 
     layout: Layout = LAYOUT
-    allreduce: Callable[[MemoryPeer], AllReduce] = _dense
+    exchange: Callable[[MemoryPeer], Exchange] = _exchange
     compute: Callable[[MemoryPeer], Compute] = _fake
     directory: Callable[[MemoryPeer], Lookup | None] = lambda peer: None
     bootstrap: Callable[[MemoryPeer], Sequence[str]] = _first_hosts
@@ -93,7 +97,7 @@ class WatchedView(SwarmView):
 
 class MemoryPeer:
     """One peer, wired as the daemon wires it: `host`, `directory`, `view`, `membership`, `keeper`, `compute`, `desk`,
-    `votes`, `allreduce`, `loop` are its parts, `records` what it committed, `committed_at` when, by round.
+    `votes`, `exchange`, `loop` are its parts, `records` what it committed, `committed_at` when, by round.
     """
 
     def __init__(self, swarm: MemorySwarm, number: int, disk: Disk | None = None) -> None:
@@ -115,18 +119,18 @@ class MemoryPeer:
             clock=clock,
         )
         self.view.attach(self.membership)
-        optimizer = AdamW(manifest.optimizer, section.rounds, parts.layout)
-        self.disk = disk or Disk(None, manifest, parts.layout)
-        state = self.disk.recover(optimizer, make_state(layout=parts.layout))
+        optimizer = outer_optimizer(manifest, swarm.layout)
+        self.disk = disk or Disk(None, manifest, swarm.layout)
+        state = self.disk.recover(optimizer, make_state(layout=swarm.layout))
         assert state is not None  # noqa: S101 - it was given one for round 0
         self.keeper = StateKeeper(state, optimizer, self.disk, self.host)
         self.keeper.serving.give_way = self._give_way
         self.compute: Any = parts.compute(self)
         self.desk = RosterDesk(self.host, self.view, section, run_id, clock)
         self.votes = VoteBox(self.host, self.view, self.identity)
-        self.allreduce: Any = parts.allreduce(self)
-        desk, votes, allreduce = self.desk, self.votes, self.allreduce
-        runner = RoundRunner(self.identity, self.view, desk, votes, allreduce, self.keeper, section)
+        self.exchange: Any = parts.exchange(self)
+        desk, votes, exchange = self.desk, self.votes, self.exchange
+        runner = RoundRunner(self.identity, self.view, desk, votes, exchange, self.keeper, section)
         self.records: list[RoundRecord] = []
         self.committed_at: dict[int, float] = {}
         self.loop = TrainingLoop(manifest, self.view, self.desk, runner, self.keeper, self.compute, self._on_round)
@@ -146,8 +150,7 @@ class MemoryPeer:
         await self.membership.start(others)
         await self.desk.start()
         await self.votes.start()
-        if hasattr(self.allreduce, "start"):
-            await self.allreduce.start()
+        await self.exchange.start()
         await BulkServer(self.host, self.keeper.serve).start()
         self.view.say(branch=self.keeper.branch, phase="joining")
         self.host.spawn(self._follow_membership(), "following membership")
@@ -225,6 +228,7 @@ class MemorySwarm:
         """section: fields of the manifest's [round]; by default 5 rounds of 12 samples, see `make_manifest`."""
         self.parts = parts or Parts()
         self.manifest = make_manifest(self.parts.layout, **section)
+        self.layout = self.parts.layout.with_moments(moments_of(self.manifest))
         self.network = network or MemoryNetwork()
         self.peers: list[MemoryPeer] = []
         self.gone: set[MemoryPeer] = set()

@@ -23,9 +23,9 @@ import numpy as np
 from p2pllm import errors
 from p2pllm.errors import P2PLLMError, WorkerError
 from p2pllm.manifest import RunDraft
-from p2pllm.rounds.round import Update
+from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
-from p2pllm.state.layout import Layout
+from p2pllm.state import Layout, moments_of
 from p2pllm_peers.worker_process import Event, WorkerProcess, shared_file
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ SPEED_WINDOW_S = 30.0
 
 
 class ComputeProcess:
-    """Starts and supervises one worker; implements `p2pllm.rounds.loop.Compute`."""
+    """Starts and supervises one worker; implements `p2pllm.rounds.update.Compute`."""
 
     def __init__(
         self,
@@ -89,13 +89,14 @@ class ComputeProcess:
         remembered: file that keeps the micro-batch for the next start. Raises what the worker raised, or WorkerError
         if it dies, or shows no progress for `timeout` seconds.
         """
-        self._remembered = remembered
+        self._remembered, self._moments = remembered, moments_of(draft)
         self._job = {
             "draft": draft.model_dump(mode="json", include=set(RunDraft.model_fields)),
             "tokenizer": base64.b64encode(tokenizer).decode() if tokenizer is not None else "",
             "settings": self._settings.model_dump(mode="json"),
             "shared_fd": self._memory,
             "runtime_dir": str(self._runtime_dir),
+            "moments": str(remembered.with_name("moments.safetensors")) if remembered else "",
             "fresh": True,
             "micro_batch": self._settings.micro_batch or _recall(remembered),
         }
@@ -215,7 +216,7 @@ class ComputeProcess:
             case "progress":
                 self._on_progress(event["text"])
             case "ready":
-                self.layout = Layout.from_json(event["layout"])
+                self.layout = Layout.from_json(event["layout"]).with_moments(self._moments)
                 self.device, self.data_digest = event["device"], event["data_digest"]
                 self._found_micro_batch(event["micro_batch"])
                 self._ready.set()

@@ -22,7 +22,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from p2pllm.errors import NetworkError, P2PLLMError, RunError, StateError, UsageError
+from p2pllm.errors import NetworkError, P2PLLMError, RunError, StateError
 from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.manifest import RunDraft
@@ -35,13 +35,12 @@ from p2pllm_peers.folders import (
     FOUNDER,
     PeerFolder,
     RunFolder,
-    founded_from,
     key_file,
-    name_to_join_as,
     write_whole,
 )
 from p2pllm_peers.launcher import Order
-from p2pllm_peers.reporting import log_into, silence, tell, tell_progress
+from p2pllm_peers.orders import known_folder, occupy
+from p2pllm_peers.reporting import silence, tell, tell_progress
 
 if TYPE_CHECKING:
     from p2pllm.network.node import Node
@@ -88,7 +87,7 @@ class Daemon:
         """Find out what to compute, start everything, and report ready."""
         invite = Invite.decode(self._order.invite) if self._order.invite else None
         draft = RunDraft(**self._order.draft) if self._order.draft is not None else None
-        folder = self._known_folder(invite, draft)
+        folder = known_folder(self._order, invite, draft)
         await compute.launch()
         await asyncio.to_thread(_load_libraries)
         from p2pllm_peers.entry import fetch_manifest
@@ -112,22 +111,6 @@ class Daemon:
         await participant.start(addresses, tell_progress)
         await self._open_for_commands(folder, participant)
 
-    def _known_folder(self, invite: Invite | None, draft: RunDraft | None) -> PeerFolder | None:
-        """Become the peer that the order means; None if it is the founder of a run that has yet to be sealed."""
-        home, name = self._settings.home, self._order.name
-        if draft is None:
-            run = RunFolder(home, invite.run_id if invite else self._order.run_id)
-            peer = run.peer(name or name_to_join_as(run))
-            if invite is None and not peer.path.exists():
-                raise UsageError(
-                    f"'{peer.name}' has not taken part in run {run.run_id[:16]} yet; give it the invite that "
-                    f"`p2pllm status` shows."
-                )
-            return self._occupy(peer)
-        identity = Identity.load_or_create(key_file(home, name or FOUNDER))
-        founded = founded_from(home, draft.digest(), identity.peer_id)
-        return self._occupy(founded.peer(name or FOUNDER)) if founded else None
-
     async def _found(self, compute: ComputeProcess, draft: RunDraft) -> PeerFolder:
         """Seal a new run and become its founder."""
         from p2pllm_peers.entry import seal
@@ -136,7 +119,7 @@ class Daemon:
         sealed = await seal(draft, Identity.load_or_create(key_file(home, name)), compute, self._settings)
         run = RunFolder(home, sealed[0].run_id)
         run.save(*sealed, draft_digest=draft.digest())
-        return self._occupy(run.peer(name))
+        return occupy(run.peer(name))
 
     async def _start_node(self, folder: PeerFolder, identity: Identity, relays: tuple[str, ...]) -> Node:
         """Start the network on the port of the last time if it is free, so that old addresses of ours stay true."""
@@ -187,15 +170,6 @@ class Daemon:
         tell("ready", **facts)
         if not self._order.foreground:
             silence()  # whoever reads our pipe may end before us
-
-    def _occupy(self, folder: PeerFolder) -> PeerFolder:
-        """Become the peer's only daemon, clean up behind a killed one, and log into its folder from here on."""
-        folder.lock()
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            left = json.loads((folder.path / "daemon.json").read_bytes())["runtime_dir"]
-            shutil.rmtree(left, ignore_errors=True)
-        log_into(folder.path / "daemon.log")
-        return folder
 
     async def _take_part(self, participant: Participant) -> None:
         """Train until the run is over, we are asked to leave, or something failed for good."""

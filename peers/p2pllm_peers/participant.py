@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from p2pllm.averaging import DenseAllReduce
-from p2pllm.averaging.attempt import STREAM_METHOD
+from p2pllm.averaging import exchange_of
+from p2pllm.averaging.attempt import STREAM_METHOD as REDUCED
+from p2pllm.averaging.gather import STREAM_METHOD as GATHERED
 from p2pllm.errors import StateError
 from p2pllm.invite import MAX_ADDRESSES, Invite
 from p2pllm.metrics import JsonlSink, RoundRecord
@@ -34,7 +35,7 @@ from p2pllm.rounds.serving import GIVE_WAY_S
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.settings import PeerSettings
-from p2pllm.state import AdamW, Layout, SharedState, check_arithmetic
+from p2pllm.state import Layout, SharedState, check_arithmetic, outer_optimizer
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
@@ -111,7 +112,7 @@ class Participant:
         self._assemble(layout)
         await self._desk.start()
         await self._votes.start()
-        await self._allreduce.start()
+        await self._exchange.start()
         await BulkServer(node, self._serve).start()
         await self._hear_the_swarm(bool(addresses or membership.known()), progress)
 
@@ -136,19 +137,18 @@ class Participant:
         manifest, view, compute, identity = self._manifest, self.view, self._compute, self._node.identity
         section = manifest.round
         check_arithmetic()
-        optimizer = AdamW(manifest.optimizer, section.rounds, layout)
+        optimizer = outer_optimizer(manifest, layout)
         initial = SharedState.initial(layout, compute.params)
         disk = Disk(self.folder.path, manifest, layout, budget=int(self._settings.disk_gb * 1e9))
         state = disk.recover(optimizer, initial) or initial
         np.copyto(compute.params, state.params)  # the worker maps this memory
-        powers = (state.beta1_power, state.beta2_power)
-        state = SharedState(layout, compute.params, state.m, state.v, round=state.round, beta_powers=powers)
+        state = SharedState(layout, [compute.params, *state.moments.values()], round=state.round)
         keeper = self._keeper = StateKeeper(state, optimizer, disk, self._node)
         keeper.serving.give_way = self._give_way
         self._desk = RosterDesk(self._node, view, section, manifest.run_id)
         self._votes = VoteBox(self._node, view, identity)
-        self._allreduce = DenseAllReduce(self._node)
-        runner = RoundRunner(identity, view, self._desk, self._votes, self._allreduce, keeper, section)
+        self._exchange = exchange_of(manifest, layout, self._node, self.folder.path)
+        runner = RoundRunner(identity, view, self._desk, self._votes, self._exchange, keeper, section)
         self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)
 
     async def _give_way(self) -> None:
@@ -203,9 +203,9 @@ class Participant:
         return Invite(self._manifest.run_id, self._manifest.founder, tuple(addresses[:MAX_ADDRESSES])).encode()
 
     def traffic(self) -> dict[str, int]:
-        """Payload bytes so far by kind: control (all calls, the DHT's too), updates (all-reduce), state (the rest)."""
+        """Payload bytes so far by kind: control (all calls, the DHT's too), updates (exchanges), state (the rest)."""
         traffic = self._node.traffic
-        updates = [moved for proto, moved in traffic.streams.items() if proto.endswith(STREAM_METHOD)]
+        updates = [moved for proto, moved in traffic.streams.items() if proto.endswith((REDUCED, GATHERED))]
         sent, received = sum(moved.sent for moved in updates), sum(moved.received for moved in updates)
         return {
             "control_sent": traffic.calls.sent,
@@ -267,6 +267,7 @@ class Participant:
         if self._keeper is not None:
             self.view.say(phase="leaving", samples=0)
             ending.append(self._keeper.close())
+            ending.append(asyncio.to_thread(self._exchange.close))
         if self._membership is not None:
             ending.append(self._membership.stop())
         outcomes = await asyncio.gather(*ending, return_exceptions=True)

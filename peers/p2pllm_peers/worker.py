@@ -4,7 +4,7 @@ The daemon starts it, writes commands to its standard input and reads events fro
 object a line. The first line in is the job. Parameters come and updates go through one shared file of
 2 * parameters float32 values: first the parameters, then the update.
 
-    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "runtime_dir"}
+    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "moments", "runtime_dir"}
     in       {"do": "begin", "round", "run_id", "peer"}, {"do": "finish" | "abandon" | "evaluate" | "exit"}
     out      progress, ready, step, micro_batch, update, abandoned, validation, error
 
@@ -37,9 +37,6 @@ from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
 
 Command = dict[str, Any]
-
-LARGEST_SHARE = 8
-"""A micro-batch is at most one such part of a round's samples, so that rounds end near their target."""
 
 _PROGRESS_EVERY_S = 0.5
 
@@ -104,7 +101,7 @@ class Worker:
         # Here and not at the top: the daemon hears progress before these seconds, and tests import this module.
         import torch
 
-        from p2pllm.training import data, device, model, sources, tokenizer
+        from p2pllm.training import data, device, model, sources, tokenizer, work
 
         self._pipe = pipe
         settings, draft = PeerSettings(**job["settings"]), RunDraft.model_validate(job["draft"])
@@ -127,11 +124,12 @@ class Worker:
         if draft.data.source != "stdlib" and not digest:
             found = sources.documents(draft.data.source, settings.data_path)
             digest = sources.text_digest(found, pipe.tokenising)
-        self._accumulator = self._accumulate("", "", job["micro_batch"] or 1)
+        self._work = work.inner_work(draft, self._model, self._corpus, self._device, job["micro_batch"] or 1)
         if not job["micro_batch"]:
             pipe.emit("progress", text="finding the micro-batch that suits this device")
-            self._accumulator.find_micro_batch(limit=max(1, draft.round.samples // LARGEST_SHARE))
+            self._work.find_micro_batch()
         self._drawn_for = ("", "")
+        self._moments = Path(job["moments"]) if job["moments"] else None
         self._round: int | None = None
         self._steps: list[int] = []
         self._loss = 0.0
@@ -139,17 +137,10 @@ class Worker:
             "ready",
             layout=layout.to_json(),
             device=str(self._device),
-            micro_batch=self._accumulator.micro_batch,
+            micro_batch=self._work.micro_batch,
             data_digest=digest,
         )
         _stand_back(settings.nice)  # not while somebody waits for the start
-
-    def _accumulate(self, run_id: str, peer: str, micro_batch: int) -> Any:
-        from p2pllm.training.inner import GradientAccumulator
-
-        return GradientAccumulator(
-            self._model, self._corpus, self._device, run_id=run_id, peer=peer, micro_batch=micro_batch
-        )
 
     def run(self) -> None:
         """Obey commands; between them compute, if a round is under way."""
@@ -169,51 +160,57 @@ class Worker:
                 case "evaluate":
                     self._evaluate()
                 case "exit":
-                    return
+                    return self._keep()
 
     def _begin(self, command: Command) -> None:
         """Take the parameters from the shared memory and start on a round."""
-        from p2pllm.training.model import write_params
-
         self._abandon()
         drawn_for = (command["run_id"], command["peer"])
         if drawn_for != self._drawn_for:
-            self._accumulator = self._accumulate(*drawn_for, self._accumulator.micro_batch)
+            self._work.draw_for(*drawn_for)
             self._drawn_for = drawn_for
-        write_params(self._model, self._params)
+            if self._moments is not None:
+                self._work.load(self._moments)
         self._round = command["round"]
+        self._work.begin(self._params, command["round"])
 
     def _step(self) -> None:
-        """One micro-batch."""
-        before = self._accumulator.micro_batch
-        result = self._accumulator.step(self._round, len(self._steps), before)
+        """The smallest piece of a round's work."""
+        assert self._round is not None  # noqa: S101 - nobody asks for it otherwise
+        before = self._work.micro_batch
+        result = self._work.step(self._round, len(self._steps))
         self._steps.append(result.samples)
         self._loss += result.loss * result.samples
-        self._pipe.emit("step", round=self._round, samples=self._accumulator.samples, tokens=result.tokens)
-        if self._accumulator.micro_batch != before:
-            self._pipe.emit("micro_batch", micro_batch=self._accumulator.micro_batch)
+        self._pipe.emit("step", round=self._round, samples=self._work.samples, tokens=result.tokens)
+        if self._work.micro_batch != before:
+            self._pipe.emit("micro_batch", micro_batch=self._work.micro_batch)
 
     def _finish(self) -> None:
-        """Hand over the mean gradient in the shared memory."""
+        """Hand over the update in the shared memory."""
         if self._round is not None and not self._steps:
-            self._step()  # the swarm is done before our first micro-batch: it is nearly free and makes us a member
-        samples = self._accumulator.finish(self._update)
+            self._step()  # the swarm is done before our first one: it is nearly free and makes us a member
+        samples = self._work.finish(self._update)
         loss = self._loss / max(1, samples)
         self._pipe.emit("update", samples=samples, loss=loss, steps=self._steps)
         self._abandon()
 
     def _abandon(self) -> None:
-        self._accumulator.reset()
+        self._work.reset()
         self._round, self._steps, self._loss = None, [], 0.0
 
     def _evaluate(self) -> None:
         from p2pllm.training.evaluate import validation_loss
-        from p2pllm.training.model import write_params
 
-        write_params(self._model, self._params)
         windows = self._corpus.validation_windows()
-        loss = validation_loss(self._model, windows, self._device, self._accumulator.micro_batch)
+        with self._work.holding(self._params):
+            loss = validation_loss(self._model, windows, self._device, self._work.micro_batch)
         self._pipe.emit("validation", loss=loss)
+
+    def _keep(self) -> None:
+        """What is this peer's own, for its next session."""
+        if self._moments is not None and self._drawn_for[0]:
+            with contextlib.suppress(P2PLLMError):  # worth some steps of warm-up, and no failed end
+                self._work.save(self._moments)
 
 
 def _stand_back(nice: int) -> None:

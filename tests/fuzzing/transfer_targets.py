@@ -18,11 +18,12 @@ from p2pllm.network.bulk import BulkServer, fetch
 from p2pllm.network.messages import pack
 from p2pllm.rounds.catchup import CatchUp
 from p2pllm.rounds.chain import Branch
-from p2pllm.rounds.disk import Disk, vector_digest
+from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.fetching import Fetcher
 from p2pllm.rounds.record import Body, Checkpoint, Claim, Record, pack_all, sign_vote
 from p2pllm.rounds.serving import Serving
 from p2pllm.state import AdamW, ChunkPlan, SharedState
+from p2pllm.state.chunks import digest_of
 from p2pllm.testing import LAYOUT, MemoryNetwork, identity_number, make_manifest, make_state, run
 
 ROUNDS = 3
@@ -47,7 +48,7 @@ def history() -> tuple[list[Record], list[np.ndarray], list[SharedState]]:
             previous=branch.head[1],
             total=branch.total + 4,
             members=(Claim.sign(LIAR, branch.head, 4, 1.0, bytes(32)),),
-            aggregate=vector_digest(vector),
+            aggregate=digest_of(vector.data.cast("B")),
             state=bytes.fromhex(state.digest()),
         )
         records.append(Record.of(body, {LIAR.peer_id: sign_vote(LIAR, body.digest)}))
@@ -74,7 +75,7 @@ def _fetches() -> list[bytes]:
         {"what": "snapshots"},
         {"what": "plan", "state": bytes.fromhex(states[2].digest())},
         {"what": "chunk", "state": bytes.fromhex(states[2].digest()), "index": 1},
-        {"what": "aggregate", "digest": vector_digest(vectors[0])},
+        {"what": "aggregate", "digest": digest_of(vectors[0].data.cast("B"))},
     ]
     answers = [framed({"base": list(records[0].head)}, records[1].pack()), framed({}), pack({"found": False})]
     return [

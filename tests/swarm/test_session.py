@@ -140,10 +140,23 @@ def test_killed_view_takes_its_daemon_along(peer_env) -> None:
     assert env.left_behind(within=15) == []
 
 
-def test_a_swarm_without_terminals_trains_to_its_last_round(peer_env) -> None:
+STRATEGIES = {
+    "sync": [],
+    "diloco": [
+        ("[round]", '[round]\nstrategy = "diloco"\ncodec = "int8"'),
+        ("[data]", '[optimizer]\ntype = "muon"\n\n[data]'),
+    ],
+    "sparse_loco": [("[round]", '[round]\nstrategy = "sparse_loco"')],
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_swarm_without_terminals_trains_to_its_last_round(peer_env, strategy: str) -> None:
     out = peer_env.folder / "out"
-    run = peer_env.p2pllm("swarm", peer_env.write_run(), "--peers", 2, "--rounds", 5, "--out", out, timeout=120)
+    run_file = peer_env.write_run(*STRATEGIES[strategy])
+    run = peer_env.p2pllm("swarm", run_file, "--peers", 2, "--rounds", 5, "--out", out, timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["swarm"]["completed"] and report["swarm"]["rounds"] == 5 and report["left_over"] == []
+    assert report["diverged"] == [] and report["rounds"][-1]["loss"] < report["rounds"][0]["loss"]
     assert peer_env.left_behind() == []

@@ -25,7 +25,7 @@ from torch import nn
 
 from baselines.messages import Order, Row
 from p2pllm.manifest import OptimizerSection, RunDraft
-from p2pllm.state.outer import learning_rate
+from p2pllm.state.adamw import learning_rate
 from p2pllm.training.data import Corpus
 from p2pllm.training.evaluate import validation_loss
 from p2pllm.training.inner import sum_of_losses

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 from p2pllm.rounds import plan
+from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.messages import Enrol, Vote
 from p2pllm.rounds.record import Claim, Head, sign_vote
-from p2pllm.rounds.roster import Offer, RosterDesk
+from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.swarm import Liveness, SwarmView
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.testing import MemoryNetwork, branch, head, identity_number, make_manifest, status

@@ -9,8 +9,9 @@ import pytest
 from histories import Node, commit, frozen, gradient, train
 
 from p2pllm.errors import StateError
-from p2pllm.rounds.disk import KEPT_SNAPSHOTS, Disk, copy_of, vector_digest
+from p2pllm.rounds.disk import KEPT_SNAPSHOTS, Disk, copy_of
 from p2pllm.state import AdamW, SharedState
+from p2pllm.state.chunks import digest_of
 from p2pllm.testing import LAYOUT, MemoryNetwork, make_state, virtual
 
 EVERY = 4  # rounds between two snapshots
@@ -81,7 +82,7 @@ async def test_a_damaged_snapshot_is_replaced_by_the_one_before(tmp_path: Path) 
 @virtual
 async def test_a_round_whose_aggregate_is_damaged_ends_the_replay(tmp_path: Path) -> None:
     await trained(tmp_path, 7)
-    damage(tmp_path / "aggregates" / vector_digest(gradient(5)).hex())  # as `train` makes it for round 6
+    damage(tmp_path / "aggregates" / digest_of(gradient(5).data.cast("B")).hex())  # as `train` makes it for round 6
     again = make_node(tmp_path)
     record = again.disk.log.record(5)
     assert record is not None
@@ -174,7 +175,7 @@ async def test_two_rounds_may_have_the_same_aggregate() -> None:
     for _ in range(9):
         await commit(node, seed=1)
     await node.keeper.close()
-    assert node.disk.aggregates.digests() == {vector_digest(gradient(1))}
+    assert node.disk.aggregates.digests() == {digest_of(gradient(1).data.cast("B"))}
 
 
 @virtual
@@ -183,10 +184,11 @@ async def test_a_reader_beside_the_peer_sees_its_rounds_and_changes_nothing(tmp_
     await train(node, rounds=5)
     reader = Disk(tmp_path, node.manifest, None, read_only=True)
     assert reader.log.branch == node.keeper.branch
-    vector = reader.aggregate(aggregate_of(node, 5), LAYOUT.size)
-    np.testing.assert_array_equal(vector, gradient(4))
+    newest = reader.log.record(5)
+    assert newest is not None
+    np.testing.assert_array_equal(reader.update_of(newest.body, LAYOUT), gradient(4))
     with pytest.raises(StateError):
-        reader.aggregates.put(vector_digest(ALIKE), ALIKE.data.cast("B"))
+        reader.aggregates.put(digest_of(ALIKE.data.cast("B")), ALIKE.data.cast("B"))
     reader.close()
     await node.keeper.close()
 
@@ -195,13 +197,16 @@ async def test_a_reader_beside_the_peer_sees_its_rounds_and_changes_nothing(tmp_
 @virtual
 async def test_an_aggregate_that_is_none_is_not_given(vector: np.ndarray) -> None:
     node = make_node(None)
-    node.disk.aggregates.put(vector_digest(vector), vector.data.cast("B"))
-    assert node.disk.aggregate(vector_digest(vector), LAYOUT.size) is None
+    await train(node, rounds=1)
+    record, data = node.disk.log.record(1), vector.data.cast("B")
+    assert record is not None and node.disk.update_of(record.body, LAYOUT) is not None
+    node.disk.aggregates.put(digest_of(data), data)
+    assert node.disk.update_of(record.body.model_copy(update={"aggregate": digest_of(data)}), LAYOUT) is None
 
 
 def test_a_copy_shares_nothing() -> None:
     state: SharedState = make_state(3)
     copy = copy_of(state)
     assert copy.digest() == state.digest()
-    for one, other in zip((state.params, state.m, state.v), (copy.params, copy.m, copy.v), strict=True):
+    for one, other in zip(state.vectors, copy.vectors, strict=True):
         assert not np.shares_memory(one, other)

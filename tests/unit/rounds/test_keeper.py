@@ -11,9 +11,9 @@ import pytest
 from histories import Node, changed, claims_of, commit, frozen, gradient, make_nodes, record_of, train
 
 from p2pllm.errors import StateError
-from p2pllm.rounds.disk import vector_digest
 from p2pllm.rounds.keeper import MAX_HELD
 from p2pllm.rounds.record import Checkpoint, genesis
+from p2pllm.state.chunks import digest_of
 from p2pllm.testing import LAYOUT, identity_number, virtual
 
 
@@ -39,7 +39,7 @@ async def test_a_proposal_says_what_the_round_would_be_and_moves_nothing() -> No
     assert frozen(node) == before
     assert (body.base, body.members) == (node.head, claims)
     assert body.total == node.keeper.branch.total + 12
-    assert body.aggregate == vector_digest(gradient(1))
+    assert body.aggregate == digest_of(gradient(1).data.cast("B"))
     assert node.keeper.holding == body.digest
     assert node.disk.aggregates.has(body.aggregate), "whoever votes for it must be able to give it"
     await node.keeper.commit(record_of(body, 0))
@@ -63,7 +63,7 @@ async def test_peers_that_take_the_same_rounds_hold_the_same_bits() -> None:
     first, second = await make_nodes(2)
     await train(first, second, rounds=5)
     assert frozen(first) == frozen(second)
-    assert not np.shares_memory(first.keeper.state.m, second.keeper.state.m)
+    assert not np.shares_memory(first.keeper.state.moments["m"], second.keeper.state.moments["m"])
 
 
 @pytest.mark.parametrize("vector", [np.full(LAYOUT.size, np.nan, np.float32), np.zeros(3, np.float32)])
@@ -219,7 +219,7 @@ async def test_a_damaged_state_goes_back_as_far_as_the_disk_reaches() -> None:
     lost = states[4]
     assert lost is not None and states[3] is not None
     node.disk.aggregates.drop(lost.body.aggregate)
-    node.keeper.state.m[0] += 1.0
+    node.keeper.state.moments["m"][0] += 1.0
     assert not await node.keeper.check()
     assert node.head == states[3].head
     assert state_after(node) == states[3].body.state

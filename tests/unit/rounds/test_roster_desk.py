@@ -9,9 +9,10 @@ import pytest
 from protocol_nodes import HEAD, WAIT, Node, make_nodes, timed
 
 from p2pllm.errors import NetworkError
+from p2pllm.rounds.gathering import LEADER_GRACE_S
 from p2pllm.rounds.messages import EnrolReply, Phase, Roster
 from p2pllm.rounds.record import Claim, Head
-from p2pllm.rounds.roster import BUSY_S, LEADER_GRACE_S
+from p2pllm.rounds.roster import BUSY_S
 from p2pllm.testing import branch, head, identity_number, peer_number, virtual
 
 A, B = b"a" * 32, b"b" * 32

@@ -10,12 +10,13 @@ import pytest
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.errors import StateError
 from p2pllm.rounds import plan
-from p2pllm.rounds.disk import vector_digest
+from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.messages import Roster
 from p2pllm.rounds.record import Body, Claim, Record, sign_vote
-from p2pllm.rounds.roster import Offer
-from p2pllm.rounds.round import MAX_STRIKES, RoundRunner, Update, joined
+from p2pllm.rounds.round import MAX_STRIKES, RoundRunner
+from p2pllm.rounds.update import Update, joined
 from p2pllm.rounds.vote import Ballot
+from p2pllm.state.chunks import digest_of
 from p2pllm.testing import LAYOUT, head, identity_number, make_manifest, virtual
 
 KEYS = [identity_number(number) for number in range(3)]
@@ -29,7 +30,7 @@ NOBODY: frozenset[str] = frozenset()
 
 
 def claim(number: int) -> Claim:
-    return Claim.sign(KEYS[number], HEAD, 4, 1.0, vector_digest(VECTOR))
+    return Claim.sign(KEYS[number], HEAD, 4, 1.0, digest_of(VECTOR.data.cast("B")))
 
 
 def body_of(claims: tuple[Claim, ...], aggregate: np.ndarray = VECTOR) -> Body:
@@ -40,8 +41,8 @@ def body_of(claims: tuple[Claim, ...], aggregate: np.ndarray = VECTOR) -> Body:
         previous=HEAD[1],
         total=100,
         members=claims,
-        aggregate=vector_digest(aggregate),
-        state=vector_digest(aggregate),
+        aggregate=digest_of(aggregate.data.cast("B")),
+        state=digest_of(aggregate.data.cast("B")),
     )
 
 
@@ -90,6 +91,9 @@ class Fakes:
             proposal=proposal,
             holders=(1,) if proposal else (),
         )
+
+    def pack(self, update: np.ndarray) -> np.ndarray:
+        return update
 
     async def run(self, group: Group, vector: np.ndarray, deadline: float) -> ExchangeResult:
         self.vectors.append(vector)

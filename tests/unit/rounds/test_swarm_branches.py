@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pytest
 
 from p2pllm.rounds.chain import Branch
-from p2pllm.rounds.disk import vector_digest
 from p2pllm.rounds.messages import Phase
 from p2pllm.rounds.record import Checkpoint
-from p2pllm.rounds.round import Update
+from p2pllm.rounds.update import Update
+from p2pllm.state.chunks import digest_of
 from p2pllm.testing import MemoryPeer, MemorySwarm, identity_number, virtual
 
 PHASES: list[Phase] = ["collecting", "roster", "exchange", "vote", "commit"]
@@ -169,4 +169,4 @@ async def test_the_update_of_who_yields_is_in_its_next_record() -> None:
     assert update is not None and joint is not None
     assert lost.disk.log.has(joint.head)
     (claim,) = [claim for claim in joint.body.members if claim.peer == lost.id]
-    assert (claim.samples, claim.update) == (update.samples, vector_digest(update.vector))
+    assert (claim.samples, claim.update) == (update.samples, digest_of(update.vector.data.cast("B")))

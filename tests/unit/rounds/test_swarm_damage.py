@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from p2pllm.errors import StateError
-from p2pllm.rounds.disk import vector_digest
 from p2pllm.rounds.messages import Vote
 from p2pllm.rounds.record import Record
-from p2pllm.rounds.round import Update
+from p2pllm.rounds.update import Update
+from p2pllm.state.chunks import digest_of
 from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 
 Switch = Callable[[bool], None]
@@ -87,7 +87,7 @@ async def test_an_update_for_which_the_disk_was_full_is_in_one_record(
     async def watched() -> Update | None:
         update: Update | None = await finish()
         if update is not None:
-            finished.append(vector_digest(update.vector))
+            finished.append(digest_of(update.vector.data.cast("B")))
             poor.compute.step_s = 5.0  # it has nothing else to bring
         return update
 
@@ -137,7 +137,7 @@ async def test_a_state_that_is_damaged_in_memory_is_found_and_made_anew(
     bad = peers[-1]
 
     def damage() -> None:
-        getattr(bad.keeper.state, what).view(np.uint32)[7] ^= 1 << 20
+        dict(zip(("params", "m", "v"), bad.keeper.state.vectors, strict=True))[what].view(np.uint32)[7] ^= 1 << 20
 
     bad.at("collecting", 3, damage)
     with caplog.at_level(logging.ERROR):
@@ -226,7 +226,7 @@ async def test_a_member_without_the_aggregate_takes_it_from_who_voted() -> None:
     swarm = MemorySwarm(rounds=6)
     peers = swarm.add(3)
     poor = peers[2]
-    exchange = poor.allreduce.run
+    exchange = poor.exchange.run
 
     async def fail(group: object, vector: np.ndarray, deadline: float) -> object:
         result = await exchange(group, vector, deadline)
@@ -234,7 +234,7 @@ async def test_a_member_without_the_aggregate_takes_it_from_who_voted() -> None:
             return result
         return result.__class__(None, frozenset(), "The last part did not come.", 0, 0)
 
-    poor.allreduce.run = fail
+    poor.exchange.run = fail
     await swarm.start()
     await swarm.finish()
     swarm.check_rounds()

@@ -13,9 +13,9 @@ from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.averaging.dense import NOTICE_METHOD
 from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.rounds.chain import Branch
+from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.messages import Roster
 from p2pllm.rounds.record import Body, Record, pack_all
-from p2pllm.rounds.roster import Offer
 from p2pllm.rounds.vote import Ballot
 from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 
@@ -254,7 +254,7 @@ async def test_a_member_that_always_gives_up_and_accuses_stops_nobody(count: int
                 await liar.host.call(member, NOTICE_METHOD, notice, 1.0)
         return ExchangeResult(None, frozenset(), "I do not like it.", 0, 0)
 
-    liar.allreduce.run = accuse
+    liar.exchange.run = accuse
     await swarm.start()
     honest = peers[1:]
     await swarm.until(lambda: all(peer.keeper.head[0] == 3 for peer in honest), 600.0)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from p2pllm.averaging import ExchangeResult, Group
+from p2pllm.averaging import Exchange, ExchangeResult, Group, Payload
 from p2pllm.rounds.record import genesis
-from p2pllm.rounds.round import AllReduce
 from p2pllm.state import Layout
 from p2pllm.testing import (
     FakeCompute,
@@ -27,15 +26,15 @@ from p2pllm.testing import (
 TINY = Layout.of([("x", (8,))])
 
 
-class NoExchange:
+class NoExchange(Exchange):
     """All members get ones."""
 
-    async def run(self, group: Group, vector: np.ndarray, deadline: float) -> ExchangeResult:
+    async def run(self, group: Group, payload: Payload, deadline: float) -> ExchangeResult:
         await asyncio.sleep(0.05)
-        return ExchangeResult(np.ones_like(vector), frozenset(), "", 0, 0)
+        return ExchangeResult(np.ones_like(payload), frozenset(), "", 0, 0)
 
 
-def no_exchange(peer: MemoryPeer) -> AllReduce:
+def no_exchange(peer: MemoryPeer) -> Exchange:
     return NoExchange()
 
 
@@ -47,7 +46,7 @@ def slow_compute(peer: MemoryPeer) -> FakeCompute:
 
 @virtual
 async def test_parts_can_be_replaced() -> None:
-    parts = Parts(layout=TINY, allreduce=no_exchange, compute=slow_compute)
+    parts = Parts(layout=TINY, exchange=no_exchange, compute=slow_compute)
     network = MemoryNetwork(latency_s=0.02, jitter_s=0.01)
     swarm = MemorySwarm(network=network, parts=parts, rounds=3, samples=24, deadline_s=60.0)
     peers = swarm.add(6)
@@ -57,7 +56,7 @@ async def test_parts_can_be_replaced() -> None:
     swarm.check_rounds()
     assert asyncio.get_running_loop().time() - begin > 10.0
     for peer in peers:
-        assert peer.keeper.layout is TINY
+        assert peer.keeper.layout == TINY
         assert "allreduce/1" not in peer.host.sent
         assert peer.host.sent["beat"].bytes > 0
 

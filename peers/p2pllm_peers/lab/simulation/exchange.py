@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from p2pllm.averaging import ExchangeResult, Group
+from p2pllm.averaging import Exchange, ExchangeResult, Group, Payload
 from p2pllm.averaging.attempt import ACCEPTED, FINISHED, MAGIC, STREAM_METHOD
 from p2pllm.averaging.dense import NOTICE_METHOD, NOTICE_SECONDS
 from p2pllm.averaging.mean import weighted_mean
@@ -39,7 +39,7 @@ class _Attempt:
         return bool(self.failed or self.accused or self.is_over)
 
 
-class FewFloats:
+class FewFloats(Exchange):
     """The exchange with as many messages as the all-reduce opens streams: each member sends its few floats to every
     other one, and all work out the same mean. Streams of thousands of peers would not fit into memory.
     """
@@ -57,13 +57,14 @@ class FewFloats:
         await self._transport.serve_call(STREAM_METHOD, self._on_floats)
         await self._transport.serve_call(NOTICE_METHOD, self._on_notice)
 
-    async def run(self, group: Group, vector: np.ndarray, deadline: float) -> ExchangeResult:
-        """See `rounds.round.AllReduce`."""
+    async def run(self, group: Group, payload: Payload, deadline: float) -> ExchangeResult:
+        """See Exchange."""
+        floats_of_ours = np.asarray(payload, np.float32).tobytes()
         self._on_attempt(group)
         others = [member for member in group.members if member != self._transport.peer_id]
         attempt = self._open[group.group_id] = _Attempt(group, self._early.pop(group.group_id, {}))
-        payload = MAGIC + group.group_id + bytes(32) + vector.tobytes()
-        sending = asyncio.gather(*(self._send(peer, payload, attempt) for peer in others))
+        message = MAGIC + group.group_id + bytes(32) + floats_of_ours
+        sending = asyncio.gather(*(self._send(peer, message, attempt) for peer in others))
         sending.add_done_callback(lambda _: attempt.news.set())
         try:
             async with asyncio.timeout(min(deadline, STALL_S)):
@@ -79,7 +80,7 @@ class FewFloats:
         if attempt.is_lost:
             await self._give_up(attempt, others)
             return ExchangeResult(None, frozenset(attempt.failed), "A member failed.", 0, 0, attempt.accused)
-        floats = {**attempt.come, self._transport.peer_id: vector.tobytes()}
+        floats = {**attempt.come, self._transport.peer_id: floats_of_ours}
         return ExchangeResult(_mean(group, floats), frozenset(), "", 0, 0)
 
     async def _send(self, peer: str, payload: bytes, attempt: _Attempt) -> None:

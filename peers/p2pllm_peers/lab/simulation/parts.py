@@ -21,7 +21,7 @@ from p2pllm.errors import NetworkError
 from p2pllm.metrics import RoundRecord
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.messages import Status
-from p2pllm.rounds.round import Update
+from p2pllm.rounds.update import Update
 from p2pllm.state import Layout
 from p2pllm.testing.clock import TICK_S, VirtualLoop
 from p2pllm.testing.host import Call, MemoryHost
@@ -167,7 +167,7 @@ class DirectoryClient:
 
 
 class WaitingCompute:
-    """Compute that only takes time: a sample every STEP_S times the peer's own speed. See `rounds.loop.Compute`."""
+    """Compute that only takes time: a sample every STEP_S times the peer's own speed. See `rounds.update.Compute`."""
 
     def __init__(self, peer: MemoryPeer, seed: int) -> None:
         self.ready = True

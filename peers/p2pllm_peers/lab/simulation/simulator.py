@@ -25,8 +25,8 @@ from typing import Any
 
 from p2pllm.averaging import Group
 from p2pllm.errors import UsageError
-from p2pllm.manifest import RoundSection
 from p2pllm.network.table import MAX_MEMBERS
+from p2pllm.sections import RoundSection
 from p2pllm.testing.clock import run
 from p2pllm.testing.swarm import MemoryPeer, MemorySwarm, Parts
 from p2pllm_peers.lab.simulation.exchange import FewFloats
@@ -106,7 +106,7 @@ class Simulation:
         directory, look_up_s = MemoryDirectory(), LOOK_UP_HOPS * network.mean_s
         parts = Parts(
             layout=LAYOUT,
-            allreduce=lambda peer: FewFloats(peer.host, lambda group: self._on_attempt(peer, group)),
+            exchange=lambda peer: FewFloats(peer.host, lambda group: self._on_attempt(peer, group)),
             compute=lambda peer: WaitingCompute(peer, setting.seed),
             directory=lambda peer: DirectoryClient(peer.host, directory, look_up_s),
         )

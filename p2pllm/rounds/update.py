@@ -1,0 +1,76 @@
+"""Update: what one peer brings to a round, and Compute, the process that makes it, as the main loop sees it.
+
+What does not live here: how updates are computed (the programs, `training`) and what becomes of them (`round`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Update:
+    """What this peer contributes to a round."""
+
+    samples: int
+    loss: float  # mean training loss, nats a token
+    vector: np.ndarray  # float32, shape (parameters,): mean gradient a sample; the worker may write there again
+
+    def kept(self) -> Update:
+        """The same in memory of its own, for a later round."""
+        return Update(self.samples, self.loss, self.vector.copy())
+
+
+def joined(pending: Update | None, fresh: Update | None) -> Update | None:
+    """Both as one update, in memory of its own; None if there is none.
+
+    pending: computed for a round that was committed without it, so on an older state: a little stale, and not lost.
+    """
+    updates = [update for update in (pending, fresh) if update is not None]
+    if not updates:
+        return None
+    if pending is None or fresh is None:
+        return updates[0]
+    samples = sum(update.samples for update in updates)
+    vector = np.zeros_like(updates[0].vector)
+    for update in updates:
+        vector += update.vector * np.float32(update.samples / samples)
+    return Update(samples, sum(update.loss * update.samples for update in updates) / samples, vector)
+
+
+class Compute(Protocol):
+    """The process that computes gradients, as the loop sees it."""
+
+    @property
+    def ready(self) -> bool:
+        """The process is up and has a model."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Samples gathered in the round that was begun."""
+        ...
+
+    @property
+    def own_steps(self) -> list[int]:
+        """Samples of each micro-batch of the update that was finished last."""
+        ...
+
+    async def begin(self, round_number: int) -> None:
+        """Take the parameters as they are now and gather gradients for this round."""
+        ...
+
+    async def finish(self) -> Update | None:
+        """End the current micro-batch and hand over the update; None if there is none."""
+        ...
+
+    async def abandon(self) -> None:
+        """Drop what was gathered; returns when the process no longer reads the parameters."""
+        ...
+
+    async def evaluate(self) -> float | None:
+        """Validation loss of the parameters as they are now, nats a token; None if it failed."""
+        ...

@@ -1,0 +1,91 @@
+"""Whole swarms in memory with each strategy: one state, replay, joining and failures work the same for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from p2pllm.state import Layout
+from p2pllm.testing import MemorySwarm, virtual
+from p2pllm.testing.swarm import Parts
+
+WIDE = Layout.of([("embedding", (130, 70)), ("matrix", (64, 64)), ("gain", (70,))])
+STRATEGIES: list[dict[str, Any]] = [{"strategy": "diloco"}, {"strategy": "sparse_loco"}]
+
+
+def made(**section: Any) -> MemorySwarm:
+    return MemorySwarm(parts=Parts(layout=WIDE), **{"rounds": 8, "snapshot_every": 3, **section})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@virtual
+async def test_all_hold_the_same_state(strategy: dict[str, Any]) -> None:
+    swarm = made(**strategy)
+    peers = swarm.add(4)
+    before = peers[0].keeper.state.params.copy()
+    await swarm.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    assert [len(record.members) for record in peers[0].records[2:]] == [4] * 6
+    assert not np.array_equal(peers[0].keeper.state.params, before)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@virtual
+async def test_a_joiner_replays_what_it_missed(strategy: dict[str, Any]) -> None:
+    swarm = made(**strategy)
+    first, second, late = swarm.add(3)
+    await swarm.start(first, second)
+    await swarm.until(lambda: first.keeper.head[0] == 5)
+    await late.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    assert len(second.records[-1].members) == 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("phase", ["collecting", "exchange", "vote"])
+@virtual
+async def test_a_death_costs_a_round_nothing_but_time(strategy: dict[str, Any], phase: Any) -> None:
+    swarm = made(**strategy)
+    first, *_, third = swarm.add(3)
+    swarm.fail_at(peer=2, round=3, phase=phase, how="kill")
+    await swarm.start()
+    await swarm.until(lambda: first.keeper.head[0] == 5)
+    await swarm.start(swarm.restart(third))
+    await swarm.finish()
+    swarm.check_rounds()
+
+
+@virtual
+async def test_aggregates_of_sparse_updates_are_small() -> None:
+    swarm = made(strategy="sparse_loco")
+    peers = swarm.add(3)
+    await swarm.start()
+    await swarm.finish()
+    record = peers[0].disk.log.record(8)
+    assert record is not None
+    size = peers[0].disk.aggregates.size(record.body.aggregate)
+    assert 0 < size < 3 * WIDE.nbytes / 32 / 4, "a hundredth of the dense one, but for headers that count here"
+
+
+@virtual
+async def test_what_compression_leaves_out_is_sent_later() -> None:
+    """Every peer's update is the same each round, so the state must move by it, and not by its largest parts alone."""
+    swarm = made(strategy="sparse_loco", rounds=120, samples=4)
+    (peer,) = swarm.add(1)
+    update = np.linspace(1.0, 3.0, WIDE.size, dtype=np.float32)
+    peer.compute._gradient = update
+    before = peer.keeper.state.params.copy()
+
+    async def keep_gradient(round_number: int, begin: Any = peer.compute.begin) -> None:
+        await begin(round_number)
+        peer.compute._gradient = update
+
+    peer.compute.begin = keep_gradient
+    await swarm.start()
+    await swarm.finish(3000)
+    moved = before - peer.keeper.state.params
+    assert (moved > 0).mean() > 0.6, "one round moves one of 64"
