@@ -57,11 +57,22 @@ class SparseExchange(Exchange):
         if not isinstance(payload, bytes):
             raise ValueError("A sparse exchange takes what it packed.")
         got = await self._gather.run(group, payload, deadline)
+        refused = await asyncio.to_thread(self._refused, group, got.updates)
         return ExchangeResult(
-            aggregate=self._form.pack(got.updates) if got.updates else None,
-            failed=got.failed,
-            reason=got.reason,
+            aggregate=self._form.pack(got.updates) if got.updates and not refused else None,
+            failed=got.failed | refused.keys(),
+            reason=got.reason or next(iter(refused.values()), ""),
             bytes_sent=got.bytes_sent,
             bytes_received=got.bytes_received,
             seconds=got.seconds,
         )
+
+    def _refused(self, group: Group, updates: list[bytes]) -> dict[str, str]:
+        """Members whose updates are none, which they signed all the same; and what is wrong with each."""
+        found = {}
+        for member, update in zip(group.members, updates, strict=False):
+            try:
+                self._form.codec.decode(update)
+            except ValueError as error:
+                found[member] = f"The update of {member} is refused: {error}"
+        return found

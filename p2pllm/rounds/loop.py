@@ -259,6 +259,7 @@ class TrainingLoop:
                 aggregate_digest=body.aggregate.hex(),
                 state_digest=body.state.hex(),
                 attempts=result.attempts,
+                failures=result.failures,
                 own_steps=self._compute.own_steps,
                 bytes_sent=result.bytes_sent,
                 bytes_received=result.bytes_received,

@@ -59,6 +59,7 @@ class RoundResult:
     record: Record | None = None  # to be committed; None: there is none of this round for us
     included: bool = False  # our update is in it
     reason: str = ""
+    failures: list[str] = field(default_factory=list)  # the reasons of all attempts that failed
     attempts: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -144,6 +145,7 @@ class RoundRunner:
         decision, ballot = await self._timed(result, "vote", voting)
         if decision.verdict is not plan.Verdict.COMMIT:
             result.reason = exchange.reason or "no record found a majority"
+            result.failures.append(result.reason)
             log.info("round %d, attempt %d: %s", roster.round, result.attempts, result.reason)
             if proposed.trouble is not None:
                 raise proposed.trouble  # the others know that we have nothing

@@ -60,6 +60,25 @@ async def test_a_death_costs_a_round_nothing_but_time(strategy: dict[str, Any], 
 
 
 @virtual
+async def test_an_update_that_is_none_counts_for_nobody_and_its_sender_is_named() -> None:
+    swarm = made(strategy="sparse_loco", rounds=6)
+    *others, liar = swarm.add(4)
+    pack = liar.exchange.pack
+
+    def lie(update: np.ndarray) -> bytes:
+        payload = bytearray(pack(update))
+        payload[0] ^= 0x40
+        return bytes(payload)
+
+    liar.at("collecting", 2, lambda: setattr(liar.exchange, "pack", lie))
+    await swarm.start()
+    await swarm.until(lambda: all(peer.keeper.head[0] == 6 for peer in others))
+    for peer in others:
+        assert [len(record.members) for record in peer.records[3:]] == [3, 3, 3]
+        assert any(liar.id in failure and "refused" in failure for failure in peer.records[2].failures)
+
+
+@virtual
 async def test_aggregates_of_sparse_updates_are_small() -> None:
     swarm = made(strategy="sparse_loco")
     peers = swarm.add(3)
