@@ -147,6 +147,10 @@ class RoundSection(Section):
         le=600,
         description="most seconds that a finished round waits for live peers; it waits as long as they lately took",
     )
+    overlap: bool = Field(
+        False,
+        description="diloco, sparse_loco: compute on while updates travel; a round's outer step lands in the next",
+    )
     min_peers: int = Field(1, ge=1, le=64, description="peers that must be there for a round to begin")
     max_peers: int = Field(64, ge=1, le=64, description="largest roster of one round")
     snapshot_every: int = Field(
@@ -160,4 +164,6 @@ class RoundSection(Section):
     def _can_begin(self) -> Self:
         if self.min_peers > self.max_peers:
             raise ValueError(f"min_peers is {self.min_peers}, more than max_peers, which is {self.max_peers}")
+        if self.overlap and self.strategy == "sync":
+            raise ValueError("overlap is true, which needs the strategy diloco or sparse_loco")
         return self

@@ -114,7 +114,7 @@ class TrainingLoop:
         await self._collect()
         if self._stopping or (self._is_behind() and not self._compute.samples):
             return await self._compute.abandon()
-        fresh = await self._compute.finish()
+        fresh = await self._compute.finish(go_on=self._manifest.round.overlap)
         collected = time.monotonic()
         update = joined(self._pending, fresh)
         self._empty_handed = update is None

@@ -60,11 +60,15 @@ class Compute(Protocol):
         ...
 
     async def begin(self, round_number: int) -> None:
-        """Take the parameters as they are now and gather gradients for this round."""
+        """Take the parameters as they are now and work on this round; who went on already keeps what it did since."""
         ...
 
-    async def finish(self) -> Update | None:
-        """End the current micro-batch and hand over the update; None if there is none."""
+    async def finish(self, go_on: bool = False) -> Update | None:
+        """End the current step and hand over the update; None if there is none.
+
+        go_on: work on the next round at once, from the worker's own parameters; `begin` follows when the shared ones
+        have moved.
+        """
         ...
 
     async def abandon(self) -> None:

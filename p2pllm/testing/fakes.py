@@ -46,9 +46,15 @@ class FakeCompute:
         self.abandoned = 0
         self._gradient = np.zeros(keeper.layout.size, np.float32)
         self._work: asyncio.Task[None] | None = None
+        self._goes_on = False
 
     async def begin(self, round_number: int) -> None:
         """See Compute."""
+        if not self._goes_on:
+            self._start(round_number)
+        self._goes_on = False
+
+    def _start(self, round_number: int) -> None:
         self.end()
         self.samples = 0
         noise = np.random.default_rng([self.number, round_number]).standard_normal(self._gradient.size)
@@ -63,10 +69,11 @@ class FakeCompute:
 
     def end(self) -> None:
         """Gather no more."""
+        self._goes_on = False
         if self._work is not None:
             self._work.cancel()
 
-    async def finish(self) -> Update | None:
+    async def finish(self, go_on: bool = False) -> Update | None:
         """See Compute."""
         self.end()
         self.finished += 1
@@ -74,7 +81,11 @@ class FakeCompute:
             self.fruitless = max(0, self.fruitless - 1)
             return None
         self.own_steps = [self.batch] * (self.samples // self.batch)
-        return Update(self.samples, FAKE_LOSS, self._gradient)
+        update = Update(self.samples, FAKE_LOSS, self._gradient)
+        if go_on:
+            self._start(self.keeper.head[0] + 1)
+            self._goes_on = True
+        return update
 
     async def abandon(self) -> None:
         """See Compute."""

@@ -58,6 +58,14 @@ class InnerWork(Protocol):
         """Write the update into `out`; returns the samples behind it."""
         ...
 
+    def go_on(self, round: int) -> None:  # noqa: A002 - the design's word
+        """Work on the round after state `round` from the present parameters: that state is not there yet."""
+        ...
+
+    def land(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
+        """The state is there: `params` become the start, and what was done since `go_on` is kept on top."""
+        ...
+
     def reset(self) -> None:
         """Drop the round's work."""
         ...
@@ -116,6 +124,14 @@ class Gradients:
         """See InnerWork."""
         return self._accumulator.finish(out)
 
+    def go_on(self, round: int) -> None:  # noqa: A002 - the design's word
+        """See InnerWork. Gradients are taken where the state is, so a manifest of `sync` does not allow it."""
+        raise NotImplementedError
+
+    def land(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
+        """See `go_on`."""
+        raise NotImplementedError
+
     def reset(self) -> None:
         """See InnerWork."""
         self._accumulator.reset()
@@ -164,7 +180,7 @@ class Local:
 
     def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
         """See InnerWork."""
-        self._steps.begin(params, learning_rate(self._section, self._rounds, round))
+        self._steps.begin(params, self._rate(round))
 
     def step(self, round: int, number: int) -> StepResult:  # noqa: A002 - the design's word
         """See InnerWork: one step of the inner optimizer."""
@@ -173,6 +189,18 @@ class Local:
     def finish(self, out: np.ndarray) -> int:
         """See InnerWork."""
         return self._steps.finish(out)
+
+    def go_on(self, round: int) -> None:  # noqa: A002 - the design's word
+        """See InnerWork."""
+        self._steps.go_on(self._rate(round))
+
+    def land(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
+        """See InnerWork."""
+        self._steps.rate = self._rate(round)
+        self._steps.land(params)
+
+    def _rate(self, round: int) -> float:  # noqa: A002 - the design's word
+        return learning_rate(self._section, self._rounds, round)
 
     def reset(self) -> None:
         """See InnerWork."""

@@ -13,7 +13,6 @@ import logging
 import mmap
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from p2pllm.manifest import RunDraft
 from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
 from p2pllm.state import Layout, moments_of
+from p2pllm_peers.speed import Speed
 from p2pllm_peers.worker_process import Event, WorkerProcess, shared_file
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class ComputeProcess:
         self._begun: Event | None = None
         self._samples = 0
         self._crashes = 0
-        self._computed: deque[tuple[float, int]] = deque()
+        self._speed = Speed(SPEED_WINDOW_S)
 
     async def launch(self) -> None:
         """Start the process; it loads its libraries while the daemon finds out what to compute."""
@@ -150,24 +150,25 @@ class ComputeProcess:
     @property
     def tokens_per_s(self) -> float:
         """Tokens computed a second of wall time over the last half minute."""
-        now = time.monotonic()
-        while self._computed and self._computed[0][0] < now - SPEED_WINDOW_S:
-            self._computed.popleft()
-        if len(self._computed) < 2:
-            return 0.0
-        return sum(tokens for _, tokens in list(self._computed)[1:]) / max(1e-3, now - self._computed[0][0])
+        return self._speed.per_second(time.monotonic())
 
     async def begin(self, round_number: int) -> None:
-        """Gather gradients of the parameters as they are now."""
-        self._samples = 0
-        self._begun = {"do": "begin", "round": round_number, "run_id": self.run_id, "peer": self.peer_id}
+        """See Compute."""
+        if self._begun is None:
+            self._samples = 0
+        self._begun = self._beginning(round_number)
         with contextlib.suppress(WorkerError):  # it died; it begins again when it is back
             await self._send(self._begun)
 
-    async def finish(self) -> Update | None:
-        """The update of this round; None if nothing was gathered or the worker died."""
-        answer = await self._ask({"do": "finish"})
-        self._begun = None
+    def _beginning(self, round_number: int) -> Event:
+        return {"do": "begin", "round": round_number, "run_id": self.run_id, "peer": self.peer_id}
+
+    async def finish(self, go_on: bool = False) -> Update | None:
+        """See Compute: None if nothing was gathered or the worker died."""
+        begun = self._begun
+        answer = await self._ask({"do": "finish", "go_on": go_on})
+        self._begun = self._beginning(begun["round"] + 1) if go_on and begun and answer else None
+        self._samples = 0
         if answer is None or answer["samples"] < 1:
             return None
         self._crashes = 0
@@ -228,7 +229,7 @@ class ComputeProcess:
             case "step":
                 self._samples = event["samples"]
                 self.tokens += event["tokens"]
-                self._computed.append((self._heard, event["tokens"]))
+                self._speed.add(self._heard, event["tokens"])
                 self._on_change()
             case "error":
                 kind = getattr(errors, event["kind"], WorkerError)

@@ -5,7 +5,8 @@ object a line. The first line in is the job. Parameters come and updates go thro
 2 * parameters float32 values: first the parameters, then the update.
 
     job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "moments", "runtime_dir"}
-    in       {"do": "begin", "round", "run_id", "peer"}, {"do": "finish" | "abandon" | "evaluate" | "exit"}
+    in       {"do": "begin", "round", "run_id", "peer"}, {"do": "finish", "go_on"},
+             {"do": "abandon" | "evaluate" | "exit"}
     out      progress, ready, step, micro_batch, update, abandoned, validation, error
 
 When its standard input closes the daemon is gone, however it died: the worker then removes the sockets that the
@@ -133,6 +134,7 @@ class Worker:
         self._round: int | None = None
         self._steps: list[int] = []
         self._loss = 0.0
+        self._goes_on = False  # on from our own parameters, while an update travels
         pipe.emit(
             "ready",
             layout=layout.to_json(),
@@ -153,7 +155,8 @@ class Worker:
                     assert command is not None  # noqa: S101 - matched above
                     self._begin(command)
                 case "finish":
-                    self._finish()
+                    assert command is not None  # noqa: S101 - matched above
+                    self._finish(command["go_on"])
                 case "abandon":
                     self._abandon()
                     self._pipe.emit("abandoned")
@@ -163,7 +166,11 @@ class Worker:
                     return self._keep()
 
     def _begin(self, command: Command) -> None:
-        """Take the parameters from the shared memory and start on a round."""
+        """Take the parameters from the shared memory and start on a round, or put them below what was done already."""
+        if self._goes_on:
+            self._goes_on, self._round = False, command["round"]
+            self._work.land(self._params, command["round"])
+            return
         self._abandon()
         drawn_for = (command["run_id"], command["peer"])
         if drawn_for != self._drawn_for:
@@ -185,18 +192,22 @@ class Worker:
         if self._work.micro_batch != before:
             self._pipe.emit("micro_batch", micro_batch=self._work.micro_batch)
 
-    def _finish(self) -> None:
-        """Hand over the update in the shared memory."""
+    def _finish(self, go_on: bool) -> None:
+        """Hand over the update in the shared memory, and go on with the next round if we shall and can."""
         if self._round is not None and not self._steps:
             self._step()  # the swarm is done before our first one: it is nearly free and makes us a member
         samples = self._work.finish(self._update)
         loss = self._loss / max(1, samples)
         self._pipe.emit("update", samples=samples, loss=loss, steps=self._steps)
-        self._abandon()
+        if not go_on or self._round is None:
+            self._abandon()
+            return
+        self._round, self._steps, self._loss, self._goes_on = self._round + 1, [], 0.0, True
+        self._work.go_on(self._round)
 
     def _abandon(self) -> None:
         self._work.reset()
-        self._round, self._steps, self._loss = None, [], 0.0
+        self._round, self._steps, self._loss, self._goes_on = None, [], 0.0, False
 
     def _evaluate(self) -> None:
         from p2pllm.training.evaluate import validation_loss

@@ -146,7 +146,7 @@ STRATEGIES = {
         ("[round]", '[round]\nstrategy = "diloco"\ncodec = "int8"'),
         ("[data]", '[optimizer]\ntype = "muon"\n\n[data]'),
     ],
-    "sparse_loco": [("[round]", '[round]\nstrategy = "sparse_loco"')],
+    "sparse_loco": [("[round]", '[round]\nstrategy = "sparse_loco"\noverlap = true')],
 }
 
 

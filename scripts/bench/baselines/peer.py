@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from baselines.messages import Order, Row
-from p2pllm.manifest import OptimizerSection, RunDraft
+from p2pllm.manifest import RunDraft
+from p2pllm.sections import OptimizerSection
 from p2pllm.state.adamw import learning_rate
 from p2pllm.training.data import Corpus
 from p2pllm.training.evaluate import validation_loss

@@ -211,7 +211,7 @@ def test_how_long_a_round_takes_that_no_fault_touched(tmp_path: Path) -> None:
     assert found["swarm"]["calm_round_s"] == 2.0, "nine of 2 s and two of 2.5 s"
     assert found["recoveries"][0]["delay_s"] == pytest.approx(26.0 - 20.5 - 2.0)
     assert found["swarm"]["share_up"] == pytest.approx(1 - 15.5 / 99 / 2)
-    assert found["swarm"]["pace"] == pytest.approx(2.0 * 16 / 43)
+    assert found["swarm"]["pace"] == pytest.approx((9 * 2.0 + 2 * 2.5) / 11 * 16 / 43)
     never = report(evidence(tmp_path / "2", rows, **strikes((1.0, "freeze", "b"), (46.0, "thaw", "b"))))
     assert never["swarm"]["calm_round_s"] is None and never["swarm"]["pace"] is None
     assert never["recoveries"][0]["delay_s"] is None

@@ -12,7 +12,12 @@ from p2pllm.testing import MemorySwarm, virtual
 from p2pllm.testing.swarm import Parts
 
 WIDE = Layout.of([("embedding", (130, 70)), ("matrix", (64, 64)), ("gain", (70,))])
-STRATEGIES: list[dict[str, Any]] = [{"strategy": "diloco"}, {"strategy": "sparse_loco"}]
+STRATEGIES: list[dict[str, Any]] = [
+    {"strategy": "diloco"},
+    {"strategy": "diloco", "overlap": True},
+    {"strategy": "sparse_loco"},
+    {"strategy": "sparse_loco", "overlap": True},
+]
 
 
 def made(**section: Any) -> MemorySwarm:

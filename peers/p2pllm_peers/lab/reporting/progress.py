@@ -101,14 +101,12 @@ def speed(rounds: Sequence[Row], facts: Facts) -> Row:
 def pace(rounds: Sequence[Row], calm: Sequence[float]) -> Row:
     """Rounds by those of a run without faults that lasts as long; None if unknown.
 
-    calm: seconds of the rounds that no fault touched.
+    calm: seconds of the rounds that no fault touched; their mean counts, since a slow one is slow without faults, too.
     """
     timed = [row["time_s"] for row in rounds if row["time_s"] >= 0]
-    median = statistics.median(calm) if calm else None
     lasted = timed[-1] - timed[0] if timed else 0.0
-    known = median is not None and lasted > 0
-    share = median * (len(timed) - 1) / lasted if known and median else None
-    return {"calm_round_s": median, "pace": share}
+    share = statistics.fmean(calm) * (len(timed) - 1) / lasted if calm and lasted > 0 else None
+    return {"calm_round_s": statistics.median(calm) if calm else None, "pace": share}
 
 
 def _steady(rounds: Sequence[Row]) -> Row | None:

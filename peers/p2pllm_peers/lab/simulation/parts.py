@@ -194,7 +194,7 @@ class WaitingCompute:
         if self._work is not None:
             self._work.cancel()
 
-    async def finish(self) -> Update | None:
+    async def finish(self, go_on: bool = False) -> Update | None:
         """See Compute."""
         self._end()
         self.own_steps = [1] * self.samples
