@@ -72,7 +72,7 @@ def update(data: bytes) -> bool:
 
 
 def _decode(data: bytes) -> None:
-    for name in ("fp32", "fp16"):
+    for name in ("fp32", "fp16", "bf16", "int8"):
         used = codec(name)
         out = np.empty(len(data) // used.bytes_for(1), np.float32)
         try:
