@@ -36,7 +36,7 @@ _NOTHING = 0xFFFFFFFF  # for a length: we do not have it
 _KEPT = 4
 """Groups whose updates are still given to slower members after we have them all."""
 
-_MAX_OPEN_PER_PEER = 4
+_MAX_OPEN, _MAX_OPEN_PER_PEER = 512, 4
 _HEADER_S = 10.0
 _MEASURED = 16  # exchanges
 
@@ -80,7 +80,7 @@ class Gather:
         self._pending_timeout = pending_timeout
         self._silences = deque[float](maxlen=_MEASURED)
         self._groups: OrderedDict[bytes, _Updates] = OrderedDict()
-        self._begun: dict[bytes, asyncio.Event] = {}
+        self._next_begin = asyncio.Event()
         self._open: Counter[str] = Counter()
         self._silence = 0.0  # longest one of the exchange that runs
         self._sent = 0
@@ -137,8 +137,8 @@ class Gather:
         self._groups[group.group_id] = updates
         while len(self._groups) > _KEPT:
             self._groups.popitem(last=False)
-        if event := self._begun.pop(group.group_id, None):
-            event.set()
+        self._next_begin.set()
+        self._next_begin = asyncio.Event()
         self._silence = 0.0
         return updates
 
@@ -194,7 +194,7 @@ class Gather:
     # -- answering ---------------------------------------------------------------------------------------------------
 
     async def _on_stream(self, caller: str, reader: StreamReader, writer: StreamWriter) -> None:
-        if self._open[caller] >= _MAX_OPEN_PER_PEER:
+        if self._open[caller] >= _MAX_OPEN_PER_PEER or self._open.total() >= _MAX_OPEN:
             return  # the stream is closed, which the other side sees
         self._open[caller] += 1
         try:
@@ -212,14 +212,10 @@ class Gather:
 
     async def _await_begin(self, group_id: bytes) -> _Updates:
         """The updates of a group, once we take part in it. Raises TimeoutError if we do not soon."""
-        if group_id not in self._groups:
-            event = self._begun.setdefault(group_id, asyncio.Event())
-            try:
-                async with asyncio.timeout(self._pending_timeout):
-                    await event.wait()
-            finally:
-                self._begun.pop(group_id, None)
-        return self._groups.get(group_id) or _Updates(frozenset(), {})
+        async with asyncio.timeout(self._pending_timeout):
+            while group_id not in self._groups:
+                await self._next_begin.wait()
+        return self._groups[group_id]
 
     async def _give(self, writer: StreamWriter, data: bytes | None) -> None:
         writer.write(_LENGTH.pack(_NOTHING if data is None else len(data)))
