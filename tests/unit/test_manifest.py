@@ -12,8 +12,8 @@ from p2pllm.manifest import MAX_MANIFEST_BYTES, RunDraft, RunManifest, draft_tem
 from p2pllm.sections import OuterSection
 
 FOUNDER = "12D3KooWNMszKZCCPkRwtMBfzXuSxBMMpmy5S1oHfVAqUGwXfyyE"
-GOLDEN_DRAFT = "b316ad8e9c0da087ae4415b2da6177823d99d466ca4d6798b7108dc75c66d632"
-GOLDEN_RUN = "d6c7db6b5e1c025439c2c90f6788552bddf1d72572333a58f243d63e9675467c"
+GOLDEN_DRAFT = "b142eb1adee9259908458a2410f7f75a11b14c9102a4f533a611235b3d340c46"
+GOLDEN_RUN = "eb2db289ffdee9ab0a63fe564c448aa1ae2ca1f4c081ae2da1cfd15b4a1b3685"
 """They change with every field, default or spelling of a number, and then old runs and new peers do not meet: change
 them on purpose only."""
 

@@ -359,8 +359,9 @@ def test_verify_names_what_is_wrong(peer_env: Any, founder: PeerFolder, swarm: M
     aggregate.write_bytes(bytes(len(data)))
     peer_env.refuses(1, [str(aggregate), "round 2", "damaged"], "verify", founder.path)
     aggregate.write_bytes(data)
-    log = (founder.path / "log").read_bytes()
-    (founder.path / "log").write_bytes(log.replace(record.pack(), record.pack()[:-1] + b"\0"))
+    log, packed = (founder.path / "log").read_bytes(), record.pack()
+    assert log.count(packed) == 1
+    (founder.path / "log").write_bytes(log.replace(packed, packed[:-1] + bytes([packed[-1] ^ 1])))
     peer_env.refuses(1, [f"Record 2 in {founder.path / 'log'}", "damaged"], "verify", founder.run.path)
 
 

@@ -84,8 +84,8 @@ async def test_an_update_for_which_the_disk_was_full_is_in_one_record(
     finished: list[bytes] = []
     finish = poor.compute.finish
 
-    async def watched() -> Update | None:
-        update: Update | None = await finish()
+    async def watched(go_on: bool) -> Update | None:
+        update: Update | None = await finish(go_on)
         if update is not None:
             finished.append(digest_of(update.vector.data.cast("B")))
             poor.compute.step_s = 5.0  # it has nothing else to bring
