@@ -198,7 +198,7 @@ def test_every_kind_of_fault(lab: Lab) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
 def test_an_end_at_any_moment_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     machine, output = Machine(tmp_path), tmp_path / "output.txt"
-    (tmp_path / "small.toml").write_text(SMALL.format(duration_s=600, count=2, cores=0.8, disk_mb=50))
+    (tmp_path / "small.toml").write_text(SMALL.format(duration_s=600, count=1, cores=1.5, disk_mb=50))
     process = machine.start("lab", "run", tmp_path / "small.toml", "--out", tmp_path / "out", output=output)
     try:
         until(lambda: "\nround " in output.read_text() or process.poll() is not None, "a round is shown", 120)
