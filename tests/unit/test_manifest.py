@@ -72,11 +72,12 @@ def test_canonical_bytes_do_not_depend_on_how_a_run_is_written(tmp_path: Path) -
 
 def test_another_value_anywhere_is_another_run() -> None:
     draft, ids, changes = RunDraft(), {RunDraft().digest()}, 0
-    for name in ("model", "data", "optimizer", "round"):
+    for name in ("model", "data", "optimizer", "outer", "round"):
         section = getattr(draft, name)
         for field, value in section.model_dump().items():
             if isinstance(value, (int, float)):
-                changed = section.model_copy(update={field: value + 1})
+                another = not value if isinstance(value, bool) else value + 1
+                changed = section.model_copy(update={field: another})
                 ids.add(draft.model_copy(update={name: changed}).digest())
                 changes += 1
     assert len(ids) == 1 + changes > 15
