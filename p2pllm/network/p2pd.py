@@ -39,9 +39,9 @@ last one. On Linux the kernel kills it when we die; elsewhere this is what ends 
 _ENVIRONMENT = {
     "GOLOG_LOG_FMT": "nocolor",
     "GOLOG_LOG_LEVEL": "error",
-    # go-libp2p dials from its listening port. Two peers that hear of each other at once then dial each other at once, and
-    # TCP makes one connection of both in which each side takes itself for the client: the handshake fails, both back
-    # off for as long, and fail again together, for minutes. From ports of their own they get two connections.
+    # go-libp2p dials from its listening port. Two peers that hear of each other at once then dial each other at once,
+    # and TCP makes one connection of both in which each side takes itself for the client: the handshake fails, both
+    # back off for as long, and fail again together, for minutes. From ports of their own they get two connections.
     "LIBP2P_TCP_REUSEPORT": "false",
 }
 """For p2pd, unless the environment says otherwise."""
