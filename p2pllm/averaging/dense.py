@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from asyncio import StreamReader, StreamWriter
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from contextlib import suppress
 
 import numpy as np
@@ -21,6 +21,7 @@ from p2pllm.averaging.channel import held, refuse
 from p2pllm.averaging.codecs import Floats
 from p2pllm.averaging.exchange import Exchange, Payload
 from p2pllm.averaging.group import GROUP_ID_BYTES, MAX_MEMBERS, ExchangeResult, Group
+from p2pllm.averaging.patience import Patience
 from p2pllm.averaging.vigil import GaveUp
 from p2pllm.errors import NetworkError
 from p2pllm.network.transport import Transport
@@ -36,10 +37,6 @@ MAX_PENDING_PER_PEER = 4
 HEADER_SECONDS = 10.0
 """How long a stream may take to say which group it belongs to."""
 
-STALL_FACTOR, STALL_FLOOR_S, STALL_CAP_S = 4.0, 3.0, 20.0
-"""A member has failed after so many times the longest silence of the last exchanges, within these bounds."""
-
-_MEASURED = 16  # exchanges
 _REMEMBERED = 1024
 """Ids of ended groups that we remember, to answer streams that come too late."""
 
@@ -48,7 +45,7 @@ class DenseAllReduce(Exchange):
     """Runs all-reduces over a Transport, several groups at once if need be.
 
     transport: streams and calls. stall_timeout: seconds without any progress after which a peer has failed, until
-    there is a measure of how long they are silent and come back (STALL_FACTOR times the longest silence then).
+    there is a measure of how long they are silent and come back (see `patience`).
     part_bytes: float32 bytes that are reduced at a time; the same at all peers. pending_timeout: seconds
     that the stream of a faster peer waits for us to start.
     """
@@ -64,8 +61,7 @@ class DenseAllReduce(Exchange):
         if part_bytes < 256 or part_bytes % 256:
             raise ValueError(f"part_bytes must be a multiple of 256, not {part_bytes}.")
         self._transport = transport
-        self._first_stall_s = stall_timeout
-        self._silences = deque[float](maxlen=_MEASURED)
+        self._patience = Patience(stall_timeout)
         self._part_elements = part_bytes // 4
         self._pending_timeout = pending_timeout
         self._attempts: dict[bytes, Attempt] = {}
@@ -104,7 +100,7 @@ class DenseAllReduce(Exchange):
                 gave_up = error
                 await self._tell(attempt, error, notice_seconds)
             else:
-                self._silences.append(attempt.longest_silence)
+                self._patience.note(attempt.longest_silence)
         finally:
             attempt.close()
             accused = self._end(group.group_id)
@@ -121,9 +117,7 @@ class DenseAllReduce(Exchange):
     @property
     def stall_timeout(self) -> float:
         """Seconds without progress after which a peer has failed, in the next exchange."""
-        if not self._silences:
-            return self._first_stall_s
-        return min(max(STALL_FACTOR * max(self._silences), STALL_FLOOR_S), STALL_CAP_S)
+        return self._patience.seconds
 
     def _checked(self, group: Group, vector: Payload) -> Floats:
         if self._transport.peer_id not in group.members:

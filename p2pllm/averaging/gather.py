@@ -12,7 +12,7 @@ import contextlib
 import struct
 import time
 from asyncio import StreamReader, StreamWriter
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -20,13 +20,14 @@ from typing import TypeVar
 from blake3 import blake3
 
 from p2pllm.averaging.group import GROUP_ID_BYTES, Group
+from p2pllm.averaging.patience import Patience
 from p2pllm.errors import NetworkError
 from p2pllm.network.transport import Transport
 
 STREAM_METHOD = "gather/1"
 
-STALL_FACTOR, STALL_FLOOR_S, STALL_CAP_S = 4.0, 3.0, 20.0
-"""A member has failed after so many times the longest silence of the last exchanges, within these bounds."""
+GIVE_S = 20.0
+"""A member that takes nothing of what it asked for during this time gets no more of it."""
 
 _DIGEST_BYTES = 32
 _PIECE_BYTES = 64 * 1024
@@ -38,7 +39,6 @@ _KEPT = 4
 
 _MAX_OPEN, _MAX_OPEN_PER_PEER = 512, 4
 _HEADER_S = 10.0
-_MEASURED = 16  # exchanges
 
 T = TypeVar("T")
 
@@ -76,9 +76,8 @@ class Gather:
     ) -> None:
         self._transport = transport
         self._max_bytes = max_bytes
-        self._first_stall_s = stall_timeout
+        self._patience = Patience(stall_timeout)
         self._pending_timeout = pending_timeout
-        self._silences = deque[float](maxlen=_MEASURED)
         self._groups: OrderedDict[bytes, _Updates] = OrderedDict()
         self._next_begin = asyncio.Event()
         self._open: Counter[str] = Counter()
@@ -88,13 +87,6 @@ class Gather:
     async def start(self) -> None:
         """Answer other members."""
         await self._transport.serve_stream(STREAM_METHOD, self._on_stream)
-
-    @property
-    def stall_timeout(self) -> float:
-        """Seconds without progress after which a peer has failed, in the next exchange."""
-        if not self._silences:
-            return self._first_stall_s
-        return min(max(STALL_FACTOR * max(self._silences), STALL_FLOOR_S), STALL_CAP_S)
 
     async def run(self, group: Group, payload: bytes, deadline: float) -> Gathered:
         """Get all updates of `group` within `deadline` seconds; see Gathered.
@@ -115,7 +107,7 @@ class Gather:
         late = {maker: f"The update of {maker} did not come in time." for maker in updates.missing.values()}
         reasons = late | reasons
         if not reasons:
-            self._silences.append(self._silence)
+            self._patience.note(self._silence)
         return Gathered(
             updates=[] if reasons else [updates.by_digest[digest] for digest in group.digests],
             failed=frozenset(reasons),
@@ -183,10 +175,10 @@ class Gather:
             writer.close()
 
     async def _noting(self, work: Awaitable[T]) -> T:
-        """Wait for one thing of a peer, and note how long it was silent. Raises TimeoutError after `stall_timeout`."""
+        """Wait for one thing of a peer, and note how long it was silent. Raises TimeoutError when that is too long."""
         clock = asyncio.get_running_loop().time
         begun = clock()
-        async with asyncio.timeout(self.stall_timeout):
+        async with asyncio.timeout(self._patience.seconds):
             result = await work
         self._silence = max(self._silence, clock() - begun)
         return result
@@ -223,7 +215,7 @@ class Gather:
             piece = (data or b"")[at : at + _PIECE_BYTES]
             writer.write(piece)
             self._sent += len(piece)
-            async with asyncio.timeout(STALL_CAP_S):
+            async with asyncio.timeout(GIVE_S):
                 await writer.drain()
-        async with asyncio.timeout(STALL_CAP_S):
+        async with asyncio.timeout(GIVE_S):
             await writer.drain()

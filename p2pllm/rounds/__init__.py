@@ -6,7 +6,7 @@ Start reading at `loop.TrainingLoop.run`.
 
 How long one peer can delay a round for the others, in seconds. Deadlines follow what was measured (`pace`): W, the wait
 for a roster, is 3 times what it lately took, at least 2 and at most the manifest's roster_wait_s (5); S, the silence
-after which a member of an exchange has failed, 4 times the longest that one came back from, 3 to 20, and 5 before
+after which a member of an exchange has failed, twice the longest that one came back from, 3 to 20, and 5 before
 anything was measured; V, the wait for votes, 4 times what it took, 8 to 60; E, an exchange in which bytes move, 4 times
 what it took, 15 to 3600. Constants: membership notices a death after a beat and a retry (1.2) and a freeze after
 ALIVE_S (5); a small call takes CALL_TIMEOUT_S (2) at most; a check for silence comes every S/8; a notice travels within
