@@ -34,6 +34,14 @@ OPEN_STREAM_S = 10.0
 
 _RECONNECT_S = 10.0
 
+YIELD_S = 0.5
+"""How much later one of two peers that are not connected dials: the one with the greater id.
+
+go-libp2p dials from its listening port. If both dial at once, as they do when they hear of each other from a third, TCP
+makes one connection of both in which each side takes itself for the client: the handshake fails, both back off for as
+long, and fail again together, for minutes.
+"""
+
 
 class Node:
     """A Transport over p2pd. Made by `start`, ended by `stop`.
@@ -233,6 +241,8 @@ class Node:
     async def _introduced(self, peer: str) -> Control:
         """The connection to p2pd, which now knows the addresses that we know of the peer."""
         control = await self._supervisor.up()
+        if not self._book.has_met(peer) and self.peer_id > peer:
+            await asyncio.sleep(YIELD_S)
         if not self._book.has_met(peer):
             places = self._book.places(peer)
             if places:

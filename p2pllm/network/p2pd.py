@@ -36,16 +36,6 @@ _IDLE_TIMEOUT_S = 30
 """p2pd exits when it has had no persistent connection for so long after its start, or as soon as it loses the
 last one. On Linux the kernel kills it when we die; elsewhere this is what ends it."""
 
-_ENVIRONMENT = {
-    "GOLOG_LOG_FMT": "nocolor",
-    "GOLOG_LOG_LEVEL": "error",
-    # go-libp2p dials from its listening port. Two peers that hear of each other at once then dial each other at once,
-    # and TCP makes one connection of both in which each side takes itself for the client: the handshake fails, both
-    # back off for as long, and fail again together, for minutes. From ports of their own they get two connections.
-    "LIBP2P_TCP_REUSEPORT": "false",
-}
-"""For p2pd, unless the environment says otherwise."""
-
 _STOP_TIMEOUT_S = 1.0
 
 Progress = Callable[[str], None]
@@ -127,7 +117,7 @@ class P2pd:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env={**_ENVIRONMENT, **os.environ},
+                env={**os.environ, "GOLOG_LOG_FMT": "nocolor", "GOLOG_LOG_LEVEL": "error"},
                 # Ctrl+C in a terminal reaches the whole foreground group; p2pd must outlive it to say goodbye
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,

@@ -215,7 +215,7 @@ def test_an_end_at_any_moment_leaves_nothing(tmp_path: Path, number: signal.Sign
     if number == signal.SIGINT:
         assert code == 130, output.read_text()
         assert (tmp_path / "out" / "report.json").exists()
-        assert (tmp_path / "out" / "peers" / "peer-0" / "runs").is_dir(), "the files of a disk in memory are kept"
+        assert (tmp_path / "out" / "peers" / "peer" / "runs").is_dir(), "the files of a disk in memory are kept"
 
 
 def test_what_a_killed_guard_left_is_removed_by_the_next_lab(tmp_path: Path) -> None:
