@@ -58,14 +58,6 @@ class InnerWork(Protocol):
         """Write the update into `out`; returns the samples behind it."""
         ...
 
-    def go_on(self, round: int) -> None:  # noqa: A002 - the design's word
-        """Work on the round after state `round` from the present parameters: that state is not there yet."""
-        ...
-
-    def land(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
-        """The state is there: `params` become the start, and what was done since `go_on` is kept on top."""
-        ...
-
     def reset(self) -> None:
         """Drop the round's work."""
         ...
@@ -124,14 +116,6 @@ class Gradients:
         """See InnerWork."""
         return self._accumulator.finish(out)
 
-    def go_on(self, round: int) -> None:  # noqa: A002 - the design's word
-        """See InnerWork. Gradients are taken where the state is, so a manifest of `sync` does not allow it."""
-        raise NotImplementedError
-
-    def land(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
-        """See `go_on`."""
-        raise NotImplementedError
-
     def reset(self) -> None:
         """See InnerWork."""
         self._accumulator.reset()
@@ -150,7 +134,10 @@ class Gradients:
 
 
 class Local:
-    """`diloco` and `sparse_loco`: steps of the peer's own optimizer, and how far they led."""
+    """`diloco` and `sparse_loco`: steps of the peer's own optimizer, and how far they led.
+
+    It alone can go on while an update travels: gradients are taken where the state is.
+    """
 
     def __init__(
         self, draft: RunDraft, model: nn.Module, corpus: Corpus, device: torch.device, micro_batch: int
@@ -191,11 +178,11 @@ class Local:
         return self._steps.finish(out)
 
     def go_on(self, round: int) -> None:  # noqa: A002 - the design's word
-        """See InnerWork."""
+        """Work on the round after state `round` from the present parameters: that state is not there yet."""
         self._steps.go_on(self._rate(round))
 
     def land(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
-        """See InnerWork."""
+        """The state is there: `params` become the start, and what was done since `go_on` is kept on top."""
         self._steps.rate = self._rate(round)
         self._steps.land(params)
 
@@ -221,7 +208,7 @@ class Local:
 
 def inner_work(
     draft: RunDraft, model: nn.Module, corpus: Corpus, device: torch.device, micro_batch: int = 1
-) -> InnerWork:
+) -> Gradients | Local:
     """The inner work of a run's strategy, on a model that is on `device`."""
     kind = Gradients if draft.round.strategy == "sync" else Local
     return kind(draft, model, corpus, device, micro_batch)

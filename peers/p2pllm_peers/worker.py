@@ -126,6 +126,7 @@ class Worker:
             found = sources.documents(draft.data.source, settings.data_path)
             digest = sources.text_digest(found, pipe.tokenising)
         self._work = work.inner_work(draft, self._model, self._corpus, self._device, job["micro_batch"] or 1)
+        self._local = self._work if isinstance(self._work, work.Local) else None  # can go on while an update travels
         if not job["micro_batch"]:
             pipe.emit("progress", text="finding the micro-batch that suits this device")
             self._work.find_micro_batch()
@@ -167,9 +168,9 @@ class Worker:
 
     def _begin(self, command: Command) -> None:
         """Take the parameters from the shared memory and start on a round, or put them below what was done already."""
-        if self._goes_on:
+        if self._goes_on and self._local is not None:
             self._goes_on, self._round = False, command["round"]
-            self._work.land(self._params, command["round"])
+            self._local.land(self._params, command["round"])
             return
         self._abandon()
         drawn_for = (command["run_id"], command["peer"])
@@ -199,11 +200,11 @@ class Worker:
         samples = self._work.finish(self._update)
         loss = self._loss / max(1, samples)
         self._pipe.emit("update", samples=samples, loss=loss, steps=self._steps)
-        if not go_on or self._round is None:
+        if not go_on or self._round is None or self._local is None:
             self._abandon()
             return
         self._round, self._steps, self._loss, self._goes_on = self._round + 1, [], 0.0, True
-        self._work.go_on(self._round)
+        self._local.go_on(self._round)
 
     def _abandon(self) -> None:
         self._work.reset()
