@@ -151,6 +151,16 @@ class RoundSection(Section):
         False,
         description="diloco, sparse_loco: compute on while updates travel; a round's outer step lands in the next",
     )
+    fragments: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="diloco with overlap: parts of the model that rounds average in turn (Streaming DiLoCo); "
+        "each round then sends so much less",
+    )
+    own_share: float = Field(
+        0.5, ge=0, le=1, description="with fragments: share of a peer's own parameters where a fragment lands"
+    )
     min_peers: int = Field(1, ge=1, le=64, description="peers that must be there for a round to begin")
     max_peers: int = Field(64, ge=1, le=64, description="largest roster of one round")
     snapshot_every: int = Field(
@@ -166,4 +176,6 @@ class RoundSection(Section):
             raise ValueError(f"min_peers is {self.min_peers}, more than max_peers, which is {self.max_peers}")
         if self.overlap and self.strategy == "sync":
             raise ValueError("overlap is true, which needs the strategy diloco or sparse_loco")
+        if self.fragments > 1 and not (self.overlap and self.strategy == "diloco"):
+            raise ValueError(f"fragments is {self.fragments}, which needs the strategy diloco and overlap")
         return self

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from p2pllm.averaging.sparse import SparseCodec
 from p2pllm.averaging.sparse_mean import sparse_mean
-from p2pllm.state import FLOAT, Layout
+from p2pllm.state import FLOAT, Layout, span_of
 from p2pllm.state.chunks import BytesLike
 
 Vector = NDArray[np.float32]
@@ -42,10 +42,11 @@ class Form(Protocol):
         """The largest aggregate of so many updates."""
         ...
 
-    def vector(self, aggregate: BytesLike, terms: Sequence[Term]) -> Vector:
-        """The mean update, float32 (layout.size,), the same bits on every machine; it may share the aggregate's memory.
+    def vector(self, aggregate: BytesLike, terms: Sequence[Term], round: int) -> Vector:  # noqa: A002 - the word
+        """The mean update, float32, the same bits on every machine; it may share the aggregate's memory.
 
-        terms: of the members, in the order of the record. Raises ValueError if it is not an aggregate of these.
+        Its shape is (layout.size,), or with fragments that of the round's. terms: of the members, in the order of the
+        record. round: of the state that the update is a step from. Raises ValueError if it is no aggregate of these.
         """
         ...
 
@@ -53,18 +54,19 @@ class Form(Protocol):
 class DenseForm:
     """The weighted mean as little-endian float32 values."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._size = layout.size
+    def __init__(self, layout: Layout, fragments: int = 1) -> None:
+        self._size, self._fragments = layout.size, fragments
 
     def max_bytes(self, members: int) -> int:
         """See Form."""
-        return FLOAT.itemsize * self._size
+        return FLOAT.itemsize * -(-self._size // self._fragments)
 
-    def vector(self, aggregate: BytesLike, terms: Sequence[Term]) -> Vector:
+    def vector(self, aggregate: BytesLike, terms: Sequence[Term], round: int) -> Vector:  # noqa: A002 - the word
         """See Form."""
         view = memoryview(aggregate)
-        if view.nbytes != FLOAT.itemsize * self._size:
-            raise ValueError(f"an aggregate of {self._size} values does not have {view.nbytes} bytes")
+        first, last = span_of(self._size, self._fragments, round)
+        if view.nbytes != FLOAT.itemsize * (last - first):
+            raise ValueError(f"an aggregate of {last - first} values does not have {view.nbytes} bytes")
         vector: Vector = np.frombuffer(view, FLOAT)
         if not np.isfinite(vector).all():
             raise ValueError("an aggregate holds a number that is not finite")
@@ -87,7 +89,7 @@ class SparseForm:
         packed: bytes = msgpack.packb([bytes(payload) for payload in payloads])
         return packed
 
-    def vector(self, aggregate: BytesLike, terms: Sequence[Term]) -> Vector:
+    def vector(self, aggregate: BytesLike, terms: Sequence[Term], round: int) -> Vector:  # noqa: A002 - the word
         """See Form."""
         try:
             payloads = msgpack.unpackb(

@@ -18,7 +18,9 @@ from p2pllm.state import Layout
 
 def form_of(draft: RunDraft, layout: Layout) -> Form:
     """The form of a run's aggregates."""
-    return SparseForm(layout) if draft.round.strategy == "sparse_loco" else DenseForm(layout)
+    if draft.round.strategy == "sparse_loco":
+        return SparseForm(layout)
+    return DenseForm(layout, draft.round.fragments)
 
 
 def exchange_of(manifest: RunManifest, layout: Layout, transport: Transport, folder: Path | None = None) -> Exchange:

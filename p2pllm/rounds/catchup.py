@@ -213,7 +213,7 @@ class CatchUp:
         if aggregate is None:
             raise NetworkError(f"Nobody gives the aggregate of round {body.round}.")
         try:
-            update = await asyncio.to_thread(self._disk.read, aggregate, body.members, state.layout)
+            update = await asyncio.to_thread(self._disk.read, aggregate, body.members, state.layout, state.round)
         except ValueError as error:
             raise Refuted(f"the aggregate of round {body.round} is of no use: {error}") from None
         await asyncio.to_thread(self._optimizer.step, state, update)

@@ -87,17 +87,20 @@ class Disk:
         return self._form[1]
 
     def update_of(self, body: Body, layout: Layout) -> Vector | None:
-        """The mean update of a round, float32 (layout.size,); None if its aggregate is not here or of no use."""
+        """The mean update of a round, as of `read`; None if its aggregate is not here or of no use."""
         found = self.aggregates.get(body.aggregate)
         try:
-            return None if found is None else self.read(found, body.members, layout)
+            return None if found is None else self.read(found, body.members, layout, body.round - 1)
         except ValueError as error:
             log.error("the aggregate of round %d is of no use: %s", body.round, error)
             return None
 
-    def read(self, aggregate: BytesLike, claims: Sequence[Claim], layout: Layout) -> Vector:
-        """The mean update that an aggregate of these claims' updates holds. Raises ValueError if it does not fit."""
-        return self.form(layout).vector(aggregate, [Term(claim.samples, claim.update) for claim in claims])
+    def read(self, aggregate: BytesLike, claims: Sequence[Claim], layout: Layout, base: int) -> Vector:
+        """The mean update that an aggregate of these claims' updates holds, as `Form.vector` gives it.
+
+        base: round of the state that it is a step from. Raises ValueError if it does not fit.
+        """
+        return self.form(layout).vector(aggregate, [Term(claim.samples, claim.update) for claim in claims], base)
 
     # -- coming back -------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class Search:
     started: float
     passed_over: dict[str, float]  # peer -> until when it does not lead
     left_out: frozenset[str]
+    suspects: frozenset[str]  # that the last attempt failed by
     waived: set[str] = field(default_factory=set)  # had their time as leaders, so they are not waited for
     leader: str = ""
     asked_since: float = 0.0

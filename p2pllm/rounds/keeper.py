@@ -145,7 +145,7 @@ class StateKeeper:
         begin = clock()
         self._in_spare = b""
         try:
-            update = await asyncio.to_thread(self.disk.read, aggregate, claims, self.layout)
+            update = await asyncio.to_thread(self.disk.read, aggregate, claims, self.layout, self.head[0])
         except ValueError as error:
             raise StateError(f"The aggregate of round {self.head[0] + 1} is of no use: {error}.") from None
         await asyncio.to_thread(self._optimizer.step, self.state, update, self._spare)

@@ -224,8 +224,9 @@ class TrainingLoop:
         return await self._rest("joining")
 
     def _keep(self, update: Update) -> None:
-        """For the next round, unless the exchange does so."""
-        self._pending = None if self._runner.exchange.keeps else update.kept()
+        """For the next round, unless the exchange does so, or that round averages another fragment."""
+        elsewhere = self._runner.exchange.keeps or self._manifest.round.fragments > 1
+        self._pending = None if elsewhere else update.kept()
 
     def _drop_included(self, before: Head) -> None:
         """The swarm may have committed our update without our knowing: then it is not pending any more."""

@@ -142,6 +142,14 @@ def culprits(
     return others & accused.keys()
 
 
+def suspects(members: tuple[str, ...], accused: frozenset[str]) -> frozenset[str]:
+    """Whom the next attempt hardly waits for, and has not lead: of the culprits of the last one, if they are the fewer.
+
+    Half of a roster that did without the other half could be either of two halves.
+    """
+    return accused if 2 * len(accused) < len(members) else frozenset()
+
+
 def proposal(enrolments: Mapping[str, Enrol], failed: frozenset[bytes] = frozenset()) -> bytes:
     """The body that a new attempt settles instead of exchanging anew; empty if no member holds any but `failed` ones.
 

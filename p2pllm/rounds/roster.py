@@ -33,6 +33,9 @@ CALL_TIMEOUT_S = 2.0
 ASK_AGAIN_S = 0.5
 """A leader that answered that it is not at our head (yet) is asked again after this."""
 
+SUSPECT_WAIT_S = 0.5
+"""How long the next attempt waits for those that the last one failed by: enough for one that is there to enrol."""
+
 MINORITY_WAIT_S = 15.0
 """How long fewer than half of the last round's members wait for the others before they go on without them."""
 
@@ -86,12 +89,13 @@ class RosterDesk:
         offer: Offer,
         left_out: frozenset[str] = frozenset(),
         not_leading: frozenset[str] = frozenset(),
+        suspects: frozenset[str] = frozenset(),
     ) -> Roster | None:
         """Enrol what we bring and return the closed roster with us in it.
 
         left_out: peers that are neither waited for nor taken in. not_leading: peers that are passed over as
-        leaders, ourselves too if anybody else is there. None if the swarm is at another head, so that there is
-        no round for us to take part in.
+        leaders, ourselves too if anybody else is there. suspects: do not lead, and are waited for no longer than
+        SUSPECT_WAIT_S. None if the swarm is at another head, so that there is no round for us to take part in.
         """
         head, me = self._view.own.head, self._view.peer_id
         gathering = self._at(head)
@@ -99,7 +103,7 @@ class RosterDesk:
         gathering.asked.clear()
         enrol = Enrol(round=head[0], digest=head[1], claim=offer.claim, holding=offer.holding)
         gathering.enrolments[me] = enrol
-        search = Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf), left_out)
+        search = Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf), left_out, suspects)
         while True:
             if gathering.closed is not None:
                 roster, self.leader = gathering.closed
@@ -134,7 +138,7 @@ class RosterDesk:
         """The leader: the first in the order that was not passed over; ourselves if nobody else is left."""
         me, now = self._view.peer_id, self._clock()
         passed_over = {peer for peer, until in search.passed_over.items() if until > now}
-        ranked = plan.ranked(self._run_id, head, (candidates | {me}) - passed_over)
+        ranked = plan.ranked(self._run_id, head, (candidates | {me}) - passed_over - search.suspects)
         return ranked[0] if ranked else me
 
     def _is_whole(self, others: frozenset[str], gathering: Gathering, search: Search, former: frozenset[str]) -> bool:
@@ -149,6 +153,8 @@ class RosterDesk:
         if search.leading_since is None:
             search.leading_since = now
         waived = search.left_out | (search.waived - gathering.enrolments.keys())
+        if now - search.started > SUSPECT_WAIT_S:
+            waived |= search.suspects - gathering.enrolments.keys()
         alone = bool(others) and others <= waived
         patience = search.patience(self._wait.seconds) + self._busy(
             others - gathering.enrolments.keys() - search.left_out

@@ -26,6 +26,7 @@ from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.update import Update
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.sections import RoundSection
+from p2pllm.state import span_of
 from p2pllm.state.chunks import digest_of
 
 K = TypeVar("K", str, bytes)
@@ -110,13 +111,14 @@ class RoundRunner:
         strikes: Counter[str] = Counter()
         leaders: Counter[str] = Counter()
         proposals: Counter[bytes] = Counter()  # that failed
+        suspects: frozenset[str] = frozenset()
         payload = await asyncio.to_thread(self.exchange.pack, update.vector)
         digest = await asyncio.to_thread(digest_of, view_of(payload))
         claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
         while True:
             result.attempts += 1
             offer = Offer(claim, self._keeper.members, self._keeper.holding, _out(proposals))
-            gathering = self._desk.gather(offer, _out(strikes), _out(leaders))
+            gathering = self._desk.gather(offer, _out(strikes), _out(leaders), suspects)
             roster = await self._timed(result, "roster", gathering)
             if roster is None:
                 result.reason = "the swarm committed this round without us"
@@ -131,6 +133,7 @@ class RoundRunner:
             leaders[self._desk.leader] += 1
             proposals[roster.proposal] += 1
             strikes.update(culprits)
+            suspects = plan.suspects(roster.members, culprits)
             await asyncio.sleep(max(0.0, closed_at + SHORTEST_ATTEMPT_S - clock()))
 
     async def _attempt(self, result: RoundResult, roster: Roster, payload: Payload) -> frozenset[str]:
@@ -182,12 +185,13 @@ class RoundRunner:
 
     async def _reduce(self, group_id: bytes, roster: Roster, payload: Payload) -> ExchangeResult:
         """The exchange; a roster that cannot be used, as one that was used before, is a failed one."""
+        first, last = span_of(self._keeper.layout.size, self._section.fragments, roster.round)
         try:
             group = Group(
                 group_id=group_id,
                 members=roster.members,
                 weights=tuple(float(claim.samples) for claim in roster.claims),
-                size=self._keeper.layout.size,
+                size=last - first,
                 codec=self._section.codec,
                 digests=tuple(claim.update for claim in roster.claims),
             )

@@ -17,7 +17,7 @@ class Update:
 
     samples: int
     loss: float  # mean training loss, nats a token
-    vector: np.ndarray  # float32, shape (parameters,): mean gradient a sample; the worker may write there again
+    vector: np.ndarray  # float32, shape (parameters,) or that of a fragment; the worker may write there again
 
     def kept(self) -> Update:
         """The same in memory of its own, for a later round."""

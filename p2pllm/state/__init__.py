@@ -10,6 +10,7 @@ it is NumPy, since it runs in the daemon, which imports no torch. What does not 
 from p2pllm.state.adamw import AdamW
 from p2pllm.state.blobs import BlobStore
 from p2pllm.state.chunks import CHUNK_BYTES, Chunk, ChunkPlan, chunk_count, chunk_of
+from p2pllm.state.fragments import Span, span_of
 from p2pllm.state.incoming import Incoming
 from p2pllm.state.layout import FLOAT, Entry, Layout
 from p2pllm.state.nesterov import Nesterov, Sgd
@@ -35,9 +36,11 @@ __all__ = [
     "SharedState",
     "Snapshot",
     "SnapshotStore",
+    "Span",
     "check_arithmetic",
     "chunk_count",
     "chunk_of",
     "moments_of",
     "outer_optimizer",
+    "span_of",
 ]

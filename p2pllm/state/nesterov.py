@@ -18,9 +18,11 @@ from p2pllm.state.outer import BLOCK, OuterOptimizer, Scalars, falling
 class _Sgd(OuterOptimizer):
     """What both have: a learning rate that falls with the rounds."""
 
-    def __init__(self, section: OuterSection, rounds: int, layout: Layout, block: int = BLOCK) -> None:
-        """rounds: of the whole run. block: elements worked on at once, which changes speed only."""
-        super().__init__(layout, block)
+    def __init__(
+        self, section: OuterSection, rounds: int, layout: Layout, block: int = BLOCK, fragments: int = 1
+    ) -> None:
+        """rounds: of the whole run. block, fragments: as of OuterOptimizer."""
+        super().__init__(layout, block, fragments)
         self._section = section
         self._rounds = rounds
 

@@ -21,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from p2pllm.errors import StateError
+from p2pllm.state.fragments import Span, span_of
 from p2pllm.state.layout import FLOAT, Layout
 from p2pllm.state.shared import SharedState
 
@@ -64,12 +65,16 @@ class OuterOptimizer(ABC):
     clip_norm: float = 0.0
     """Largest L2 norm of an update; 0 clips only what would overflow."""
 
-    def __init__(self, layout: Layout, block: int = BLOCK) -> None:
-        """layout: of the states, with our moments. block: elements worked on at once, which changes speed only."""
+    def __init__(self, layout: Layout, block: int = BLOCK, fragments: int = 1) -> None:
+        """layout: of the states, with our moments. block: elements worked on at once, which changes speed only.
+
+        fragments: parts of the parameters that are moved in turn, one a step.
+        """
         if layout.moments != self.moments:
             raise StateError(f"This outer optimizer keeps {self.moments}, but the layout has {layout.moments}.")
         self._layout = layout
         self._pieces = list(_pieces(layout, block))
+        self._fragments = fragments
         self._scratch = np.empty((2, block), FLOAT)
 
     @abstractmethod
@@ -98,8 +103,9 @@ class OuterOptimizer(ABC):
     def step(self, state: SharedState, update: np.ndarray, into: SharedState | None = None) -> None:
         """Apply one averaged update, float32 of shape (layout.size,); the round grows by 1.
 
-        In place, or if `into` is given, a state of the same layout with arrays of its own: then all of the
-        result goes there, whatever was in it, and `state` stays as it is. The bits are the same.
+        With fragments it is the update of the round's, `span_of`, and all else stays as it is. In place, or if `into`
+        is given, a state of the same layout with arrays of its own: then all of the result goes there, whatever was in
+        it, and `state` stays as it is. The bits are the same.
 
         Raises StateError, and changes nothing, if the update has another shape or type or is not
         finite, if `into` does not fit, or if this process computes small numbers as 0.
@@ -107,13 +113,19 @@ class OuterOptimizer(ABC):
         target = state if into is None else into
         if into is not None:
             self._check_apart(state, into)
-        scalars = self.scalars(state.round, self._clip_factor(state, update))
+        first, last = span = span_of(self._layout.size, self._fragments, state.round)
+        scalars = self.scalars(state.round, self._clip_factor(state, update, span))
         sources, targets = state.vectors, target.vectors
+        if into is not None:
+            for vector, to in zip(sources, targets, strict=True):
+                to[:first], to[last:] = vector[:first], vector[last:]
         for start, stop, decayed in self._pieces:
-            part = slice(start, stop)
-            scratch = self._scratch[:, : stop - start]
+            part = slice(max(start, first), min(stop, last))
+            if part.start >= part.stop:
+                continue
+            scratch = self._scratch[:, : part.stop - part.start]
             cut, into_cut = [vector[part] for vector in sources], [vector[part] for vector in targets]
-            self.move(cut, into_cut, update[part], scalars, scratch, decayed)
+            self.move(cut, into_cut, update[part.start - first : part.stop - first], scalars, scratch, decayed)
         target.round = state.round + 1
 
     def _check_apart(self, state: SharedState, into: SharedState) -> None:
@@ -123,14 +135,14 @@ class OuterOptimizer(ABC):
         if any(np.may_share_memory(one, other) for one in state.vectors for other in into.vectors):
             raise StateError("The outer step was told to write to a state that shares memory with the one it reads.")
 
-    def _clip_factor(self, state: SharedState, update: np.ndarray) -> float:
+    def _clip_factor(self, state: SharedState, update: np.ndarray, span: Span) -> float:
         """Factor in (0, 1] that brings the update's norm to `clip_norm`; all checks happen here."""
         if state.layout != self._layout:
             raise StateError("The outer optimizer was built for another layout than the state's.")
-        if update.dtype != FLOAT or update.shape != (self._layout.size,):
+        if update.dtype != FLOAT or update.shape != (span[1] - span[0],):
             raise StateError(
                 f"The averaged update is {update.dtype} of shape {update.shape}, but must be "
-                f"float32 of shape ({self._layout.size},)."
+                f"float32 of shape ({span[1] - span[0]},)."
             )
         _check_subnormals()
         norm = math.sqrt(sum_of_squares(update))

@@ -30,7 +30,7 @@ def outer_optimizer(draft: RunDraft, layout: Layout) -> OuterOptimizer:
     """The outer optimizer of a run. layout: with the moments that `moments_of` names."""
     if draft.round.strategy == "sync":
         return AdamW(draft.optimizer, draft.round.rounds, layout)
-    return _sgd(draft)(draft.outer, draft.round.rounds, layout)
+    return _sgd(draft)(draft.outer, draft.round.rounds, layout, fragments=draft.round.fragments)
 
 
 def _sgd(draft: RunDraft) -> type[Nesterov | Sgd]:

@@ -17,7 +17,7 @@ from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Status
 from p2pllm.rounds.record import Head
 from p2pllm.rounds.update import Update
-from p2pllm.state import Layout, SharedState, moments_of
+from p2pllm.state import Layout, SharedState, moments_of, span_of
 from p2pllm.testing.network import peer_number
 
 LAYOUT = Layout.of([("matrix", (20, 30)), ("vector", (37,))])
@@ -34,8 +34,8 @@ class FakeCompute:
     the next rounds it has no update for. finished, abandoned: rounds that ended so.
     """
 
-    def __init__(self, number: int, keeper: StateKeeper, notify: Callable[[], None]) -> None:
-        """number: of the peer. notify: called after every micro-batch, as the daemon does."""
+    def __init__(self, number: int, keeper: StateKeeper, notify: Callable[[], None], fragments: int = 1) -> None:
+        """number: of the peer. notify: called after every micro-batch, as the daemon does. fragments: of the run."""
         self.number, self.keeper, self.notify = number, keeper, notify
         self.ready = True
         self.samples = 0
@@ -45,6 +45,7 @@ class FakeCompute:
         self.finished = 0
         self.abandoned = 0
         self._gradient = np.zeros(keeper.layout.size, np.float32)
+        self._fragments, self._round = fragments, 0
         self._work: asyncio.Task[None] | None = None
         self._goes_on = False
 
@@ -56,7 +57,7 @@ class FakeCompute:
 
     def _start(self, round_number: int) -> None:
         self.end()
-        self.samples = 0
+        self.samples, self._round = 0, round_number
         noise = np.random.default_rng([self.number, round_number]).standard_normal(self._gradient.size)
         self._gradient = (self.keeper.state.params * np.float32(0.1) + noise.astype(np.float32)).astype(np.float32)
         self._work = asyncio.create_task(self._gather())
@@ -81,7 +82,8 @@ class FakeCompute:
             self.fruitless = max(0, self.fruitless - 1)
             return None
         self.own_steps = [self.batch] * (self.samples // self.batch)
-        update = Update(self.samples, FAKE_LOSS, self._gradient)
+        span = span_of(self._gradient.size, self._fragments, self._round)
+        update = Update(self.samples, FAKE_LOSS, self._gradient[slice(*span)])
         if go_on:
             self._start(self.keeper.head[0] + 1)
             self._goes_on = True

@@ -62,7 +62,7 @@ def _first_hosts(peer: MemoryPeer) -> Sequence[str]:
 
 
 def _fake(peer: MemoryPeer) -> Compute:
-    return FakeCompute(peer.number, peer.keeper, peer.view.notify)
+    return FakeCompute(peer.number, peer.keeper, peer.view.notify, peer.swarm.manifest.round.fragments)
 
 
 @dataclass(frozen=True)

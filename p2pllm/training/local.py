@@ -17,14 +17,11 @@ from torch import nn
 
 from p2pllm.errors import StateError, WorkerError
 from p2pllm.sections import OptimizerSection
-from p2pllm.state import FLOAT
+from p2pllm.state import FLOAT, Span
 from p2pllm.training.data import Corpus
 from p2pllm.training.inner import SampleGradients, StepResult
 from p2pllm.training.model import read_params
 from p2pllm.training.optimizers import InnerOptimizer
-
-Span = tuple[int, int]
-"""First element and the one after the last of a part of the flat vector, for example of a fragment."""
 
 
 class LocalSteps(SampleGradients):
@@ -121,6 +118,11 @@ class LocalSteps(SampleGradients):
                 "learning rate of the next run), or this device computes wrongly."
             )
         return self.samples - self._begun.get(span, 0) if span else self.samples
+
+    @property
+    def size(self) -> int:
+        """Elements of the flat vector."""
+        return self._layout.size
 
     def go_on(self, rate: float, span: Span | None = None) -> None:
         """Begin the next round's inner work at the present parameters, while the update of this one travels.

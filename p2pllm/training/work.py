@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from p2pllm.manifest import RunDraft
+from p2pllm.state import Span, span_of
 from p2pllm.state.adamw import learning_rate
 from p2pllm.training.data import Corpus
 from p2pllm.training.inner import GradientAccumulator, StepResult
@@ -54,8 +55,8 @@ class InnerWork(Protocol):
         """Compute the smallest piece of work, the one with this number in the round."""
         ...
 
-    def finish(self, out: np.ndarray) -> int:
-        """Write the update into `out`; returns the samples behind it."""
+    def finish(self, out: np.ndarray) -> tuple[int, int]:
+        """Write the update into the beginning of `out`; returns its elements and the samples behind it."""
         ...
 
     def reset(self) -> None:
@@ -112,9 +113,9 @@ class Gradients:
         """See InnerWork: one micro-batch."""
         return self._accumulator.step(round, number, self._accumulator.micro_batch)
 
-    def finish(self, out: np.ndarray) -> int:
+    def finish(self, out: np.ndarray) -> tuple[int, int]:
         """See InnerWork."""
-        return self._accumulator.finish(out)
+        return out.size, self._accumulator.finish(out)
 
     def reset(self) -> None:
         """See InnerWork."""
@@ -136,7 +137,8 @@ class Gradients:
 class Local:
     """`diloco` and `sparse_loco`: steps of the peer's own optimizer, and how far they led.
 
-    It alone can go on while an update travels: gradients are taken where the state is.
+    It alone can go on while an update travels: gradients are taken where the state is. With fragments each round hands
+    over one of them, with what was done to it since it last landed; the others stay where the steps led them.
     """
 
     def __init__(
@@ -145,12 +147,14 @@ class Local:
         self._steps = LocalSteps(
             model, corpus, device, run_id="", peer="", settings=draft.optimizer, micro_batch=micro_batch
         )
-        self._section, self._rounds = draft.optimizer, draft.round.rounds
+        self._section, self._rounds = draft.optimizer, draft.round
+        self._round = self._landed = 0  # that we work on; that all fragments have landed of
+        self._before = 0  # samples of earlier rounds, in the fragments that have yet to be handed over
 
     @property
     def samples(self) -> int:
         """See InnerWork."""
-        return self._steps.samples
+        return self._steps.samples - self._before
 
     @property
     def micro_batch(self) -> int:
@@ -167,31 +171,54 @@ class Local:
 
     def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
         """See InnerWork."""
+        self._round = self._landed = round
+        self._before = 0
         self._steps.begin(params, self._rate(round))
 
     def step(self, round: int, number: int) -> StepResult:  # noqa: A002 - the design's word
         """See InnerWork: one step of the inner optimizer."""
         return self._steps.step(round, number, self._section.batch)
 
-    def finish(self, out: np.ndarray) -> int:
-        """See InnerWork."""
-        return self._steps.finish(out)
+    def finish(self, out: np.ndarray) -> tuple[int, int]:
+        """See InnerWork. The samples are those of this round, with fragments too: nobody is credited twice."""
+        first, last = self._span(self._round)
+        samples = self.samples
+        self._steps.finish(out[: last - first], (first, last))
+        return last - first, samples
 
     def go_on(self, round: int) -> None:  # noqa: A002 - the design's word
         """Work on the round after state `round` from the present parameters: that state is not there yet."""
-        self._steps.go_on(self._rate(round))
+        if self._rounds.fragments > 1:
+            self._before = self._steps.samples
+            self._steps.go_on(self._rate(round), self._span(self._round))
+        else:
+            self._steps.go_on(self._rate(round))
+        self._round = round
 
     def land(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
-        """The state is there: `params` become the start, and what was done since `go_on` is kept on top."""
+        """The state is there: `params` become the start, and what was done since `go_on` is kept on top.
+
+        With fragments those land that the rounds since the last landing moved, in the mean with our own.
+        """
         self._steps.rate = self._rate(round)
-        self._steps.land(params)
+        if self._rounds.fragments == 1:
+            self._steps.land(params)
+        else:
+            for moved in range(max(self._landed, round - self._rounds.fragments), round):
+                span = self._span(moved)
+                self._steps.land(params[slice(*span)], span, self._rounds.own_share)
+        self._round = self._landed = round
+
+    def _span(self, round: int) -> Span:  # noqa: A002 - the design's word
+        return span_of(self._steps.size, self._rounds.fragments, round)
 
     def _rate(self, round: int) -> float:  # noqa: A002 - the design's word
-        return learning_rate(self._section, self._rounds, round)
+        return learning_rate(self._section, self._rounds.rounds, round)
 
     def reset(self) -> None:
         """See InnerWork."""
         self._steps.reset()
+        self._before = 0
 
     def holding(self, params: np.ndarray) -> contextlib.AbstractContextManager[None]:
         """See InnerWork."""

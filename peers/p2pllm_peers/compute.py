@@ -173,7 +173,7 @@ class ComputeProcess:
             return None
         self._crashes = 0
         self.own_steps = answer["steps"]
-        return Update(answer["samples"], answer["loss"], self._update)
+        return Update(answer["samples"], answer["loss"], self._update[: answer["elements"]])
 
     async def abandon(self) -> None:
         """Drop what was gathered; the worker no longer reads the parameters afterwards."""

@@ -197,9 +197,9 @@ class Worker:
         """Hand over the update in the shared memory, and go on with the next round if we shall and can."""
         if self._round is not None and not self._steps:
             self._step()  # the swarm is done before our first one: it is nearly free and makes us a member
-        samples = self._work.finish(self._update)
+        elements, samples = self._work.finish(self._update)
         loss = self._loss / max(1, samples)
-        self._pipe.emit("update", samples=samples, loss=loss, steps=self._steps)
+        self._pipe.emit("update", elements=elements, samples=samples, loss=loss, steps=self._steps)
         if not go_on or self._round is None or self._local is None:
             self._abandon()
             return

@@ -44,14 +44,19 @@ Vector = np.ndarray
 Exchange = Callable[[list[Vector], list[int]], Vector]
 
 
+STEPS = 30
+"""Between two averagings of the same parameters: H of the papers."""
+
+
 @dataclass(frozen=True)
 class Way:
-    """One way to train. A single peer takes the batches of all `peers`, in as many steps as each of them would."""
+    """One way to train."""
 
     strategy: str
     peers: int = 4
-    steps: int = 30  # a peer and round
+    steps: int = STEPS  # a peer and round
     overlap: bool = False
+    fragments: int = 1
     codec: str = "fp32"
     divide_by: str = "all"
     keep: int = 64
@@ -61,7 +66,8 @@ class Way:
     def draft(self, seed: int, rounds: int, batch: int) -> RunDraft:
         """The run file."""
         section = {"strategy": self.strategy, "rounds": rounds, "samples": self.peers * self.steps * batch}
-        values: dict[str, Any] = {"seed": seed, "round": section | {"overlap": self.overlap}}
+        section |= {"overlap": self.overlap, "fragments": self.fragments}
+        values: dict[str, Any] = {"seed": seed, "round": section}
         optimizer = {"batch": batch, "warmup_rounds": 1, "learning_rate": 4e-3}
         values["optimizer"] = optimizer | self.changes.get("optimizer", {})
         values["outer"] = self.changes.get("outer", {})
@@ -79,6 +85,7 @@ WAYS: dict[str, Way] = {
     "diloco fp32": Way("diloco"),
     "diloco int8": Way("diloco", codec="int8"),
     "diloco fp32, overlap": Way("diloco", overlap=True),
+    "diloco fp32, 3 fragments": Way("diloco", steps=STEPS // 3, overlap=True, fragments=3),
     "sparse_loco, by all": Way("sparse_loco"),
     "sparse_loco, by senders": Way("sparse_loco", divide_by="senders"),
     "sparse_loco, by all, overlap": Way("sparse_loco", overlap=True),
@@ -127,6 +134,7 @@ def train(name: str, seed: int, rounds: int) -> list[float]:
     way = WAYS[name]
     alone = way.peers == 1
     steps = way.steps * (4 if name.endswith("batch of one") else 1)
+    rounds = rounds * STEPS // way.steps
     batch = BATCH * (4 if name.endswith("batch of all") else 1)
     draft = way.draft(seed, rounds, batch)
     tokenizer = load_tokenizer(None)
@@ -154,8 +162,9 @@ def train(name: str, seed: int, rounds: int) -> list[float]:
                 work.begin(state.params, round_)
             for step in range(ahead if round_ else 0, steps):
                 work.step(round_, step)
-            samples.append(work.finish(update))
-            updates.append(update)
+            elements, count = work.finish(update)
+            samples.append(count)
+            updates.append(update[:elements])
             if ahead:
                 work.go_on(round_ + 1)
             for step in range(ahead):

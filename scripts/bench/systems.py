@@ -1,159 +1,49 @@
-"""p2pllm beside other systems on the same machines: same model, text, seed, optimizer and global batch.
+"""p2pllm beside other systems on the same machines: same model, text, seed and links.
 
     .venv/bin/python scripts/bench/systems.py [--scenarios lan home-lines] [--seconds 60] [--peers N] [--short]
 
 Each system trains for so many seconds, one after the other, on the machines of the scenario: namespaces with its links,
-CPU budgets, one core's thread a peer. The clock starts, and the budgets begin to hold, when all peers are ready, so
-starting up counts for nobody. tokens/s and bytes are taken from the end of the first round to the end of the last.
-Only tokens that went into an update count. Efficiency is tokens/s by the sum of what each machine does alone, measured
-before with `p2pllm_peers.lab.alone`. Bytes are those on the wire that all peers together sent, with all headers. All
-peers of all systems evaluate every third round; between two evaluations the loss is taken as a straight line. In
-brackets: multiples of p2pllm's figure.
+CPU budgets, one core's thread a peer. A round has as many samples in all but those with local steps (see `_contest`).
+The clock starts, and the budgets begin to hold, when all peers are ready, so starting up counts for nobody.
+tokens/s and bytes are taken from the end of the first round to the end of the last. Only tokens that went into an
+update count. Efficiency is tokens/s by the sum of what each machine does alone, measured before with
+`p2pllm_peers.lab.alone`, for local steps with local steps. Bytes are those on the wire that all peers together sent,
+with all headers. All peers of all systems evaluate every third round; between two evaluations the loss is taken as a
+straight line. In brackets: multiples of the figure of p2pllm's sync.
 
-What does not live here: the other systems, and figures from records (`baselines`).
+What does not live here: how a system trains (`_contest`), the other systems, and figures from records (`baselines`).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
+from _contest import BASE, BASELINES, MICRO_BATCH, OURS, Contest, changed, say
 from _table import table
-from baselines.figures import Figures, Round, Wire, figures, rounds_of
-from baselines.fleet import Fleet, System
+from baselines.figures import Round, figures
 
-from p2pllm.errors import P2PLLMError, RunError, UsageError
-from p2pllm.manifest import RunDraft
-from p2pllm.settings import PeerSettings, load_settings
-from p2pllm_peers.lab.alone import measure_alone
+from p2pllm.errors import P2PLLMError, UsageError
+from p2pllm.settings import load_settings
 from p2pllm_peers.lab.cleanup.claims import Claims, sweep
 from p2pllm_peers.lab.machines import Machines
 from p2pllm_peers.lab.scenario import Scenario, fits, load_scenario
-from p2pllm_peers.lab.swarm import Swarm
 
-OURS = "p2pllm sync"
-BASELINES = {
-    "torch DDP, gloo": System("baselines.ddp"),
-    "hivemind, tuned": System("baselines.hivemind_optimizer", {"settings": "tuned"}),
-    "hivemind, defaults": System("baselines.hivemind_optimizer", {"settings": "defaults"}),
-    "one machine alone": System("baselines.solo", machines=1),
-}
-HEAD = ("tokens/s", "efficiency", "wire bytes/token", "s to loss {}", "best validation loss")
-
-MICRO_BATCH = 8
-"""Samples that every system computes at once: the fastest for the default model on a core of a 2020s server."""
-
-VALIDATION_EVERY = 3
-"""Rounds. Fewer than the scenarios have, as there are only some ten rounds; it costs each peer 3 % of its time."""
-
-LOOK_EVERY_S = 0.5
-SLACK_S = 10.0
-"""Baselines go on for so long after the clock has stopped, so that none ends while another still counts on it."""
-
+SYSTEMS = [*OURS, *BASELINES]
+HEAD = ("tokens/s", "efficiency", "wire bytes/token", "s to the loss of {}", "best validation loss")
 ALONE_S = 15.0
 SHORT_ALONE_S = 8.0
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What one system did. began: unix time at which all were ready."""
-
-    began: float
-    rounds: list[Round]
-    wire: Wire
-
-
-class Contest:
-    """The systems on the machines of one scenario, which are there."""
-
-    def __init__(self, machines: Machines, draft: RunDraft, settings: PeerSettings, folder: Path) -> None:
-        """folder: for records and logs of the baselines."""
-        peers = len(machines.specs)
-        # The first round begins when all are there, as it does for the other systems.
-        rounds = draft.round.model_copy(update={"min_peers": peers})
-        data = draft.data.model_copy(update={"validation_every": VALIDATION_EVERY})
-        self._draft = draft.model_copy(update={"round": rounds, "data": data})
-        self._machines = machines
-        self._settings = settings
-        self._folder = folder
-
-    def alone(self, seconds: float) -> dict[str, float]:
-        """Tokens/s of each machine alone."""
-        return measure_alone(self._machines, self._draft, self._settings, seconds, say, time.sleep)
-
-    def train(self, name: str, seconds: float) -> Trained:
-        """One system for so long. Raises P2PLLMError if it fails."""
-        say(f"{name}: starting")
-        trained = self._ours(seconds) if name == OURS else self._baseline(name, seconds)
-        in_time = [each for each in trained.rounds if each.unix_time <= trained.began + seconds]
-        return replace(trained, rounds=in_time)
-
-    def _ours(self, seconds: float) -> Trained:
-        with Swarm(self._machines, self._draft, self._settings) as swarm:
-            swarm.start(list(swarm.peers), say)
-
-            def check() -> None:
-                for peer in swarm.peers.values():
-                    if not peer.is_up:
-                        raise RunError(f"{OURS}: {peer.name} ended: {'; '.join(peer.crashes) or 'no message'}.")
-
-            began, wire = self._watch(seconds, check)
-            records = [row for peer in swarm.peers.values() for row in peer.records()]
-        by_number = {row["round"]: row for row in sorted(records, key=lambda row: -row["unix_time"])}
-        rounds = [
-            Round(number, row["unix_time"], row["tokens"], row["loss"], row["validation_loss"])
-            for number, row in sorted(by_number.items())
-        ]
-        return Trained(began, rounds, wire)
-
-    def _baseline(self, name: str, seconds: float) -> Trained:
-        system, settings = BASELINES[name], self._settings
-        folder = self._folder / name.replace(" ", "-").replace(",", "")
-        with Fleet(system, self._machines, self._draft, folder, settings.cache, settings.micro_batch) as fleet:
-            fleet.start(say)
-            began, wire = self._watch(seconds, fleet.check, lambda: fleet.go(seconds + SLACK_S))
-            rounds = rounds_of(fleet.rows())
-        return Trained(began, rounds, wire)
-
-    def _watch(
-        self, seconds: float, check: Callable[[], None], go: Callable[[], None] = lambda: None
-    ) -> tuple[float, Wire]:
-        """Let the peers train under their budgets; returns when that began, and what the wires counted."""
-        wire: list[tuple[float, int]] = []
-        with self._budgets():
-            go()
-            began, end = time.time(), time.monotonic() + seconds
-            say(f"training for {seconds:g} s")
-            while time.monotonic() < end:
-                counted = self._machines.counters()
-                if counted:
-                    wire.append((time.time(), sum(up for up, _ in counted.values())))
-                time.sleep(min(LOOK_EVERY_S, max(0.0, end - time.monotonic())))
-                check()
-        return began, wire
-
-    @contextlib.contextmanager
-    def _budgets(self) -> Iterator[None]:
-        """Each machine has its share of a core."""
-        for name, spec in self._machines.specs.items():
-            self._machines.limit(name, spec.cores)
-        try:
-            yield
-        finally:
-            for name in self._machines.specs:
-                self._machines.limit(name, 0)
 
 
 def contest(scenario: Scenario, options: argparse.Namespace, names: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -162,44 +52,55 @@ def contest(scenario: Scenario, options: argparse.Namespace, names: Sequence[str
     machines = Machines(scenario, folder)
     with machines:
         race = Contest(machines, scenario.run, settings, folder / "baselines")
-        alone = race.alone(SHORT_ALONE_S if options.short else ALONE_S)
-        result = {"scenario": scenario.model_dump(mode="json"), "notes": machines.notes, "alone_tokens_per_s": alone}
+        alone: dict[str, dict[str, float]] = {}
         systems: dict[str, Any] = {}
         for name in names:
+            measured = BASE if name not in OURS else name
             try:
+                if measured not in alone:
+                    alone[measured] = race.alone(measured, SHORT_ALONE_S if options.short else ALONE_S)
                 trained = race.train(name, options.seconds)
             except P2PLLMError as error:
                 say(f"{name}: {error}")
                 systems[name] = {"error": str(error)}
                 continue
-            found = figures(trained.rounds, trained.began, trained.wire, options.loss)
-            say(f"{name}: {found}")
-            systems[name] = {"figures": asdict(found), **asdict(trained)}
-        result["emulator"] = machines.emulator().model_dump(mode="json")
+            systems[name] = {"alone_tokens_per_s": alone[measured], **asdict(trained)}
+            say(f"{name}: {len(trained.rounds)} rounds, losses {[row.validation_loss for row in trained.rounds][-6:]}")
+        emulator = machines.emulator().model_dump(mode="json")
+    result = {"scenario": scenario.model_dump(mode="json"), "notes": machines.notes, "emulator": emulator}
     return {**result, "systems": systems, "left_over": machines.left_over}
 
 
-def rows_of(result: dict[str, Any]) -> list[list[str]]:
+def target(result: dict[str, Any], loss: str) -> float:
+    """Validation loss whose time is compared: a number, or the best one of the system of this name."""
+    if loss not in result["systems"]:
+        return float(loss)
+    losses = [row["validation_loss"] for row in result["systems"][loss].get("rounds", ())]
+    return min((each for each in losses if each is not None), default=0.0)
+
+
+def rows_of(result: dict[str, Any], loss: str) -> list[list[str]]:
     """One row a system: its figures, and in brackets what they are of p2pllm's."""
-    alone = sum(result["alone_tokens_per_s"].values())
-    cells = {name: _values(system, alone) for name, system in result["systems"].items()}
-    ours = cells.get(OURS)
+    cells = {name: _values(system, target(result, loss)) for name, system in result["systems"].items()}
+    base = cells.get(BASE)
     formats = ("{:,.0f}", "{:.2f}", "{:,.1f}", "{:.0f}", "{:.2f}")
     rows = []
     for name, values in cells.items():
         row = [f"{result['scenario']['name']}: {name}"]
         for index, (value, form) in enumerate(zip(values, formats, strict=True)):
-            base = ours[index] if ours and name != OURS else None
+            ours = base[index] if base and name != BASE else None
             text = "-" if value is None else form.format(value)
-            row.append(f"{text} ({value / base:.2f})" if value is not None and base else text)
+            row.append(f"{text} ({value / ours:.2f})" if value is not None and ours else text)
         rows.append(row)
     return rows
 
 
-def _values(system: dict[str, Any], alone: float) -> list[float | None]:
+def _values(system: dict[str, Any], loss: float) -> list[float | None]:
     if "error" in system:
         return [None] * len(HEAD)
-    found = Figures(**system["figures"])
+    rounds = [Round(**row) for row in system["rounds"]]
+    found = figures(rounds, system["began"], system["wire"], loss)
+    alone = sum(system["alone_tokens_per_s"].values())
     efficiency = found.tokens_per_s / alone if found.tokens_per_s is not None and alone else None
     return [found.tokens_per_s, efficiency, found.bytes_per_token, found.seconds_to_loss, found.best_loss]
 
@@ -226,28 +127,28 @@ def chosen(name: str, options: argparse.Namespace) -> Scenario:
     if options.peers:
         first = scenario.peers[0].model_copy(update={"count": options.peers})
         scenario = scenario.model_copy(update={"peers": (first,)})
+    if options.samples:
+        scenario = scenario.model_copy(update={"run": changed(scenario.run, round={"samples": options.samples})})
     if reason := fits(scenario, os.cpu_count() or 1, psutil.virtual_memory().available / 1e6):
         raise UsageError(reason)
     return scenario
-
-
-def say(text: str) -> None:
-    """Progress, apart from the table."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", nargs="+", default=["lan", "home-lines"], help="names or files, without faults")
-    parser.add_argument("--systems", nargs="+", choices=[OURS, *BASELINES], default=[OURS, *BASELINES])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--seconds", type=float, help="that each system trains; default 60, with --short 30")
     parser.add_argument("--peers", type=int, default=0, help="machines like the scenario's first, instead of its own")
+    parser.add_argument("--samples", type=int, help="of a round without local steps, instead of the scenario's")
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--loss", type=float, default=3.5, help="validation loss to reach, nats a token")
+    parser.add_argument("--loss", default="3.5", help="validation loss to reach, nats a token, or whose best one")
     parser.add_argument("--out", type=Path, default=Path("systems.json"), help="results as JSON, all rounds included")
     parser.add_argument("--markdown", action="store_true", help="print README's table")
     options = parser.parse_args()
+    if options.loss not in options.systems and not re.fullmatch(r"\d+(\.\d+)?", options.loss):
+        parser.error(f"--loss is {options.loss!r}, but must be a number or one of the systems that are compared")
     options.seconds = options.seconds or (30.0 if options.short else 60.0)
     return options
 
@@ -268,7 +169,7 @@ def main() -> None:
             results["scenarios"].append(contest(scenario, options, options.systems, folder))
         options.out.write_text(json.dumps(results, indent=1))
     head = ["system", *(text.format(options.loss) for text in HEAD)]
-    rows = [row for result in results["scenarios"] for row in rows_of(result)]
+    rows = [row for result in results["scenarios"] for row in rows_of(result, options.loss)]
     print(markdown(head, rows) if options.markdown else table(head, rows))
     for note in (note for result in results["scenarios"] for note in notes_of(result)):
         print(note)

@@ -53,7 +53,7 @@ def _aggregate(data: bytes) -> bool:
     except (ValueError, TypeError):  # it is no list
         named = []
     try:
-        mean = FORM.vector(data, named or [Term(2, bytes(32))])
+        mean = FORM.vector(data, named or [Term(2, bytes(32))], 0)
     except ValueError:
         return False
     check(mean.shape == (LAYOUT.size,) and bool(np.isfinite(mean).all()), "an aggregate is no finite vector")

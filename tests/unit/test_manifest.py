@@ -12,8 +12,8 @@ from p2pllm.manifest import MAX_MANIFEST_BYTES, RunDraft, RunManifest, draft_tem
 from p2pllm.sections import OuterSection
 
 FOUNDER = "12D3KooWNMszKZCCPkRwtMBfzXuSxBMMpmy5S1oHfVAqUGwXfyyE"
-GOLDEN_DRAFT = "b142eb1adee9259908458a2410f7f75a11b14c9102a4f533a611235b3d340c46"
-GOLDEN_RUN = "eb2db289ffdee9ab0a63fe564c448aa1ae2ca1f4c081ae2da1cfd15b4a1b3685"
+GOLDEN_DRAFT = "3c0a9edeb24a747840846cd2a50d20d28c6544aa0de74b26505c7eb073a4b685"
+GOLDEN_RUN = "913723ce46d76fef665b902a5958da4d043dd900584d6fa066135bef5d6e2b74"
 """They change with every field, default or spelling of a number, and then old runs and new peers do not meet: change
 them on purpose only."""
 

@@ -6,6 +6,7 @@ from itertools import permutations
 from random import Random
 from typing import get_args
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -195,6 +196,11 @@ def test_we_never_suspect_ourselves_nor_strangers(
 ) -> None:
     suspects = plan.culprits("v", "vwx", votes, failed, accused)
     assert suspects <= {"w", "x"}
+
+
+@pytest.mark.parametrize(("members", "accused", "suspects"), [("xyz", "y", "y"), ("xyz", "yz", ""), ("xy", "y", "")])
+def test_whom_half_or_more_would_do_without_is_not_suspected(members: str, accused: str, suspects: str) -> None:
+    assert plan.suspects(tuple(members), frozenset(accused)) == set(suspects)
 
 
 # -- what a new attempt settles -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from p2pllm.errors import NetworkError
 from p2pllm.rounds.gathering import LEADER_GRACE_S
 from p2pllm.rounds.messages import EnrolReply, Phase, Roster
 from p2pllm.rounds.record import Claim, Head
-from p2pllm.rounds.roster import BUSY_S
+from p2pllm.rounds.roster import BUSY_S, SUSPECT_WAIT_S
 from p2pllm.testing import branch, head, identity_number, peer_number, virtual
 
 A, B = b"a" * 32, b"b" * 32
@@ -50,6 +50,25 @@ async def test_a_leader_that_acknowledges_and_goes_silent_is_passed_over() -> No
     assert second.desk.leader == second.id
     assert took < WAIT + LEADER_GRACE_S + 1.0
     assert leader.desk._now.enrolments.keys() == {second.id, third.id}
+
+
+@virtual
+async def test_the_next_attempt_hardly_waits_for_who_failed_the_last_one() -> None:
+    """Nor is it asked to lead, though it is first in the order and seems to live."""
+    silent, *others = await make_nodes(3)
+    gathering = [node.desk.gather(node.offer(), suspects=frozenset({silent.id})) for node in others]
+    rosters, took = await timed(asyncio.gather(*gathering))
+    assert all(roster is not None and set(roster.members) == {node.id for node in others} for roster in rosters)
+    assert SUSPECT_WAIT_S < took < SUSPECT_WAIT_S + 0.5
+    assert not silent.desk._now.enrolments
+
+
+@virtual
+async def test_who_failed_the_last_attempt_and_is_there_is_taken_in() -> None:
+    *others, last = await make_nodes(3)
+    gathering = [node.desk.gather(node.offer(), suspects=frozenset({last.id})) for node in others]
+    rosters = await asyncio.gather(*gathering, last.desk.gather(last.offer()))
+    assert all(roster is not None and len(roster.members) == 3 for roster in rosters)
 
 
 @virtual

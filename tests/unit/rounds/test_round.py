@@ -61,6 +61,7 @@ class Fakes:
         self.holding = b""
         self.proposal = b""  # that the leader puts into the rosters
         self.asked: list[tuple[frozenset[str], frozenset[str]]] = []
+        self.suspected: list[frozenset[str]] = []
         self.offers: list[Offer] = []
         self.vectors: list[np.ndarray] = []
         self.phases: list[str] = []
@@ -76,9 +77,12 @@ class Fakes:
     def say(self, phase: str) -> None:
         self.phases.append(phase)
 
-    async def gather(self, offer: Offer, left_out: frozenset[str], not_leading: frozenset[str]) -> Roster | None:
+    async def gather(
+        self, offer: Offer, left_out: frozenset[str], not_leading: frozenset[str], suspects: frozenset[str]
+    ) -> Roster | None:
         self.offers.append(offer)
         self.asked.append((left_out, not_leading))
+        self.suspected.append(suspects)
         if len(self.asked) > self.left:
             return None
         claims = tuple(each for each in CLAIMS if each.peer in self.members and each.peer not in left_out)
@@ -171,6 +175,7 @@ async def test_who_fails_again_is_left_out_and_who_led_leads_no_more() -> None:
     fakes.votes = {B: BODY.digest, C: b""}
     assert (await fakes.runner().run(UPDATE)).record is not None
     assert fakes.asked == [(NOBODY, NOBODY)] * MAX_STRIKES + [(frozenset({C}), frozenset({B}))]
+    assert fakes.suspected == [NOBODY] + [frozenset({C})] * MAX_STRIKES
 
 
 @virtual

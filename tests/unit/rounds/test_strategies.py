@@ -15,6 +15,7 @@ WIDE = Layout.of([("embedding", (130, 70)), ("matrix", (64, 64)), ("gain", (70,)
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "diloco"},
     {"strategy": "diloco", "overlap": True},
+    {"strategy": "diloco", "overlap": True, "fragments": 3},
     {"strategy": "sparse_loco"},
     {"strategy": "sparse_loco", "overlap": True},
 ]
@@ -62,6 +63,24 @@ async def test_a_death_costs_a_round_nothing_but_time(strategy: dict[str, Any], 
     await swarm.start(swarm.restart(third))
     await swarm.finish()
     swarm.check_rounds()
+
+
+@virtual
+async def test_fragments_take_turns() -> None:
+    swarm = made(strategy="diloco", overlap=True, fragments=3)
+    peers = swarm.add(3)
+    first = peers[0].keeper
+    await swarm.start()
+    size, sent = WIDE.size, []
+    for round_ in range(4):
+        before = first.state.params.copy()
+        await swarm.until(lambda after=round_ + 1: first.head[0] == after)
+        moved = np.flatnonzero(first.state.params != before)
+        assert size * (round_ % 3) // 3 <= moved.min() and moved.max() < size * (round_ % 3 + 1) // 3
+        record = peers[0].disk.log.record(round_ + 1)
+        assert record is not None
+        sent.append(peers[0].disk.aggregates.size(record.body.aggregate))
+    assert sum(sent[:3]) == WIDE.nbytes and sent[3] == sent[0]
 
 
 @virtual

@@ -206,8 +206,8 @@ async def test_a_member_that_says_it_holds_what_is_not_there_stops_nobody(count:
     liar = peers[0]
     gather = liar.desk.gather
 
-    async def lie(offer: Offer, left_out: frozenset[str], not_leading: frozenset[str]) -> Roster | None:
-        return await gather(dataclasses.replace(offer, holding=b"made up " * 4), left_out, not_leading)
+    async def lie(offer: Offer, *peers: frozenset[str]) -> Roster | None:
+        return await gather(dataclasses.replace(offer, holding=b"made up " * 4), *peers)
 
     liar.desk.gather = lie  # type: ignore[method-assign, assignment]
     await swarm.start()

@@ -10,7 +10,7 @@ from blake3 import blake3
 from p2pllm.errors import StateError
 from p2pllm.manifest import RunDraft
 from p2pllm.sections import OuterSection
-from p2pllm.state import FLOAT, AdamW, Layout, Nesterov, Sgd, SharedState, moments_of, outer_optimizer
+from p2pllm.state import FLOAT, AdamW, Layout, Nesterov, Sgd, SharedState, moments_of, outer_optimizer, span_of
 from p2pllm.state.outer import OuterOptimizer, falling
 
 PARAMETERS = [("bias", (7,)), ("weight", (9, 11)), ("deep", (2, 3, 4))]
@@ -41,6 +41,32 @@ def test_it_is_torchs(momentum: float) -> None:
         theirs.step()
         optimizer.step(state, update)
     np.testing.assert_allclose(state.params, tensor.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_fragment_moves_as_the_whole_would_and_the_rest_stays(apart: bool) -> None:
+    """Momentum included. Fragments do not end where parameters do."""
+    optimizer, state = made(0.9)
+    layout, size = state.layout, state.layout.size
+    cut = Nesterov(OuterSection(learning_rate=0.7, momentum=0.9, final_fraction=0.25), ROUNDS, layout, 8, fragments=4)
+    whole = SharedState(layout, [vector.copy() for vector in state.vectors])
+    for round_, update in enumerate(updates(size)):
+        first, last = span_of(size, 4, round_)
+        before = [vector.copy() for vector in state.vectors]
+        whole = SharedState(layout, [vector.copy() for vector in state.vectors], round=round_)
+        optimizer.step(whole, update)
+        if apart:
+            into = SharedState.initial(layout, np.full(size, 9.0, FLOAT))
+            cut.step(state, update[first:last], into)
+            state = into
+        else:
+            cut.step(state, update[first:last])
+        for vector, other, old in zip(state.vectors, whole.vectors, before, strict=True):
+            assert np.array_equal(vector[first:last], other[first:last])
+            assert np.array_equal(vector[:first], old[:first]) and np.array_equal(vector[last:], old[last:])
+    assert state.round == ROUNDS
+    with pytest.raises(StateError, match="must be float32"):
+        cut.step(state, updates(size)[0])
 
 
 @pytest.mark.parametrize(
