@@ -58,6 +58,12 @@ class PeerSettings(BaseSettings):
         (), description="multiaddresses that others shall use instead of the found ones; commas between them"
     )
     nat: bool = Field(True, description="open a port on the router and use relays when behind one")
+    upload_mbit: float = Field(
+        0.0,
+        ge=0,
+        le=10**6,
+        description="Mbit/s that updates and states may take of the line up, best a tenth below what it has; 0 = all",
+    )
     data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
     disk_gb: float = Field(
         10.0, gt=0, le=10**6, description="GB on disk for what a peer replays; its log and two states come on top"

@@ -32,6 +32,7 @@ def peer_options(function: F) -> F:
             click.option("--port", "listen_port", type=int, help="TCP port to listen on; 0 takes any free one."),
             click.option("--announce", multiple=True, help="Multiaddress that others shall use; may be repeated."),
             click.option("--nat/--no-nat", default=None, help="Open a port on the router, use relays if needed."),
+            click.option("--upload", "upload_mbit", type=float, help="Mbit/s for updates and states; 0 takes all."),
             click.option("--data", "data_path", help='Where this machine keeps the text of a "text:" source.'),
             click.option("--disk", "disk_gb", type=float, help="GB on disk for rounds to replay."),
             _HOME,

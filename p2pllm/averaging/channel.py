@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from p2pllm.averaging.vigil import Wait
+from p2pllm.network.streams import pace
 
 CHUNK_BYTES = 256 * 1024
 """Bytes handed to a writer at a time: a socket takes most of it at once, so that little is copied."""
@@ -96,6 +97,7 @@ class Channel:
 
     async def flush(self) -> None:
         """Wait until the stream takes more. Raises ConnectionError if it is gone."""
+        await pace(self._writer)  # for which the other side is not to blame
         with self.sending.waiting():
             await self._writer.drain()
 

@@ -22,6 +22,7 @@ from blake3 import blake3
 from p2pllm.averaging.group import GROUP_ID_BYTES, Group
 from p2pllm.averaging.patience import Patience
 from p2pllm.errors import NetworkError
+from p2pllm.network.streams import pace
 from p2pllm.network.transport import Transport
 
 STREAM_METHOD = "gather/1"
@@ -215,6 +216,7 @@ class Gather:
             piece = (data or b"")[at : at + _PIECE_BYTES]
             writer.write(piece)
             self._sent += len(piece)
+            await pace(writer)
             async with asyncio.timeout(GIVE_S):
                 await writer.drain()
         async with asyncio.timeout(GIVE_S):

@@ -19,12 +19,13 @@ from typing import Any
 
 from p2pllm.errors import NetworkError
 from p2pllm.network.messages import pack, unpack
+from p2pllm.network.streams import pace
 from p2pllm.network.transport import Transport
 
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 256 * 1024
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 256 * 1024
 REQUEST_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 20.0
 """A fetch in which no piece arrives for this long has failed."""
@@ -104,6 +105,7 @@ async def _send(writer: StreamWriter, blob: Blob | None) -> None:
     for buffer in blob.buffers if blob else ():
         view = memoryview(buffer).cast("B")
         for start in range(0, len(view), PIECE_BYTES):
+            await pace(writer)
             async with asyncio.timeout(STALL_TIMEOUT_S):
                 writer.write(view[start : start + PIECE_BYTES])
                 await writer.drain()

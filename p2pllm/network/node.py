@@ -24,6 +24,7 @@ from p2pllm.network.control import Control
 from p2pllm.network.dht import Directory
 from p2pllm.network.options import ListenSettings, NodeSettings, P2pdOptions
 from p2pllm.network.p2pd import Progress
+from p2pllm.network.pacing import Pacer
 from p2pllm.network.streams import Traffic
 from p2pllm.network.supervisor import Supervisor
 from p2pllm.network.transport import MAX_CALL_BYTES, CallHandler, StreamHandler
@@ -84,6 +85,7 @@ class Node:
             raise NetworkError("A node needs an identity that is in a file, because p2pd reads it.")
         options = P2pdOptions.of(settings, identity.path, runtime_dir, tuple(relays))
         self = cls(identity, run_id, options)
+        self.traffic.pacer = Pacer(settings.upload_mbit) if settings.upload_mbit else None
         await self._supervisor.start(progress)
         return self
 

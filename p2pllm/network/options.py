@@ -20,6 +20,8 @@ class ListenSettings(Protocol):
     def nat(self) -> bool: ...
     @property
     def startup_timeout_s(self) -> float: ...
+    @property
+    def upload_mbit(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class NodeSettings:
     announce: tuple[str, ...] = ()
     nat: bool = False
     startup_timeout_s: float = 120.0
+    upload_mbit: float = 0.0
 
 
 @dataclass(frozen=True)

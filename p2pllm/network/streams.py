@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from p2pllm.network.pacing import Pacer
+
 READ_LIMIT = 4 << 20
 """Bytes; a reader pauses its socket at twice this. 1.25 times the bulk rate of asyncio's 64 KiB."""
 
@@ -31,21 +33,23 @@ class Moved:
 
     sent: int = 0
     received: int = 0
+    pacer: Pacer | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
 class Traffic:
     """Payload bytes since the node was started, without the framing of p2pd and TCP.
 
-    calls: all calls, the DHT's among them. streams: by protocol.
+    calls: all calls, the DHT's among them. streams: by protocol. pacer: of all streams together.
     """
 
     calls: Moved = field(default_factory=Moved)
     streams: dict[str, Moved] = field(default_factory=dict)
+    pacer: Pacer | None = None
 
     def of(self, proto: str) -> Moved:
         """The streams of one protocol; only protocols that we open or serve get here."""
-        return self.streams.setdefault(proto, Moved())
+        return self.streams.setdefault(proto, Moved(pacer=self.pacer))
 
     @property
     def sent(self) -> int:
@@ -82,17 +86,27 @@ class CountedWriter(StreamWriter):
     """A StreamWriter that counts what is written."""
 
     moved: Moved | None = None
+    unpaced = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """As asyncio's."""
+        size = data.nbytes if isinstance(data, memoryview) else len(data)
+        self.unpaced += size
         if self.moved is not None:
-            self.moved.sent += data.nbytes if isinstance(data, memoryview) else len(data)
+            self.moved.sent += size
         super().write(data)
 
     def writelines(self, data: Iterable[bytes | bytearray | memoryview]) -> None:
         """As asyncio's, without joining large pieces."""
         for piece in data:
             self.write(piece)
+
+
+async def pace(writer: StreamWriter) -> None:
+    """Wait until more may follow what was written, where this machine limits its upload; else return at once."""
+    if isinstance(writer, CountedWriter) and writer.moved is not None and writer.moved.pacer is not None:
+        written, writer.unpaced = writer.unpaced, 0
+        await writer.moved.pacer.pay(written)
 
 
 def count(reader: StreamReader, writer: StreamWriter, moved: Moved, handshake: int) -> None:

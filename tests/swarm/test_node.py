@@ -17,6 +17,7 @@ import pytest
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import Identity
 from p2pllm.network import supervisor
+from p2pllm.network.bulk import Blob, BulkServer, fetch
 from p2pllm.network.membership import Membership
 from p2pllm.network.node import Node, NodeSettings
 from p2pllm.network.transport import MAX_CALL_BYTES
@@ -79,6 +80,29 @@ async def pair(start):
 
 async def echo(peer: str, payload: bytes) -> bytes:
     return peer.encode() + payload
+
+
+async def test_a_limited_upload_slows_bulk_and_not_calls(start):
+    """A blob takes as long as its bytes do at the rate; small calls beside it do not queue behind it."""
+    ann, bob = await start(upload_mbit=8.0), await start()
+    assert await bob.connect(ann.addresses()[0]) == ann.peer_id
+    await ann.serve_call("echo", echo)
+
+    async def source(request):
+        return Blob({}, [bytes(2_000_000)])
+
+    await BulkServer(ann, source).start()
+    began = time.monotonic()
+    fetching = asyncio.create_task(fetch(bob, ann.peer_id, {}, 2_000_000))
+    waits = []
+    while not fetching.done():
+        asked = time.monotonic()
+        await bob.call(ann.peer_id, "echo", b"", 5)
+        waits.append(time.monotonic() - asked)
+    assert len((await fetching)[1]) == 2_000_000
+    took = time.monotonic() - began
+    assert took > 1.6, "2 s but for what may go in one burst"
+    assert sorted(waits)[len(waits) // 2] < took / 10
 
 
 async def test_calls_and_their_errors(pair):
