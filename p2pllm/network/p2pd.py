@@ -191,7 +191,9 @@ def _arguments(options: P2pdOptions, control_socket: Path) -> list[str]:
         # libp2p's own DHT finds the addresses of a peer of which hivemind's DHT told only the id
         "dhtServer": True,
         "connManager": True,
+        # TLS alone: offered both, p2pd takes Noise, which has no help from the processor and costs a quarter more
         "tls": True,
+        "noise": False,
         "relay": True,
         "relayService": options.nat,
         "natPortMap": options.nat,

@@ -1,10 +1,11 @@
 """What the strategies learn from the same tokens: validation loss of each, against one process and against each other.
 
-    .venv/bin/python scripts/bench/losses.py [--seeds 1 2 3] [--only NAME ...] [--rounds 20] [--json FILE]
+    .venv/bin/python scripts/bench/losses.py [--search] [--seeds 1 2 3] [--only NAME ...] [--rounds 10] [--json FILE]
 
 Several peers train in turn in one process, with the real inner work, compression, aggregation and outer step, and
 nothing between them: losses depend on no clock and no line, so they can be had without a network. A row is one way to
-train, a column one seed; each way sees as many tokens. Two at a time, with one thread each.
+train, a column one seed; each way sees as many tokens. Two at a time, with one thread each. `--search` shows
+what the hyperparameters were chosen from, by default with a seed that the table does not have.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,29 @@ WAYS: dict[str, Way] = {
 }
 
 
+def _with(strategy: str, rate: float, outer: dict[str, float] | None = None, **fields: Any) -> Way:
+    """A strategy with this inner learning rate and these outer ones."""
+    return Way(strategy, changes={"optimizer": {"learning_rate": rate}, "outer": outer or {}}, **fields)
+
+
+SEARCH: dict[str, Way] = {
+    **{
+        f"one process, rate {rate}": replace(ALONE, changes={**ALONE.changes, "optimizer": {"learning_rate": rate}})
+        for rate in (1e-3, 2e-3, 4e-3)
+    },
+    **{
+        f"diloco, rate {rate}, outer {outer} momentum {momentum}": _with(
+            "diloco", rate, {"learning_rate": outer, "momentum": momentum}
+        )
+        for rate, outer, momentum in ((2e-3, 0.7, 0.9), (2e-3, 0.9, 0.6), (2e-3, 1.0, 0.0), (4e-3, 0.9, 0.6))
+    },
+    **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (2e-3, 4e-3)},
+    "sparse_loco, rate 0.002, error decay 0.9": _with("sparse_loco", 2e-3, decay=0.9),
+    "sparse_loco, rate 0.002, by senders": _with("sparse_loco", 2e-3, divide_by="senders"),
+}
+SEARCH_SEED = 11
+
+
 def dense(way: Way) -> Exchange:
     """The mean as the all-reduce makes it, with the codec both ways."""
     chosen = codec(way.codec)
@@ -131,11 +155,11 @@ def sparse(way: Way, layout: Layout) -> Exchange:
 def train(name: str, seed: int, rounds: int) -> list[float]:
     """Validation loss after every fourth of a run, nats a token."""
     torch.set_num_threads(1)
-    way = WAYS[name]
+    way = {**WAYS, **SEARCH}[name]
     alone = way.peers == 1
     steps = way.steps * (4 if name.endswith("batch of one") else 1)
     rounds = rounds * STEPS // way.steps
-    batch = BATCH * (4 if name.endswith("batch of all") else 1)
+    batch = BATCH * (4 if alone and not name.endswith("batch of one") else 1)
     draft = way.draft(seed, rounds, batch)
     tokenizer = load_tokenizer(None)
     models = [build(draft, tokenizer) for _ in range(way.peers)]
@@ -188,11 +212,14 @@ def _job(job: tuple[str, int, int]) -> tuple[str, int, list[float]]:
 def main() -> None:
     """Train every way with every seed, and print the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--search", action="store_true", help="the ways of the search, not those of the table")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, default=10, help="of 30 steps a peer")
+    parser.add_argument("--only", nargs="+", choices=[*WAYS, *SEARCH])
     parser.add_argument("--json", type=Path, help="also write all losses here")
     given = parser.parse_args()
+    given.only = given.only or list(SEARCH if given.search else WAYS)
+    given.seeds = given.seeds or ([SEARCH_SEED] if given.search else [1, 2, 3])
     jobs = [(name, seed, given.rounds) for seed in given.seeds for name in given.only]
     found: dict[str, dict[int, list[float]]] = {name: {} for name in given.only}
     with multiprocessing.get_context("spawn").Pool(2) as pool:

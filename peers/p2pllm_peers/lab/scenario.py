@@ -160,6 +160,9 @@ class Verdict(_Section):
         le=1,
         description="rounds by those of a run without faults that lasts as long; 0: any",
     )
+    min_attendance: float | None = Field(
+        None, ge=0, le=1, description="share of the rounds that every peer was a member of; 1: nobody was ever left out"
+    )
 
 
 @dataclass(frozen=True)

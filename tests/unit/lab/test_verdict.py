@@ -226,6 +226,15 @@ def test_pace(tmp_path: Path) -> None:
     assert check(none, min_pace=0.1).measured == "not measured: no round was without faults"
 
 
+def test_attendance(tmp_path: Path) -> None:
+    rows = [record(n, 2.0 * n, ["a", "b"] if n != 3 else ["a"]) for n in range(1, 11)]
+    made = evidence(tmp_path / "1", {"a": rows, "b": rows})
+    found = check(made, min_attendance=0.9)
+    assert found.passed and found.measured == "b in 9 of 10, the others in as many or more"
+    assert not check(made, min_attendance=1.0).passed
+    assert not check(evidence(tmp_path / "2", {"a": []}), min_attendance=0.1).passed
+
+
 def test_the_long_run(tmp_path: Path) -> None:
     found = report(long_run(tmp_path))
     assert [row["name"] for row in found["checks"] if not row["passed"]] == ["links", "efficiency"]

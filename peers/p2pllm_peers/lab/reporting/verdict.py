@@ -56,6 +56,8 @@ def judge(report: Report, limits: Verdict) -> list[Check]:
     checks += [_returns(report, do, limit) for do, limit in limits.returns_within_s.items()]
     if limits.min_pace:
         checks.append(_pace(report, limits.min_pace))
+    if limits.min_attendance is not None:
+        checks.append(_attendance(report, limits.min_attendance))
     if limits.nothing_left:
         checks.append(_left(report))
     return checks
@@ -254,6 +256,17 @@ def _pace(report: Report, limit: float) -> Check:
         return Check(name, wanted, "not measured: no round was without faults", False)
     told = f"{swarm['pace']:.1%}, peers were up {swarm['share_up']:.1%} of the time"
     return Check(name, wanted, told, swarm["pace"] >= limit)
+
+
+def _attendance(report: Report, limit: float) -> Check:
+    name, wanted = "attendance", f"every peer a member of at least {limit:.0%} of the rounds"
+    rounds = [set(row["members"]) for row in report["rounds"]]
+    present = {peer["name"]: sum(peer["name"] in members for members in rounds) for peer in report["peers"]}
+    if not rounds or not present:
+        return Check(name, wanted, "no round was committed", False)
+    worst = min(present, key=lambda peer: (present[peer], peer))
+    told = f"{worst} in {present[worst]} of {len(rounds)}, the others in as many or more"
+    return Check(name, wanted, told, present[worst] >= limit * len(rounds))
 
 
 def _left(report: Report) -> Check:
