@@ -103,4 +103,4 @@ class SparseForm:
             if not isinstance(payload, bytes) or blake3(payload).digest() != term.digest:
                 raise ValueError("an aggregate holds an update that its member did not sign")
         updates = [self.codec.decode(payload) for payload in payloads]
-        return sparse_mean(updates, [term.samples for term in terms], self._size, divide_by="all")
+        return sparse_mean(updates, [term.samples for term in terms], self._size, divide_by="senders")

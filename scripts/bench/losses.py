@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class Way:
     overlap: bool = False
     fragments: int = 1
     codec: str = "fp32"
-    divide_by: str = "all"
+    divide_by: str = "senders"
     keep: int = 64
     decay: float = 0.95
     changes: dict[str, Any] = field(default_factory=dict)  # of the run file's sections
@@ -87,9 +88,9 @@ WAYS: dict[str, Way] = {
     "diloco int8": Way("diloco", codec="int8"),
     "diloco fp32, overlap": Way("diloco", overlap=True),
     "diloco fp32, 3 fragments": Way("diloco", steps=STEPS // 3, overlap=True, fragments=3),
-    "sparse_loco, by all": Way("sparse_loco"),
-    "sparse_loco, by senders": Way("sparse_loco", divide_by="senders"),
-    "sparse_loco, by all, overlap": Way("sparse_loco", overlap=True),
+    "sparse_loco": Way("sparse_loco"),
+    "sparse_loco, by all": Way("sparse_loco", divide_by="all"),
+    "sparse_loco, overlap": Way("sparse_loco", overlap=True),
     "diloco fp32, muon": Way("diloco", changes={"optimizer": {"type": "muon"}}),
     "sparse_loco, muon": Way("sparse_loco", changes={"optimizer": {"type": "muon"}}),
 }
@@ -112,8 +113,13 @@ SEARCH: dict[str, Way] = {
         for rate, outer, momentum in ((2e-3, 0.7, 0.9), (2e-3, 0.9, 0.6), (2e-3, 1.0, 0.0), (4e-3, 0.9, 0.6))
     },
     **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (2e-3, 4e-3)},
+    **{
+        f"{strategy}, rate 0.002, {steps} steps": _with(strategy, 2e-3, outer, steps=steps)
+        for steps in (10, 5)
+        for strategy, outer in (("diloco", {"learning_rate": 1.0, "momentum": 0.0}), ("sparse_loco", None))
+    },
     "sparse_loco, rate 0.002, error decay 0.9": _with("sparse_loco", 2e-3, decay=0.9),
-    "sparse_loco, rate 0.002, by senders": _with("sparse_loco", 2e-3, divide_by="senders"),
+    "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),
 }
 SEARCH_SEED = 11
 
@@ -221,6 +227,7 @@ def main() -> None:
     given.only = given.only or list(SEARCH if given.search else WAYS)
     given.seeds = given.seeds or ([SEARCH_SEED] if given.search else [1, 2, 3])
     jobs = [(name, seed, given.rounds) for seed in given.seeds for name in given.only]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in order, with its processes
     found: dict[str, dict[int, list[float]]] = {name: {} for name in given.only}
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for name, seed, losses in pool.imap_unordered(_job, jobs):
