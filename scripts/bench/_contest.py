@@ -23,17 +23,20 @@ from p2pllm_peers.lab.alone import measure_alone
 from p2pllm_peers.lab.machines import Machines
 from p2pllm_peers.lab.swarm import Swarm
 
-LOCAL = {"overlap": True, "deadline_s": 300.0}
-OURS: dict[str, dict[str, Any]] = {
-    "p2pllm sync": {},
-    "p2pllm diloco": {"strategy": "diloco", "codec": "int8", **LOCAL},
-    "p2pllm sparse_loco": {"strategy": "sparse_loco", **LOCAL},
-}
-"""What the [round] of a scenario's run file becomes."""
-
-STEPS = 30
+STEPS = 10
 BATCH = 8
-"""Local steps a peer and round, about, and samples of each. The rate warms up in a single round of so many."""
+"""Local steps a peer and round, about, and samples of each."""
+
+LOCAL = {"overlap": True, "deadline_s": 300.0}
+OURS: dict[str, dict[str, dict[str, Any]]] = {
+    "p2pllm sync": {},
+    "p2pllm diloco": {
+        "round": {"strategy": "diloco", "codec": "int8", **LOCAL},
+        "outer": {"learning_rate": 1.0, "momentum": 0.0},
+    },
+    "p2pllm sparse_loco": {"round": {"strategy": "sparse_loco", **LOCAL}},
+}
+"""What changes in the run file of a scenario, beside samples, batch and rate, which is that of `losses.py --search`."""
 
 BASELINES = {
     "torch DDP, gloo": System("baselines.ddp"),
@@ -81,9 +84,10 @@ class Contest:
             return self._draft
         samples = STEPS * BATCH * len(self._machines.specs)
         return changed(
-            self._draft,
-            round={**OURS[name], "samples": samples},
-            optimizer={"batch": BATCH, "warmup_rounds": 1},
+            changed(self._draft, **OURS[name]),
+            round={"samples": samples},
+            data={"validation_every": 2 * VALIDATION_EVERY},
+            optimizer={"batch": BATCH, "warmup_rounds": 3, "learning_rate": 2e-3},
         )
 
     def alone(self, name: str, seconds: float) -> dict[str, float]:

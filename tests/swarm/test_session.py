@@ -143,7 +143,7 @@ def test_killed_view_takes_its_daemon_along(peer_env) -> None:
 STRATEGIES = {
     "sync": [],
     "diloco": [
-        ("[round]", '[round]\nstrategy = "diloco"\ncodec = "int8"'),
+        ("[round]", '[round]\nstrategy = "diloco"\ncodec = "int8"\noverlap = true\nfragments = 2'),
         ("[data]", '[optimizer]\ntype = "muon"\n\n[data]'),
     ],
     "sparse_loco": [("[round]", '[round]\nstrategy = "sparse_loco"\noverlap = true')],
