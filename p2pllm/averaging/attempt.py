@@ -1,13 +1,12 @@
 """Attempt: one butterfly all-reduce of one group, from the first stream to the last, as one member sees it.
 
-Reduce-scatter and all-gather over the same streams: member i reduces span i of the vector. Everybody opens
-one stream to every other member, sends the header and its own values of that member's span, and reads back
-the mean of it (Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005: the
-direct form, best for long vectors). A mean is encoded once, and its reducer too uses what the others decode,
-so all members hold the same bits.
+Reduce-scatter and all-gather over the same streams: member i reduces span i of the vector. Everybody opens a stream to
+every other member, sends the header and its own values of that member's span, and reads back the mean of it (Thakur et
+al., "Optimization of Collective Communication Operations in MPICH", 2005: the direct form, best for long vectors). Long
+spans have several such streams, lanes, which take their parts in turn: on a long line the window of one is small for a
+while. A mean is encoded once, and its reducer too uses what the others decode, so all members hold the same bits.
 
-What does not live here: finding the attempt that an incoming stream belongs to, and telling others that we
-gave up; `dense` does both.
+What does not live here: finding the attempt of an incoming stream, and telling others that we gave up (`dense`).
 """
 
 from __future__ import annotations
@@ -45,10 +44,12 @@ class Attempt:
         vector: Floats,
         *,
         part_elements: int,
+        lanes: int = 1,
         stall_timeout: float,
     ) -> None:
         self.group = group
         self.digest = group.digest(part_elements)
+        self._lanes = {group.digest(part_elements, lane): lane for lane in range(lanes)}
         self.others = tuple(member for member in group.members if member != transport.peer_id)
         self.channels: list[Channel] = []
         self.seconds = dict.fromkeys(("connect", "encode", "decode", "reduce"), 0.0)
@@ -65,7 +66,9 @@ class Attempt:
         self._vigil = Vigil(stall_timeout)
         self._shares = group.shares()
         loop = asyncio.get_running_loop()
-        self._arrivals: dict[str, asyncio.Future[Channel]] = {peer: loop.create_future() for peer in self.others}
+        self._arrivals: dict[tuple[str, int], asyncio.Future[Channel]] = {
+            (peer, lane): loop.create_future() for peer in self.others for lane in range(lanes)
+        }
         self._interrupted: asyncio.Future[None] = loop.create_future()
         self._over = asyncio.Event()
 
@@ -121,11 +124,14 @@ class Attempt:
         started = time.perf_counter()
         async with TaskGroup() as tasks:
             for peer in self.others:
-                tasks.create_task(self._exchange_with(peer, tasks))
-            arrivals = [tasks.create_task(self._arrival(peer)) for peer in self.others]
-            inbound = [await arrival for arrival in arrivals]
+                for digest, lane in self._lanes.items():
+                    tasks.create_task(self._exchange_with(peer, digest, lane, tasks))
+            arrivals = {key: tasks.create_task(self._arrival(*key)) for key in self._arrivals}
+            inbound = {key: await arrival for key, arrival in arrivals.items()}
             self.seconds["connect"] = time.perf_counter() - started
-            await self._reduce_span(inbound, tasks)
+            for lane in self._lanes.values():
+                channels = [inbound[peer, lane] for peer in self.others]
+                tasks.create_task(self._reduce_lane(lane, channels, tasks))
 
     async def _linger(self, timeout: float) -> None:
         """Wait until the others have read our last bytes, which they show by closing.
@@ -138,7 +144,7 @@ class Attempt:
 
     # -- our values to the reducers, their means back --------------------------------------------------------
 
-    async def _exchange_with(self, peer: str, tasks: TaskGroup) -> None:
+    async def _exchange_with(self, peer: str, digest: bytes, lane: int, tasks: TaskGroup) -> None:
         with blaming(peer):
             with self._vigil.wait(peer, Want.OPEN).waiting():
                 reader, writer = await self._transport.open_stream(peer, STREAM_METHOD)
@@ -146,23 +152,23 @@ class Attempt:
             channel = Channel(reader, writer, receiving, sending)
             self.channels.append(channel)
             await channel.take_over()
-            await channel.send(MAGIC + self.group.group_id + self.digest)
-            push = tasks.create_task(self._push(channel))
-            await self._pull(channel)
+            await channel.send(MAGIC + self.group.group_id + digest)
+            push = tasks.create_task(self._push(channel, lane))
+            await self._pull(channel, lane)
             await push
             channel.close()
 
-    async def _push(self, channel: Channel) -> None:
+    async def _push(self, channel: Channel, lane: int) -> None:
         with blaming(channel.peer):
-            for part in self._parts(channel.peer):
+            for part in self._parts(channel.peer, lane):
                 await channel.send(self._encode_own(part))
 
-    async def _pull(self, channel: Channel) -> None:
+    async def _pull(self, channel: Channel, lane: int) -> None:
         answer = bytearray(1)
         await channel.receive_into(memoryview(answer))
         _check_answer(channel.peer, bytes(answer))
         staging = self._staging()
-        for part in self._parts(channel.peer):
+        for part in self._parts(channel.peer, lane):
             mean = self.aggregate[part]
             await self._receive(channel, mean, staging)
             if not np.isfinite(mean).all():
@@ -172,10 +178,10 @@ class Attempt:
 
     async def accept(self, caller: str, digest: bytes, reader: StreamReader, writer: StreamWriter) -> None:
         """Take the stream of a member, or refuse it; returns when the attempt no longer needs it."""
-        arrival = self._arrivals.get(caller)
+        arrival = self._arrivals.get((caller, self._lanes.get(digest, 0)))
         if arrival is None or arrival.done():
             await refuse(REFUSED, reader, writer)
-        elif digest != self.digest:
+        elif digest not in self._lanes:
             self.interrupt(GaveUp(frozenset({caller}), f"{caller} knows this group on other terms."))
             await refuse(MISMATCH, reader, writer)
         else:
@@ -185,17 +191,17 @@ class Attempt:
             arrival.set_result(channel)
             await self._over.wait()
 
-    async def _arrival(self, peer: str) -> Channel:
+    async def _arrival(self, peer: str, lane: int) -> Channel:
         with blaming(peer):
             with self._vigil.wait(peer, Want.INPUT).waiting():
-                channel = await self._arrivals[peer]
+                channel = await self._arrivals[peer, lane]
             await channel.take_over()
             await channel.send(ACCEPTED)
         return channel
 
-    async def _reduce_span(self, inbound: list[Channel], tasks: TaskGroup) -> None:
+    async def _reduce_lane(self, lane: int, inbound: list[Channel], tasks: TaskGroup) -> None:
         """Reduce our span part by part; the next part is read while this one is summed and given out."""
-        parts = self._parts(self._me)
+        parts = self._parts(self._me, lane)
         slots = [self._buffers(), self._buffers()]
         coming = self._fetch(inbound, parts[:1], slots[0], tasks)
         for at, part in enumerate(parts):
@@ -253,8 +259,8 @@ class Attempt:
 
     # -- bytes and values ----------------------------------------------------------------------------
 
-    def _parts(self, peer: str) -> list[slice]:
-        return self.group.parts(self.group.members.index(peer), self._part_elements)
+    def _parts(self, peer: str, lane: int) -> list[slice]:
+        return self.group.parts(self.group.members.index(peer), self._part_elements)[lane :: len(self._lanes)]
 
     def _staging(self) -> memoryview:
         """Room for the encoded bytes of one part; none where they go straight to their array."""

@@ -25,6 +25,7 @@ from p2pllm.averaging.patience import Patience
 from p2pllm.averaging.vigil import GaveUp
 from p2pllm.errors import NetworkError
 from p2pllm.network.transport import Transport
+from p2pllm.state import FLOAT
 
 NOTICE_METHOD = "allreduce/1/gave-up"
 NOTICE_SECONDS = 1.0
@@ -33,21 +34,41 @@ NOTICE_SECONDS = 1.0
 MAX_PENDING = 512
 """Streams, over all peers, whose group we have not started; we stop reading them after their header."""
 
-MAX_PENDING_PER_PEER = 4
+MAX_LANES = 4
+LANE_BYTES = 2 << 20
+"""A member's values of a span, and their mean, go over one stream for so many bytes, at most MAX_LANES."""
+
+MAX_PENDING_PER_PEER = 4 * MAX_LANES
 HEADER_SECONDS = 10.0
 """How long a stream may take to say which group it belongs to."""
 
+MIN_PART_BYTES, MAX_PART_BYTES = 1 << 16, 1 << 20
+PARTS = 64
+"""Parts of a span, within these bounds. While the first one comes and the last one goes a line is used in one direction
+only; smaller ones cost more processor than that is worth."""
+
 _REMEMBERED = 1024
 """Ids of ended groups that we remember, to answer streams that come too late."""
+
+
+def lanes_for(group: Group) -> int:
+    """Streams from each member to each other one: all come to the same."""
+    return max(1, min(FLOAT.itemsize * group.size // len(group.members) // LANE_BYTES, MAX_LANES))
+
+
+def part_bytes_for(group: Group) -> int:
+    """Bytes that are reduced at a time: all members come to the same."""
+    span = FLOAT.itemsize * group.size // len(group.members)
+    return max(MIN_PART_BYTES, min(span // PARTS, MAX_PART_BYTES)) // 256 * 256
 
 
 class DenseAllReduce(Exchange):
     """Runs all-reduces over a Transport, several groups at once if need be.
 
     transport: streams and calls. stall_timeout: seconds without any progress after which a peer has failed, until
-    there is a measure of how long they are silent and come back (see `patience`).
-    part_bytes: float32 bytes that are reduced at a time; the same at all peers. pending_timeout: seconds
-    that the stream of a faster peer waits for us to start.
+    there is a measure of how long they are silent and come back (see `patience`). part_bytes: float32 bytes that are
+    reduced at a time, lanes streams to each other member, both the same at all peers; 0: `part_bytes_for`, `lanes_for`.
+    pending_timeout: seconds that the stream of a faster peer waits for us to start.
     """
 
     def __init__(
@@ -55,14 +76,15 @@ class DenseAllReduce(Exchange):
         transport: Transport,
         *,
         stall_timeout: float = 5.0,
-        part_bytes: int = 1 << 20,
+        part_bytes: int = 0,
+        lanes: int = 0,
         pending_timeout: float = 30.0,
     ) -> None:
-        if part_bytes < 256 or part_bytes % 256:
+        if part_bytes < 0 or part_bytes % 256:
             raise ValueError(f"part_bytes must be a multiple of 256, not {part_bytes}.")
         self._transport = transport
         self._patience = Patience(stall_timeout)
-        self._part_elements = part_bytes // 4
+        self._part_bytes, self._lanes = part_bytes, lanes
         self._pending_timeout = pending_timeout
         self._attempts: dict[bytes, Attempt] = {}
         self._accused: dict[bytes, dict[str, frozenset[str]]] = {}
@@ -87,7 +109,8 @@ class DenseAllReduce(Exchange):
             self._transport,
             group,
             vector,
-            part_elements=self._part_elements,
+            part_elements=(self._part_bytes or part_bytes_for(group)) // FLOAT.itemsize,
+            lanes=self._lanes or lanes_for(group),
             stall_timeout=self.stall_timeout,
         )
         self._begin(attempt)

@@ -61,8 +61,11 @@ class Group:
             raise ValueError(f"A vector cannot have {self.size} elements.")
         codec(self.codec)
 
-    def digest(self, part_elements: int) -> bytes:
-        """32 bytes (BLAKE3) that differ wherever two members would not understand each other's bytes."""
+    def digest(self, part_elements: int, lane: int = 0) -> bytes:
+        """32 bytes (BLAKE3) that differ wherever two members would not understand each other's bytes.
+
+        lane: which of several streams between the same two members.
+        """
         hasher = blake3(b"p2pllm/allreduce/1")
         hasher.update(self.group_id)
         hasher.update(struct.pack("<QQQ", self.size, part_elements, len(self.members)))
@@ -70,6 +73,8 @@ class Group:
             encoded = text.encode()
             hasher.update(struct.pack("<Q", len(encoded)) + encoded)
         hasher.update(struct.pack(f"<{len(self.weights)}d", *self.weights))
+        if lane:
+            hasher.update(struct.pack("<Q", lane))
         return hasher.digest()
 
     def shares(self) -> list[np.float32]:

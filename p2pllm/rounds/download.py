@@ -10,8 +10,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 
-IN_FLIGHT = 2
-"""Pieces that one source is asked for at once: one travels while the next is read from its disk."""
+IN_FLIGHT = 8
+"""Pieces that all sources together are asked for at once: each is a stream of its own, of which a long line needs
+several. More would share a slow line until one seems to stall."""
+
+LEAST_IN_FLIGHT = 2
+"""Of one source: one travels while the next is read from its disk."""
 
 MAX_SOURCES = 8
 
@@ -20,6 +24,11 @@ MAX_FAILURES = 2
 
 Fetch = Callable[[str, int], Awaitable[bool | None]]
 """(source, piece) -> True: it is here; False: it was wrong; None: it did not come."""
+
+
+def in_flight(sources: int) -> int:
+    """Pieces that each of so many sources is asked for at once."""
+    return max(LEAST_IN_FLIGHT, IN_FLIGHT // max(1, sources))
 
 
 class Download:
@@ -35,7 +44,8 @@ class Download:
 
     async def run(self) -> bool:
         """Fetch all; False if no source is left that could give what is missing."""
-        tasks = [asyncio.create_task(self._work(source)) for source in self._sources for _ in range(IN_FLIGHT)]
+        each = in_flight(len(self._sources))
+        tasks = [asyncio.create_task(self._work(source)) for source in self._sources for _ in range(each)]
         try:
             while self._missing and not all(task.done() for task in tasks):
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -51,7 +61,7 @@ class Download:
         while self._missing and source not in self.liars and self._failures[source] < MAX_FAILURES:
             others = [piece for piece in self._missing if source not in self._asked[piece]]
             if not others:
-                return  # the other one of us is at what is left
+                return  # the others of us are at what is left
             # What nobody is at goes first; then what others are slow with, so that one cannot hold up the end.
             piece = min(others, key=lambda missing: len(self._asked[missing]))
             self._asked[piece].add(source)

@@ -52,8 +52,8 @@ class SocketNetwork(MemoryNetwork):
 class Cluster:
     """Members a, b, c, ... with a DenseAllReduce and a vector each."""
 
-    def __init__(self, network: MemoryNetwork) -> None:
-        self.network = network
+    def __init__(self, network: MemoryNetwork, lanes: int = 1) -> None:
+        self.network, self.lanes = network, lanes
         self.engines: dict[str, DenseAllReduce] = {}
 
     def host(self, member: str) -> MemoryHost:
@@ -62,7 +62,7 @@ class Cluster:
 
     async def engine(self, member: str, **options: Any) -> DenseAllReduce:
         if member not in self.engines:
-            self.engines[member] = DenseAllReduce(self.host(member), part_bytes=4096, **options)
+            self.engines[member] = DenseAllReduce(self.host(member), part_bytes=4096, lanes=self.lanes, **options)
             await self.engines[member].start()
         return self.engines[member]
 

@@ -15,9 +15,10 @@ from p2pllm.testing import MemoryNetwork
 
 
 @pytest.mark.parametrize("codec_name", ["fp32", "fp16", "bf16", "int8"])
-@pytest.mark.parametrize("members", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("members", "lanes"), [(1, 1), (2, 1), (3, 4), (5, 1), (8, 2)])
 @virtual
-async def test_same_bits_as_the_reference(cluster: Cluster, members: int, codec_name: str) -> None:
+async def test_same_bits_as_the_reference(cluster: Cluster, members: int, lanes: int, codec_name: str) -> None:
+    cluster.lanes = lanes
     group = make_group(members, 20_011, codec_name)
     vectors = make_vectors(group)
     results = await cluster.run(group, vectors)
@@ -28,7 +29,7 @@ async def test_same_bits_as_the_reference(cluster: Cluster, members: int, codec_
     parts = [part for index in range(members) for part in group.parts(index, 1024)]
     a_copy = sum(codec(codec_name).bytes_for(part.stop - part.start) for part in parts)
     sent = sum(result.bytes_sent for result in results.values())
-    assert sent == members * (members - 1) * 70 + 2 * (members - 1) * a_copy
+    assert sent == members * (members - 1) * lanes * 70 + 2 * (members - 1) * a_copy
 
 
 @settings(deadline=None, max_examples=60)
@@ -37,10 +38,13 @@ async def test_same_bits_as_the_reference(cluster: Cluster, members: int, codec_
     weights=st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=8),
     codec_name=st.sampled_from(["fp32", "fp16", "bf16", "int8"]),
     sockets=st.booleans(),
+    lanes=st.integers(1, 4),
 )
 @virtual
-async def test_any_size_and_weights(size: int, weights: list[float], codec_name: str, sockets: bool) -> None:
-    cluster = Cluster(SocketNetwork() if sockets else MemoryNetwork())
+async def test_any_size_and_weights(
+    size: int, weights: list[float], codec_name: str, sockets: bool, lanes: int
+) -> None:
+    cluster = Cluster(SocketNetwork() if sockets else MemoryNetwork(), lanes)
     group = make_group(len(weights), size, codec_name, weights)
     vectors = make_vectors(group)
     check(group, vectors, await cluster.run(group, vectors))

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from p2pllm.rounds.download import IN_FLIGHT, MAX_FAILURES, MAX_SOURCES, Download
+from p2pllm.rounds.download import IN_FLIGHT, MAX_FAILURES, MAX_SOURCES, Download, in_flight
 from p2pllm.testing import virtual
 
 PIECES = range(20)
@@ -57,17 +57,19 @@ async def download(sources: Sources, limit: float) -> tuple[bool, Download]:
 @virtual
 async def test_all_sources_share_the_work() -> None:
     sources = Sources(a=1.0, b=1.0, c=1.0, d=1.0)
-    done, work = await download(sources, len(PIECES) / (4 * IN_FLIGHT) + 1.1)
+    done, work = await download(sources, len(PIECES) / (4 * in_flight(4)) + 1.1)
     assert done and not work.liars
     assert set(sources.got) == set(PIECES)
     assert all(count >= len(PIECES) // 5 for count in sources.counts().values())
-    assert max(sources.most.values()) == IN_FLIGHT
+    assert max(sources.most.values()) == in_flight(4)
 
 
 @virtual
 async def test_one_source_gives_all() -> None:
-    done, _ = await download(Sources(a=1.0), len(PIECES))
+    sources = Sources(a=1.0)
+    done, _ = await download(sources, len(PIECES))
     assert done
+    assert sources.most["a"] == IN_FLIGHT
 
 
 @pytest.mark.parametrize("how", ["wrong", "broken"])
@@ -78,7 +80,7 @@ async def test_who_lies_or_fails_is_asked_no_more(how: str) -> None:
     done, work = await download(sources, len(PIECES))
     assert done
     assert set(sources.got) == set(PIECES)
-    assert sources.counts()["bad"] <= IN_FLIGHT + MAX_FAILURES
+    assert sources.counts()["bad"] <= in_flight(2) + MAX_FAILURES
     assert work.liars == ({"bad"} if how == "wrong" else set())
 
 
@@ -100,9 +102,9 @@ async def test_a_source_may_fail_once() -> None:
 @virtual
 async def test_a_source_that_gives_nothing_holds_up_nobody() -> None:
     sources = Sources(hung=NEVER, good=1.0)
-    done, _ = await download(sources, len(PIECES) / IN_FLIGHT + 2.0)
+    done, _ = await download(sources, len(PIECES) / in_flight(2) + 2.0)
     assert done
-    assert sources.counts()["hung"] == IN_FLIGHT
+    assert sources.counts()["hung"] == in_flight(2)
     assert set(sources.got) == set(PIECES)
 
 
