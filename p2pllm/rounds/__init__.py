@@ -22,6 +22,7 @@ with 256.
   beside an exchange that is about to commit.
 - more than half of the last roster gone at once: those who are left wait MINORITY_WAIT_S (15) before they go on.
 - cut off from some: as frozen, once a round; in a roster twice, since it is not dead for everybody.
+- in the attempt after one that failed by it: SUSPECT_WAIT_S (0.5), if those it failed by are fewer than half.
 - lying: an attempt fails after E at worst, and a vote after V. MAX_STRIKES (2) failed attempts that speak against a
   peer leave it out of the round, as many pass over who led them, and as many drop a proposal, so 2 (W + 3 + E + V) for
   each liar.

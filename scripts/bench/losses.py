@@ -118,6 +118,16 @@ SEARCH: dict[str, Way] = {
         for steps in (10, 5)
         for strategy, outer in (("diloco", {"learning_rate": 1.0, "momentum": 0.0}), ("sparse_loco", None))
     },
+    "diloco, rate 0.002, outer 0.7 momentum 0.9, 10 steps": _with(
+        "diloco", 2e-3, {"learning_rate": 0.7, "momentum": 0.9}, steps=10
+    ),
+    "diloco, rate 0.002, outer 0.9 momentum 0.6, 10 steps": _with(
+        "diloco", 2e-3, {"learning_rate": 0.9, "momentum": 0.6}, steps=10
+    ),
+    "sparse_loco, rate 0.004, 10 steps": _with("sparse_loco", 4e-3, steps=10),
+    "sparse_loco, rate 0.002, momentum 0.6, 10 steps": _with(
+        "sparse_loco", 2e-3, {"learning_rate": 0.9, "momentum": 0.6}, steps=10
+    ),
     "sparse_loco, rate 0.002, error decay 0.9": _with("sparse_loco", 2e-3, decay=0.9),
     "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),
 }
