@@ -22,10 +22,17 @@ def compare(report_a: Report, report_b: Report) -> dict[str, Any]:
     """Two reports as {"names", "warnings", "rows"}.
 
     names: of both runs. warnings: {"what", "a", "b"}, what differs between them besides what they measured, as text.
-    rows: {"what", "unit", "a", "b", "ratio"}, where ratio is b / a, None if either was not measured or a is 0.
+    rows: {"what", "unit", "a", "b", "ratio"}, where ratio is b / a, None if either was not measured or a is not
+    above 0: a time before all were ready is no measure.
     """
     pairs = [
-        {"what": what, "unit": unit, "a": a, "b": b, "ratio": b / a if a and b is not None else None}
+        {
+            "what": what,
+            "unit": unit,
+            "a": a,
+            "b": b,
+            "ratio": b / a if a and a > 0 and b is not None and b >= 0 else None,
+        }
         for what, unit, a, b in _pairs(report_a, report_b)
     ]
     names = [f"{report['run']['name']}, seed {report['run']['seed']}" for report in (report_a, report_b)]
