@@ -69,9 +69,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         timers: list[TimerHandle] = self._scheduled  # type: ignore[attr-defined]
         aside = [handle for handle in (*ready, *sorted(timers)) if mine(_context_of(handle))]
         ids = set(map(id, aside))
-        kept = [handle for handle in ready if id(handle) not in ids]
+        nothing = Handle(lambda: None, (), self)
+        nothing.cancel()
+        # The loop, which is in the middle of a turn, has counted them and takes as many.
+        left = [nothing if id(handle) in ids else handle for handle in ready]
         ready.clear()
-        ready.extend(kept)
+        ready.extend(left)
         timers[:] = [timer for timer in timers if id(timer) not in ids]
         heapq.heapify(timers)
         self._frozen.setdefault(owner, []).extend(aside)

@@ -52,4 +52,14 @@ def test_scenarios_are_listed_one_a_line(peer_env) -> None:
     result = peer_env.p2pllm("lab", "scenarios")
     assert result.returncode == 0
     names = [line.split()[0] for line in result.stdout.splitlines()]
-    assert names == ["churn", "faults", "flash-crowd", "home-lines", "lan", "partition", "phoenix", "stragglers"]
+    assert names == [
+        "churn",
+        "faults",
+        "flash-crowd",
+        "home-lines",
+        "lan",
+        "partition",
+        "phoenix",
+        "slow-lines",
+        "stragglers",
+    ]

@@ -162,6 +162,24 @@ async def test_the_others_keep_their_order_while_a_part_stands_still():
     assert seen == sorted(seen)
 
 
+@virtual
+async def test_a_part_can_be_stopped_in_the_middle_of_a_turn():
+    """What was about to run in this turn waits, too, and all else runs in it."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    context = contextvars.copy_context()
+    context.run(WHO.set, "a")
+    done: list[str] = []
+    loop.call_soon(loop.freeze, "key", lambda context: context.get(WHO) == "a")
+    loop.call_soon(lambda: done.append("a"), context=context)
+    loop.call_soon(done.append, "b")
+    await asyncio.sleep(1.0)
+    assert done == ["b"]
+    loop.thaw("key")
+    await asyncio.sleep(1.0)
+    assert done == ["b", "a"]
+
+
 def test_what_stands_still_can_be_ended():
     async def main() -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
