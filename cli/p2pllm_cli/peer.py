@@ -95,17 +95,26 @@ def _take_part(order: Any, *, detach: bool) -> None:
         return
     leaving = False
 
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
     def on_interrupt(*_: object) -> None:
         nonlocal leaving
-        if leaving:
-            daemon.kill()
-            raise SystemExit(130)
-        leaving = True
-        daemon.leave()
+        if not leaving:
+            leaving = True
+            daemon.leave()
+            return
+        for number in signals:  # a third must not strike in the middle of what the second began
+            signal.signal(number, signal.SIG_IGN)
+        daemon.kill()
+        raise SystemExit(130)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in signals:
         signal.signal(number, on_interrupt)
     click.echo(f"{taking_part}; Ctrl+C leaves.")
-    LiveView(ready["socket"], is_leaving=lambda: leaving).show()
-    daemon.wait_end()
+    try:
+        LiveView(ready["socket"], is_leaving=lambda: leaving).show()
+        daemon.wait_end()
+    except SystemExit:
+        daemon.wait()  # it is killed; whoever is told that we ended may trust that it is gone
+        raise
     click.echo(f"Left run {ready['run_id'][:16]}; its state is saved, and `p2pllm join` goes on with it.")

@@ -142,6 +142,7 @@ class DaemonProcess:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
+            self._process.wait()
 
     def poll(self) -> int | None:
         """Exit code, or None while it runs."""
@@ -152,6 +153,5 @@ class DaemonProcess:
         return self._process.wait(timeout)
 
     def kill(self) -> None:
-        """End it at once; its children end by themselves."""
+        """End it at once; its children end by themselves. Does not wait, so that a signal's handler may call it."""
         self._process.kill()
-        self._process.wait()

@@ -110,11 +110,10 @@ def test_a_second_ctrl_c_ends_even_a_daemon_that_hangs(peer_env, terminal) -> No
     os.kill(json.loads(facts.read_text())["pid"], signal.SIGSTOP)
     began = screen.interrupt()
     while screen.process.poll() is None:  # signals that come too fast count once, so one more until it has heard two
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
         screen.interrupt()
-        screen.read(0.1)  # a terminal that nobody reads would block it
-    # Python gives signals their default effect again while it exits, so one too many ends it a little earlier
-    assert screen.process.returncode in (130, -signal.SIGINT)
+        screen.read(0.01)  # a terminal that nobody reads would block it
+    assert screen.process.returncode == 130
     assert peer_env.left_behind() == []
 
 

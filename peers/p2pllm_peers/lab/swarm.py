@@ -134,6 +134,7 @@ class SwarmPeer:
         self._signal(signal.SIGKILL)
         if self._process is not None:
             self._process.kill()
+            self._process.wait()
 
     def freeze(self) -> None:
         """Stop all its processes where they are, as when a laptop sleeps."""
