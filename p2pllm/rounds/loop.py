@@ -165,15 +165,18 @@ class TrainingLoop:
             await self._view.wait_change(1.0)
         await self._compute.begin(head[0])
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + section.deadline_s
+        deadline, told = loop.time() + section.deadline_s, pending
         while not self._over():
             samples = self._compute.samples + pending
-            phase = self._phase(samples)
-            if (samples, phase) != (self._view.own.samples, self._view.own.phase):
-                self._view.say(phase=phase, samples=samples)
-            enough = plan.gathered(head, self._view.with_own()) >= section.samples
+            phase, old = self._phase(samples), self._view.own
+            if (samples, phase) != (old.samples, old.phase):
+                self._view.say(phase=phase, samples=samples, at_once=phase != old.phase)
+            gathered = plan.gathered(head, self._view.with_own())
+            if plan.worth_telling(samples - told, self._present(head), gathered, section.samples):
+                told = samples
+                self._view.announce()
             left = deadline - loop.time()
-            if samples > 0 and (enough or left <= 0 or self._desk.others_are_over()):
+            if samples > 0 and (gathered >= section.samples or left <= 0 or self._desk.others_are_over()):
                 return
             await self._view.wait_change(min(1.0, left) if left > 0 else 1.0)
 

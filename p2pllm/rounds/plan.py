@@ -60,6 +60,15 @@ def gathered(head: Head, statuses: Mapping[str, Status]) -> int:
     return sum(statuses[peer].samples for peer in at_head(head, statuses))
 
 
+def worth_telling(untold: int, peers: int, gathered: int, target: int) -> bool:
+    """Whether the others should hear at once of samples that they do not know of yet, not with the next heartbeat.
+
+    Each of so many peers may have as many untold: together at least half of what the round still lacks. So a round is
+    told of more and more often towards its end, and it ends about when it has its samples.
+    """
+    return untold > 0 and 2 * untold * peers >= target - gathered
+
+
 def is_over(head: Head, others: Mapping[str, Status]) -> bool:
     """More than half of the others at our head have their updates ready: to gather more is to be left out."""
     working = at_head(head, others)

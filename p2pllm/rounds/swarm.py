@@ -135,8 +135,9 @@ class SwarmView:
         phase: Phase | None = None,
         samples: int | None = None,
         tokens_per_s: float | None = None,
+        at_once: bool = True,
     ) -> None:
-        """Change what is given of our own status and announce it."""
+        """Change what is given of our own status. at_once: announce it, not only with the next heartbeats."""
         old = self.own
         self.own = _status_at(
             old.branch if branch is None else branch,
@@ -144,9 +145,14 @@ class SwarmView:
             samples=old.samples if samples is None else samples,
             tokens_per_s=old.tokens_per_s if tokens_per_s is None else tokens_per_s,
         )
+        if at_once:
+            self.announce()
+        self.notify()
+
+    def announce(self) -> None:
+        """Tell our status to the others now."""
         if self._liveness is not None:
             self._liveness.push()
-        self.notify()
 
     def own_bytes(self) -> bytes:
         """Our status for a heartbeat."""

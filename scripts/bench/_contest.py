@@ -24,8 +24,10 @@ from p2pllm_peers.lab.machines import Machines
 from p2pllm_peers.lab.swarm import Swarm
 
 STEPS = 10
+"""Local steps a peer and round, about, if nobody says otherwise."""
+
 BATCH = 8
-"""Local steps a peer and round, about, and samples of each."""
+"""Samples of a local step."""
 
 LOCAL = {"overlap": True, "deadline_s": 300.0}
 OURS: dict[str, dict[str, dict[str, Any]]] = {
@@ -69,20 +71,21 @@ class Trained:
 class Contest:
     """The systems on the machines of one scenario, which are there."""
 
-    def __init__(self, machines: Machines, draft: RunDraft, settings: PeerSettings, folder: Path) -> None:
-        """folder: for records and logs of the baselines."""
+    def __init__(self, machines: Machines, draft: RunDraft, settings: PeerSettings, folder: Path, steps: int) -> None:
+        """folder: for records and logs of the baselines. steps: local ones a peer and round, about."""
         peers = len(machines.specs)
         # The first round begins when all are there, as it does for the other systems.
         self._draft = changed(draft, round={"min_peers": peers}, data={"validation_every": VALIDATION_EVERY})
         self._machines = machines
         self._settings = settings
         self._folder = folder
+        self._steps = steps
 
     def draft(self, name: str) -> RunDraft:
         """The run file of one of ours."""
         if name == BASE:
             return self._draft
-        samples = STEPS * BATCH * len(self._machines.specs)
+        samples = self._steps * BATCH * len(self._machines.specs)
         return changed(
             changed(self._draft, **OURS[name]),
             round={"samples": samples},

@@ -70,13 +70,14 @@ class Way:
         section = {"strategy": self.strategy, "rounds": rounds, "samples": self.peers * self.steps * batch}
         section |= {"overlap": self.overlap, "fragments": self.fragments}
         values: dict[str, Any] = {"seed": seed, "round": section}
-        optimizer = {"batch": batch, "warmup_rounds": 1, "learning_rate": 4e-3}
+        optimizer = {"batch": batch, "warmup_rounds": 1, "learning_rate": RATE}
         values["optimizer"] = optimizer | self.changes.get("optimizer", {})
         values["outer"] = self.changes.get("outer", {})
         values["data"] = {"validation_samples": 256}
         return RunDraft.model_validate(values)
 
 
+RATE = 2e-3
 BATCH = 8
 AHEAD = 6  # with overlap, one of so many steps of a round is computed while the update before travels
 ALONE = Way("diloco", peers=1, changes={"outer": {"learning_rate": 1.0, "momentum": 0.0}})
@@ -110,7 +111,13 @@ SEARCH: dict[str, Way] = {
         f"diloco, rate {rate}, outer {outer} momentum {momentum}": _with(
             "diloco", rate, {"learning_rate": outer, "momentum": momentum}
         )
-        for rate, outer, momentum in ((2e-3, 0.7, 0.9), (2e-3, 0.9, 0.6), (2e-3, 1.0, 0.0), (4e-3, 0.9, 0.6))
+        for rate, outer, momentum in (
+            (2e-3, 0.7, 0.9),
+            (2e-3, 0.9, 0.6),
+            (2e-3, 1.0, 0.0),
+            (4e-3, 0.9, 0.6),
+            (4e-3, 1.0, 0.0),
+        )
     },
     **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (2e-3, 4e-3)},
     **{

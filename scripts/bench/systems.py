@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _contest import BASE, BASELINES, MICRO_BATCH, OURS, Contest, changed, say
+from _contest import BASE, BASELINES, MICRO_BATCH, OURS, STEPS, Contest, changed, say
 from _table import table
 from baselines.figures import Round, figures
 
@@ -51,7 +51,7 @@ def contest(scenario: Scenario, options: argparse.Namespace, names: Sequence[str
     settings = load_settings(micro_batch=MICRO_BATCH, device="cpu")
     machines = Machines(scenario, folder)
     with machines:
-        race = Contest(machines, scenario.run, settings, folder / "baselines")
+        race = Contest(machines, scenario.run, settings, folder / "baselines", options.steps)
         alone: dict[str, dict[str, float]] = {}
         systems: dict[str, Any] = {}
         for name in names:
@@ -142,6 +142,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="that each system trains; default 60, with --short 30")
     parser.add_argument("--peers", type=int, default=0, help="machines like the scenario's first, instead of its own")
     parser.add_argument("--samples", type=int, help="of a round without local steps, instead of the scenario's")
+    parser.add_argument("--steps", type=int, default=STEPS, help="a peer and round, about, of those with local steps")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--loss", default="3.5", help="validation loss to reach, nats a token, or whose best one")
     parser.add_argument("--out", type=Path, default=Path("systems.json"), help="results as JSON, all rounds included")

@@ -87,6 +87,17 @@ def test_samples_count_at_the_head_alone() -> None:
     assert plan.gathered(head(3, 1), statuses) == 11
 
 
+def test_samples_are_told_more_often_towards_the_end_of_a_round() -> None:
+    """Four peers in step, eight samples at once: ten of thirty steps are told, and at the end nothing is untold."""
+    told: list[int] = []
+    for mine in range(8, 248, 8):
+        if plan.worth_telling(mine - (told[-1] if told else 0), 4, 4 * mine, 960):
+            told.append(mine)
+    assert told[0] == 80 and told[-4:] == [216, 224, 232, 240]
+    assert len(told) <= 12
+    assert not plan.worth_telling(0, 4, 2000, 960), "there is nothing to tell"
+
+
 def test_a_round_is_over_when_most_others_are_ready() -> None:
     ready, working, evaluating = status(3, 1, "roster"), status(3, 1), status(3, 1, "commit")
     assert not plan.is_over(head(3, 1), {})

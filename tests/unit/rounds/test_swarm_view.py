@@ -27,6 +27,19 @@ async def test_what_we_say_is_our_branch() -> None:
 
 
 @virtual
+async def test_what_is_not_urgent_is_told_with_the_next_heartbeat() -> None:
+    node, _ = await make_nodes(2)
+    pushes: list[int] = []
+    assert node.view._liveness is not None
+    node.view._liveness.push = lambda: pushes.append(node.view.own.samples)  # type: ignore[method-assign]
+    node.view.say(samples=4, at_once=False)
+    assert pushes == [] and node.view.own.samples == 4
+    node.view.say(samples=8)
+    node.view.announce()
+    assert pushes == [8, 8]
+
+
+@virtual
 async def test_the_view_shows_the_living_and_is_bounded() -> None:
     node, other = await make_nodes(2)
     for number in range(2000):
