@@ -16,7 +16,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from p2pllm.averaging.sparse import SparseCodec
+from p2pllm.averaging.sparse import SparseCodec, SparseUpdate
 from p2pllm.averaging.sparse_mean import sparse_mean
 from p2pllm.state import FLOAT, Layout, span_of
 from p2pllm.state.chunks import BytesLike
@@ -79,6 +79,7 @@ class SparseForm:
     def __init__(self, layout: Layout) -> None:
         self.codec = SparseCodec(layout)
         self._size = layout.size
+        self._decoded: dict[bytes, SparseUpdate] = {}  # of the last exchange, by digest
 
     def max_bytes(self, members: int) -> int:
         """See Form."""
@@ -89,8 +90,23 @@ class SparseForm:
         packed: bytes = msgpack.packb([bytes(payload) for payload in payloads])
         return packed
 
+    def refusals(self, payloads: Sequence[bytes]) -> dict[int, str]:
+        """What is wrong with those that are no updates, by their place.
+
+        To decode is dear, and `vector` is about to need the same again: it is kept for that, until the next call.
+        """
+        decoded, wrong = {}, {}
+        for place, payload in enumerate(payloads):
+            try:
+                decoded[blake3(payload).digest()] = self.codec.decode(payload)
+            except ValueError as error:
+                wrong[place] = str(error)
+        self._decoded = decoded
+        return wrong
+
     def vector(self, aggregate: BytesLike, terms: Sequence[Term], round: int) -> Vector:  # noqa: A002 - the word
         """See Form."""
+        decoded, self._decoded = self._decoded, {}
         try:
             payloads = msgpack.unpackb(
                 aggregate, max_array_len=len(terms), max_bin_len=self.codec.max_bytes, max_str_len=0, max_map_len=0
@@ -102,5 +118,8 @@ class SparseForm:
         for payload, term in zip(payloads, terms, strict=True):
             if not isinstance(payload, bytes) or blake3(payload).digest() != term.digest:
                 raise ValueError("an aggregate holds an update that its member did not sign")
-        updates = [self.codec.decode(payload) for payload in payloads]
+        updates = [
+            decoded.get(term.digest) or self.codec.decode(payload)
+            for payload, term in zip(payloads, terms, strict=True)
+        ]
         return sparse_mean(updates, [term.samples for term in terms], self._size, divide_by="senders")

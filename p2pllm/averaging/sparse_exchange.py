@@ -17,7 +17,6 @@ from p2pllm.averaging.form import SparseForm
 from p2pllm.averaging.gather import Gather
 from p2pllm.averaging.group import ExchangeResult, Group
 from p2pllm.network.transport import Transport
-from p2pllm.state import Layout
 
 
 class SparseExchange(Exchange):
@@ -25,9 +24,9 @@ class SparseExchange(Exchange):
 
     keeps = True
 
-    def __init__(self, transport: Transport, layout: Layout, run_id: str, file: Path | None = None) -> None:
+    def __init__(self, transport: Transport, form: SparseForm, run_id: str, file: Path | None = None) -> None:
         """file: keeps what compression left out from one session to the next."""
-        self._form = SparseForm(layout)
+        self._form = form
         self._buffer = ErrorBuffer(self._form.codec, run_id)
         self._file = file
         self._gather = Gather(transport, self._form.codec.max_bytes)
@@ -69,10 +68,5 @@ class SparseExchange(Exchange):
 
     def _refused(self, group: Group, updates: list[bytes]) -> dict[str, str]:
         """Members whose updates are none, which they signed all the same; and what is wrong with each."""
-        found = {}
-        for member, update in zip(group.members, updates, strict=False):
-            try:
-                self._form.codec.decode(update)
-            except ValueError as error:
-                found[member] = f"The update of {member} is refused: {error}"
-        return found
+        wrong = {group.members[place]: why for place, why in self._form.refusals(updates).items()}
+        return {member: f"The update of {member} is refused: {why}" for member, why in wrong.items()}

@@ -68,10 +68,11 @@ class Participant:
         self.folder = folder
         self._sealed = sealed
         self._manifest = manifest
+        self._run_id = manifest.run_id  # which hashes the manifest
         self._settings = settings
         self._node = node
         self._compute = compute
-        self.view = SwarmView(node.peer_id, manifest.run_id, last_round=manifest.round.rounds)
+        self.view = SwarmView(node.peer_id, self._run_id, last_round=manifest.round.rounds)
         self._records = JsonlSink(folder.path / "rounds.jsonl")
         self._losses: deque[float] = deque(maxlen=SHOWN_LOSSES)
         self._last: RoundRecord | None = None
@@ -126,7 +127,7 @@ class Participant:
     async def _build(self) -> Layout:
         """Have the worker build model and data; sealing a run has done so already."""
         compute = self._compute
-        compute.run_id, compute.peer_id = self._manifest.run_id, self._node.peer_id
+        compute.run_id, compute.peer_id = self._run_id, self._node.peer_id
         remembered = self.folder.path / "worker.json"
         if compute.ready:
             return compute.layout
@@ -145,9 +146,9 @@ class Participant:
         state = SharedState(layout, [compute.params, *state.moments.values()], round=state.round)
         keeper = self._keeper = StateKeeper(state, optimizer, disk, self._node)
         keeper.serving.give_way = self._give_way
-        self._desk = RosterDesk(self._node, view, section, manifest.run_id)
+        self._desk = RosterDesk(self._node, view, section, self._run_id)
         self._votes = VoteBox(self._node, view, identity)
-        self._exchange = exchange_of(manifest, layout, self._node, self.folder.path)
+        self._exchange = exchange_of(disk.form(layout), self._run_id, self._node, self.folder.path)
         runner = RoundRunner(identity, view, self._desk, self._votes, self._exchange, keeper, section)
         self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)
 
@@ -200,7 +201,7 @@ class Participant:
         if self._membership is not None:
             known = self._membership.known()
             addresses += [known[peer][0] for peer in sorted(self._membership.alive()) if known.get(peer)]
-        return Invite(self._manifest.run_id, self._manifest.founder, tuple(addresses[:MAX_ADDRESSES])).encode()
+        return Invite(self._run_id, self._manifest.founder, tuple(addresses[:MAX_ADDRESSES])).encode()
 
     def traffic(self) -> dict[str, int]:
         """Payload bytes so far by kind: control (all calls, the DHT's too), updates (exchanges), state (the rest)."""
@@ -221,7 +222,7 @@ class Participant:
         own, others = self.view.own, self.view.statuses()
         return {
             "run_name": self._manifest.name,
-            "run_id": self._manifest.run_id,
+            "run_id": self._run_id,
             "name": self.folder.name,
             "peer_id": self._node.peer_id,
             "invite": self.invite(),

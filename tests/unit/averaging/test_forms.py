@@ -27,6 +27,23 @@ def test_an_element_is_divided_by_the_weight_of_those_who_sent_it() -> None:
         assert np.array_equal(mean[alone], update.values[np.isin(update.positions, alone)])
 
 
+def test_what_an_exchange_decoded_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    form, random = SparseForm(LAYOUT), np.random.default_rng(0)
+    payloads = [form.codec.encode(random.standard_normal(LAYOUT.size).astype(np.float32)) for _ in range(3)]
+    terms = [Term(1, blake3(payload).digest()) for payload in payloads]
+    aggregate = form.pack(payloads)
+    plain = form.vector(aggregate, terms, 0)
+    decoded: list[bytes] = []
+    decode = form.codec.decode
+    monkeypatch.setattr(form.codec, "decode", lambda payload: decoded.append(payload) or decode(payload))
+    assert form.refusals([payloads[0], b"nonsense", payloads[2]]).keys() == {1}
+    decoded.clear()
+    assert np.array_equal(form.vector(aggregate, terms, 0), plain)
+    assert decoded == [payloads[1]]
+    form.vector(aggregate, terms, 0)
+    assert decoded == [payloads[1], *payloads], "nothing is kept longer than for one aggregate"
+
+
 @pytest.mark.parametrize(("round_", "size"), [(0, 2730), (1, 2731), (2, 2731), (3, 2730)])
 def test_a_dense_aggregate_is_that_of_the_rounds_fragment(round_: int, size: int) -> None:
     form = DenseForm(LAYOUT, fragments=3)
