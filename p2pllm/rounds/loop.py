@@ -165,15 +165,14 @@ class TrainingLoop:
             await self._view.wait_change(1.0)
         await self._compute.begin(head[0])
         loop = asyncio.get_running_loop()
-        deadline, told = loop.time() + section.deadline_s, pending
+        deadline = loop.time() + section.deadline_s
         while not self._over():
             samples = self._compute.samples + pending
             phase, old = self._phase(samples), self._view.own
             if (samples, phase) != (old.samples, old.phase):
                 self._view.say(phase=phase, samples=samples, at_once=phase != old.phase)
             gathered = plan.gathered(head, self._view.with_own())
-            if plan.worth_telling(samples - told, self._present(head), gathered, section.samples):
-                told = samples
+            if plan.worth_telling(samples - self._view.told, self._present(head), gathered, section.samples):
                 self._view.announce()
             left = deadline - loop.time()
             if samples > 0 and (gathered >= section.samples or left <= 0 or self._desk.others_are_over()):

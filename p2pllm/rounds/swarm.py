@@ -85,6 +85,8 @@ class SwarmView:
         self.announced = self._start
         """The best branch that anybody announced in the DHT; only who shows it is believed."""
         self.own = _status_at(self._start)
+        self.told = 0
+        """Samples of ours that a heartbeat last told of."""
         self._packed: tuple[Status, bytes] | None = None
         self._heard: dict[str, Status] = {}
         self._doubted: dict[str, float] = {}
@@ -156,6 +158,7 @@ class SwarmView:
 
     def own_bytes(self) -> bytes:
         """Our status for a heartbeat."""
+        self.told = self.own.samples
         if self._packed is None or self._packed[0] is not self.own:
             self._packed = (self.own, self.own.pack())
         return self._packed[1]
