@@ -22,6 +22,7 @@ from p2pllm.errors import ManifestError
 from p2pllm.explain import explain
 from p2pllm.sections import (
     OUTER,
+    SUITED,
     DataSection,
     ModelSection,
     OptimizerSection,
@@ -161,9 +162,9 @@ def _anchored(source: str, prefix: str, folder: Path) -> str:
     return prefix + str((folder / Path(source.removeprefix(prefix)).expanduser()).absolute())
 
 
-def draft_template() -> str:
-    """A commented TOML file with every field, its default, its unit and what it means."""
-    draft = RunDraft()
+def draft_template(strategy: str = "sync") -> str:
+    """A commented TOML file with every field, a value that suits the strategy, its unit and what it means."""
+    draft = RunDraft.model_validate(SUITED[strategy])
     lines = [
         "# A run of p2pllm: what all its peers agree on. Edit, then: p2pllm start <this file>",
         "# Once started a run never changes; another value anywhere makes another run.",

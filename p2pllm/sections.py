@@ -130,6 +130,20 @@ OUTER: dict[str, dict[str, float]] = {
 """What the papers recommend for a strategy, unless the run file says otherwise."""
 
 
+_LOCAL_STEPS = {"batch": 8, "learning_rate": 2e-3, "warmup_rounds": 3}
+_LONG_ROUNDS = {"overlap": True, "samples": 960, "deadline_s": 300.0}
+
+SUITED: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "diloco": {
+        "optimizer": _LOCAL_STEPS,
+        "round": {"strategy": "diloco", "codec": "int8", **_LONG_ROUNDS},
+    },
+    "sparse_loco": {"optimizer": _LOCAL_STEPS, "round": {"strategy": "sparse_loco", **_LONG_ROUNDS}},
+}
+"""What a new run file says for a strategy where the default does not suit it: some 30 steps of four peers a round."""
+
+
 class RoundSection(Section):
     """When a round ends and how its updates are averaged."""
 

@@ -14,13 +14,20 @@ from p2pllm_cli.options import peer_options, settings_of
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), default=Path("run.toml"))
-def new(path: Path) -> None:
+@click.option(
+    "--strategy",
+    type=click.Choice(["sync", "diloco", "sparse_loco"]),
+    default="sync",
+    show_default=True,
+    help="How updates are averaged; sparse_loco suits home lines.",
+)
+def new(path: Path, strategy: str) -> None:
     """Write a commented run file to edit."""
     from p2pllm.manifest import draft_template
 
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(draft_template())
+            file.write(draft_template(strategy))
     except FileExistsError:
         raise ManifestError(f"{path} exists already; choose another name or delete it first.") from None
     except OSError as error:

@@ -89,7 +89,7 @@ class Contest:
         return changed(
             changed(self._draft, **OURS[name]),
             round={"samples": samples},
-            data={"validation_every": 2 * VALIDATION_EVERY},
+            data={"validation_every": max(1, 2 * VALIDATION_EVERY * STEPS // self._steps)},
             optimizer={"batch": BATCH, "warmup_rounds": 3, "learning_rate": 2e-3},
         )
 

@@ -6,10 +6,10 @@ Each system trains for so many seconds, one after the other, on the machines of 
 CPU budgets, one core's thread a peer. A round has as many samples in all but those with local steps (see `_contest`).
 The clock starts, and the budgets begin to hold, when all peers are ready, so starting up counts for nobody.
 tokens/s and bytes are taken from the end of the first round to the end of the last. Only tokens that went into an
-update count. Efficiency is tokens/s by the sum of what each machine does alone, measured before with
+update count. Efficiency is tokens/s by the sum of what each machine does alone, measured before and after with
 `p2pllm_peers.lab.alone`, for local steps with local steps. Bytes are those on the wire that all peers together sent,
-with all headers. All peers of all systems evaluate every third round; between two evaluations the loss is taken as a
-straight line. In brackets: multiples of the figure of p2pllm's sync.
+with all headers. All peers of all systems evaluate every third round, or as often; between two evaluations the loss is
+taken as a straight line. In brackets: multiples of the figure of p2pllm's sync.
 
 What does not live here: how a system trains (`_contest`), the other systems, and figures from records (`baselines`).
 """
@@ -52,19 +52,20 @@ def contest(scenario: Scenario, options: argparse.Namespace, names: Sequence[str
     machines = Machines(scenario, folder)
     with machines:
         race = Contest(machines, scenario.run, settings, folder / "baselines", options.steps)
-        alone: dict[str, dict[str, float]] = {}
+        alone_s = SHORT_ALONE_S if options.short else ALONE_S
         systems: dict[str, Any] = {}
         for name in names:
             measured = BASE if name not in OURS else name
             try:
-                if measured not in alone:
-                    alone[measured] = race.alone(measured, SHORT_ALONE_S if options.short else ALONE_S)
+                before = race.alone(measured, alone_s)
                 trained = race.train(name, options.seconds)
+                after = race.alone(measured, alone_s)
             except P2PLLMError as error:
                 say(f"{name}: {error}")
                 systems[name] = {"error": str(error)}
                 continue
-            systems[name] = {"alone_tokens_per_s": alone[measured], **asdict(trained)}
+            alone = {peer: (rate + after[peer]) / 2 for peer, rate in before.items()}
+            systems[name] = {"alone_tokens_per_s": alone, **asdict(trained)}
             say(f"{name}: {len(trained.rounds)} rounds, losses {[row.validation_loss for row in trained.rounds][-6:]}")
         emulator = machines.emulator().model_dump(mode="json")
     result = {"scenario": scenario.model_dump(mode="json"), "notes": machines.notes, "emulator": emulator}

@@ -3,13 +3,14 @@
 import json
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 
 from p2pllm.errors import ManifestError
 from p2pllm.manifest import MAX_MANIFEST_BYTES, RunDraft, RunManifest, draft_template, load_draft
-from p2pllm.sections import OuterSection
+from p2pllm.sections import SUITED, OuterSection, RoundSection
 
 FOUNDER = "12D3KooWNMszKZCCPkRwtMBfzXuSxBMMpmy5S1oHfVAqUGwXfyyE"
 GOLDEN_DRAFT = "3c0a9edeb24a747840846cd2a50d20d28c6544aa0de74b26505c7eb073a4b685"
@@ -40,6 +41,15 @@ def test_golden_digests() -> None:
 
 def test_the_template_is_the_default_run(tmp_path: Path) -> None:
     assert load_draft(written(tmp_path, draft_template())) == RunDraft()
+
+
+@pytest.mark.parametrize("strategy", get_args(RoundSection.model_fields["strategy"].annotation))
+def test_a_template_suits_its_strategy(tmp_path: Path, strategy: str) -> None:
+    draft = load_draft(written(tmp_path, draft_template(strategy)))
+    assert draft == RunDraft.model_validate(SUITED[strategy])
+    assert draft.round.strategy == strategy
+    local = strategy != "sync"
+    assert draft.round.overlap is local and (draft.round.samples >= 100 * draft.optimizer.batch) is local
 
 
 def test_the_template_shows_every_field_but_the_digest() -> None:

@@ -1,6 +1,6 @@
 """One run of a scenario from its start to its evidence.
 
-    machines -> lines measured -> each peer alone -> the swarm -> events as they are due -> everything gone
+    machines -> lines measured -> each peer alone -> the swarm, events as they are due -> each peer alone -> all gone
 
 `run` writes `evidence.Facts` and samples into the folder as it goes, so that a run that was interrupted can be looked
 at, too. What does not live here: conclusions (`report`, `verdict`) and showing it (`p2pllm_cli`).
@@ -28,6 +28,9 @@ from p2pllm_peers.lab.timeline import timeline
 
 LINK_TRIES = 3
 """Measurements of the lines, until all are as asked for; the last one counts."""
+
+STEADY = 0.1
+"""A run says so if what its peers make alone changed by more than this share while it lasted."""
 
 
 class Experiment:
@@ -64,9 +67,14 @@ class Experiment:
         self._out.mkdir(parents=True, exist_ok=True)
         try:
             with machines:
-                self._measure(machines)
+                facts.peers = [
+                    PeerFacts(name=spec.name, cores=spec.cores, link=spec.link_name) for spec in machines.specs.values()
+                ]
+                self._measure_lines(machines)
+                before = self._measure_alone(machines)
                 with Swarm(machines, scenario.run, self._settings) as swarm:
                     self._live(machines, swarm)
+                self._compare_alone(before, self._measure_alone(machines))
         except KeyboardInterrupt:
             facts.interrupted = True
         finally:
@@ -74,23 +82,36 @@ class Experiment:
             self._write()
         return facts
 
-    def _measure(self, machines: Machines) -> None:
-        """Lines and lone speeds, before the swarm runs."""
+    def _measure_lines(self, machines: Machines) -> None:
+        """Whether they are as asked for."""
         for _ in range(LINK_TRIES if machines.links is not None else 0):
             self._watcher.say("measuring the lines")
             self.facts.links = machines.check_links()
             if all(link_is_right(link) for link in self.facts.links):
                 break  # else a busy machine may have disturbed it
-        self.facts.peers = [
-            PeerFacts(name=spec.name, cores=spec.cores, link=spec.link_name) for spec in machines.specs.values()
-        ]
-        if self._scenario.alone_s:
-            seconds, say = self._scenario.alone_s, self._watcher.say
-            disturbance = Disturbance(machines)
-            rates = measure_alone(machines, self._scenario.run, self._settings, seconds, say, time.sleep)
-            self.facts.notes += [f"While each peer trained alone: {note}" for note in disturbance.notes()]
-            for peer in self.facts.peers:
-                peer.alone_tokens_per_s = rates[peer.name]
+
+    def _measure_alone(self, machines: Machines) -> dict[str, float]:
+        """Tokens/s of each peer alone; nothing if the scenario does not ask for it."""
+        seconds, say = self._scenario.alone_s, self._watcher.say
+        if not seconds:
+            return {}
+        disturbance = Disturbance(machines)
+        rates = measure_alone(machines, self._scenario.run, self._settings, seconds, say, time.sleep)
+        self.facts.notes += [f"While each peer trained alone: {note}" for note in disturbance.notes()]
+        for peer in self.facts.peers:
+            peer.alone_tokens_per_s = rates[peer.name]
+        return rates
+
+    def _compare_alone(self, before: dict[str, float], after: dict[str, float]) -> None:
+        """The mean counts: the speed of a shared machine changes from one minute to the next."""
+        for peer in self.facts.peers if before else ():
+            peer.alone_tokens_per_s = (before[peer.name] + after[peer.name]) / 2
+        first, last = sum(before.values()), sum(after.values())
+        if abs(last - first) > STEADY * (first + last) / 2:
+            self.facts.notes.append(
+                f"Alone the peers made {first:,.0f} tokens/s before the swarm and {last:,.0f} after it: the speed of "
+                "this machine changed, and efficiency is as uncertain."
+            )
 
     def _live(self, machines: Machines, swarm: Swarm) -> None:
         """From the first daemon to the last."""

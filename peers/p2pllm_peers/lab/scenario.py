@@ -185,7 +185,9 @@ class Scenario(_Section):
     about: str = Field("", max_length=200, description="one line for `p2pllm lab scenarios`")
     seed: int = Field(0, ge=0, lt=2**32, description="of delays, churn and 'any'; the run has one of its own")
     duration_s: Seconds = Field(0.0, description="seconds from when the first peers are ready; 0: the run's rounds")
-    alone_s: Seconds = Field(0.0, description="seconds that each peer trains alone first, for the efficiency")
+    alone_s: Seconds = Field(
+        0.0, description="seconds that each peer trains alone, before the swarm and after it, for the efficiency"
+    )
     run: RunDraft = RunDraft()
     links: dict[str, Link] = {}
     peers: tuple[Peers, ...] = (Peers(),)
