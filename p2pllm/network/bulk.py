@@ -30,13 +30,13 @@ REQUEST_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 20.0
 """A fetch in which no piece arrives for this long has failed."""
 
-MAX_CONCURRENT = 8
+MAX_CONCURRENT = 16
 """Fetches that we serve at once; more wait."""
 
 MAX_OPEN = 64
 """Fetches that are served or wait; more are refused, and so are more than MAX_OPEN_PER_PEER of one peer."""
 
-MAX_OPEN_PER_PEER = 8
+MAX_OPEN_PER_PEER = 16
 
 SLOWEST_BYTES_PER_S = 20_000
 """A transfer that is slower than this on the whole is broken off."""

@@ -11,8 +11,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 
 IN_FLIGHT = 8
-"""Pieces that all sources together are asked for at once: each is a stream of its own, of which a long line needs
+"""Pieces that all sources together are asked for at first: each is a stream of its own, of which a long line needs
 several. More would share a slow line until one seems to stall."""
+
+MOST_IN_FLIGHT = 16
+QUICK_S = 1.5
+"""A piece that came within so many seconds did not fill the line: its source is asked for one more at once."""
 
 LEAST_IN_FLIGHT = 2
 """Of one source: one travels while the next is read from its disk."""
@@ -27,7 +31,7 @@ Fetch = Callable[[str, int], Awaitable[bool | None]]
 
 
 def in_flight(sources: int) -> int:
-    """Pieces that each of so many sources is asked for at once."""
+    """Pieces that each of so many sources is asked for at first."""
     return max(LEAST_IN_FLIGHT, IN_FLIGHT // max(1, sources))
 
 
@@ -41,37 +45,47 @@ class Download:
         self._failures: Counter[str] = Counter()
         self._sources = list(sources)[:MAX_SOURCES]
         self._fetch = fetch
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> bool:
         """Fetch all; False if no source is left that could give what is missing."""
         each = in_flight(len(self._sources))
-        tasks = [asyncio.create_task(self._work(source)) for source in self._sources for _ in range(each)]
+        self._tasks = {asyncio.create_task(self._work(source)) for source in self._sources for _ in range(each)}
         try:
-            while self._missing and not all(task.done() for task in tasks):
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                tasks = [task for task in tasks if not task.done()] or tasks
+            while self._missing and self._tasks:
+                done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+                self._tasks -= done
             return not self._missing
         finally:
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _work(self, source: str) -> None:
         """Fetch from one source as long as it is good for anything."""
         while self._missing and source not in self.liars and self._failures[source] < MAX_FAILURES:
-            others = [piece for piece in self._missing if source not in self._asked[piece]]
-            if not others:
+            piece = self._next(source)
+            if piece is None:
                 return  # the others of us are at what is left
-            # What nobody is at goes first; then what others are slow with, so that one cannot hold up the end.
-            piece = min(others, key=lambda missing: len(self._asked[missing]))
             self._asked[piece].add(source)
+            begun = asyncio.get_running_loop().time()
             try:
                 came = await self._fetch(source, piece)
             finally:
                 self._asked[piece].discard(source)
             if came:
                 self._missing.pop(piece, None)
+                quick = asyncio.get_running_loop().time() - begun < QUICK_S
+                if quick and self._missing and len(self._tasks) < MOST_IN_FLIGHT:
+                    self._tasks.add(asyncio.create_task(self._work(source)))
             elif came is None:
                 self._failures[source] += 1
             else:
                 self.liars.add(source)
+
+    def _next(self, source: str) -> int | None:
+        """What nobody is at goes first; then what others are slow with, so that one cannot hold up the end."""
+        if (piece := next((piece for piece in self._missing if not self._asked[piece]), None)) is not None:
+            return piece
+        others = [piece for piece in self._missing if source not in self._asked[piece]]
+        return min(others, key=lambda missing: len(self._asked[missing]), default=None)

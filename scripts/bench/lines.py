@@ -1,12 +1,12 @@
 """How much of a line bulk fills: chunks fetched from one peer, and dense all-reduces; real nodes, shaped lines, root.
 
-    .venv/bin/python scripts/bench/lines.py [--mbit 100] [--seconds 8] [--congestion bbr reno] [--at-once 1 2 4]
+    .venv/bin/python scripts/bench/lines.py [--mbit 100] [--seconds 8] [--congestion bbr reno] [--at-once 0 1 2 4]
 
-"fetch": one node fetches chunks from another as a joiner does, so many at once, each on a stream of its own; the share
-of the rate is the payload that came within the seconds, slow start included. A rate counts whole packets, so 95.6 % is
-all that TCP can do. "all-reduce": values of 40 MB as fp32; the share is the physical limit, 2 (N - 1) / N x bytes by
-rate, by the time that it took. A line is of no use as a measure if the emulator was late by more than a few
-milliseconds. --congestion: TCP's, of those that the kernel allows in namespaces
+"fetch": one node fetches chunks from another as a joiner does, or so many at once, each on a stream of its own; the
+share of the rate is the payload that came within the seconds, slow start included. A rate counts whole packets, so
+95.6 % is all that TCP can do. "all-reduce": values of 40 MB as fp32; the share is the physical limit,
+2 (N - 1) / N x bytes by rate, by the time that it took. A line is of no use as a measure if the emulator was late by
+more than a few milliseconds. --congestion: TCP's, of those that the kernel allows in namespaces
 (net.ipv4.tcp_allowed_congestion_control); reno and cubic lose nearly everything where one packet in 200 is lost.
 """
 
@@ -32,6 +32,7 @@ from p2pllm.averaging import DenseAllReduce, Group
 from p2pllm.identity import Identity
 from p2pllm.network.bulk import Blob, BulkServer, fetch
 from p2pllm.network.node import Node, NodeSettings
+from p2pllm.rounds.download import Download
 from p2pllm.state import CHUNK_BYTES
 from p2pllm_peers.lab.cleanup.claims import Claims
 from p2pllm_peers.lab.network import links
@@ -41,6 +42,7 @@ from p2pllm_peers.lab.scenario import Link
 RUN = "b0" * 32
 VALUES = 10_000_000
 REDUCE_LIMIT_S = 120.0
+ENDLESS = 10_000  # pieces
 FETCHES = {"20 ms": (20.0, 0.0), "150 ms": (150.0, 0.0), "50 ms, 0.5 % loss": (50.0, 0.005)}
 REDUCES = {"2 peers, 20 ms": (2, 20.0), "2 peers, 150 ms": (2, 150.0), "4 peers, 20 ms": (4, 20.0)}
 """Round trip in ms, and loss or peers."""
@@ -83,14 +85,18 @@ async def play(name: str, host: str, congestion: str, folder: Path) -> None:
 
 
 async def _fetch(node: Node, peer: str, at_once: int, seconds: float) -> int:
-    """Bytes that came within so many seconds."""
+    """Bytes that came within so many seconds. at_once: 0 does what a joiner does."""
+
+    async def one(source: str, piece: int) -> bool:
+        return await fetch(node, source, {}, CHUNK_BYTES) is not None
 
     async def work() -> None:
         while True:
-            await fetch(node, peer, {}, CHUNK_BYTES)
+            await one(peer, 0)
 
     before = node.traffic.received
-    tasks = [asyncio.create_task(work()) for _ in range(at_once)]
+    works = [work() for _ in range(at_once)] or [Download(range(ENDLESS), [peer], one).run()]
+    tasks = [asyncio.create_task(each) for each in works]
     done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
     came = node.traffic.received - before
     for task in tasks:
@@ -172,7 +178,7 @@ def fetches(mbit: float, seconds: float, at_once: list[int], congestion: str) ->
                 made.tell("joiner", "fetch", peer=made.peers["donor"], at_once=count, seconds=seconds)
                 share = made.hear("joiner")["bytes"] * 8e-6 / seconds / mbit
                 late = f"{made.star.emulator().late_p99_ms:.1f}"
-                yield [f"fetch, {count} at once", label, congestion, f"{share:.0%}", late]
+                yield [f"fetch, {count or 'as many as a joiner'} at once", label, congestion, f"{share:.0%}", late]
 
 
 def reduces(mbit: float, repeats: int, congestion: str) -> Iterator[list[str]]:
@@ -204,7 +210,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each all-reduce")
     usual = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     parser.add_argument("--congestion", nargs="+", default=[usual])
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[0], help="chunks; 0: as a joiner does")
     options = parser.parse_args()
     if reason := links.why_not():
         sys.exit(f"{reason}.")

@@ -117,6 +117,8 @@ SEARCH: dict[str, Way] = {
             (2e-3, 1.0, 0.0),
             (4e-3, 0.9, 0.6),
             (4e-3, 1.0, 0.0),
+            (2e-3, 1.5, 0.0),
+            (1e-3, 2.0, 0.0),
         )
     },
     **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (2e-3, 4e-3)},

@@ -7,7 +7,15 @@ from collections import Counter
 
 import pytest
 
-from p2pllm.rounds.download import IN_FLIGHT, MAX_FAILURES, MAX_SOURCES, Download, in_flight
+from p2pllm.rounds.download import (
+    IN_FLIGHT,
+    MAX_FAILURES,
+    MAX_SOURCES,
+    MOST_IN_FLIGHT,
+    QUICK_S,
+    Download,
+    in_flight,
+)
 from p2pllm.testing import virtual
 
 PIECES = range(20)
@@ -56,20 +64,22 @@ async def download(sources: Sources, limit: float) -> tuple[bool, Download]:
 
 @virtual
 async def test_all_sources_share_the_work() -> None:
-    sources = Sources(a=1.0, b=1.0, c=1.0, d=1.0)
-    done, work = await download(sources, len(PIECES) / (4 * in_flight(4)) + 1.1)
+    sources = Sources(a=2.0, b=2.0, c=2.0, d=2.0)
+    done, work = await download(sources, 2 * len(PIECES) / (4 * in_flight(4)) + 2.1)
     assert done and not work.liars
     assert set(sources.got) == set(PIECES)
     assert all(count >= len(PIECES) // 5 for count in sources.counts().values())
     assert max(sources.most.values()) == in_flight(4)
 
 
+@pytest.mark.parametrize(("seconds", "most"), [(QUICK_S - 0.1, MOST_IN_FLIGHT), (QUICK_S + 0.1, IN_FLIGHT)])
 @virtual
-async def test_one_source_gives_all() -> None:
-    sources = Sources(a=1.0)
-    done, _ = await download(sources, len(PIECES))
-    assert done
-    assert sources.most["a"] == IN_FLIGHT
+async def test_one_source_gives_all_and_more_at_once_if_it_is_quick(seconds: float, most: int) -> None:
+    sources = Sources(a=seconds)
+    work = Download(range(100), ["a"], sources.fetch)
+    assert await work.run()
+    assert set(sources.got) == set(range(100))
+    assert sources.most["a"] == most
 
 
 @pytest.mark.parametrize("how", ["wrong", "broken"])
