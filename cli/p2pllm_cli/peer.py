@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import click
 
 from p2pllm.errors import ManifestError, UsageError
 from p2pllm_cli.options import peer_options, settings_of
+
+KILLED_S = 5.0
+"""How long a killed daemon may take to be gone; the kernel may still be busy with its memory or a disk."""
 
 
 @click.command()
@@ -122,6 +127,7 @@ def _take_part(order: Any, *, detach: bool) -> None:
         LiveView(ready["socket"], is_leaving=lambda: leaving).show()
         daemon.wait_end()
     except SystemExit:
-        daemon.wait()  # it is killed; whoever is told that we ended may trust that it is gone
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            daemon.wait(KILLED_S)  # whoever is told that we ended may trust that it is gone
         raise
     click.echo(f"Left run {ready['run_id'][:16]}; its state is saved, and `p2pllm join` goes on with it.")
