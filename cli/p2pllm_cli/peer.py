@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +125,6 @@ def _take_part(order: Any, *, detach: bool) -> None:
         LiveView(ready["socket"], is_leaving=lambda: leaving).show()
         daemon.wait_end()
     except SystemExit:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            daemon.wait(KILLED_S)  # whoever is told that we ended may trust that it is gone
+        daemon.is_gone(KILLED_S)  # whoever is told that we ended may trust that it is, too
         raise
     click.echo(f"Left run {ready['run_id'][:16]}; its state is saved, and `p2pllm join` goes on with it.")

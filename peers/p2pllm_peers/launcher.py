@@ -137,10 +137,14 @@ class DaemonProcess:
         if self._order.invite:
             RunFolder(self._order.settings.home, Invite.decode(self._order.invite).run_id).discard_unsaved()
 
+    def is_gone(self, within: float) -> bool:
+        """Whether it has ended; waits for that, at most so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within)
+        return self._process.poll() is not None
+
     def _reap(self, timeout: float) -> None:
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        if not self.is_gone(timeout):
             self.kill()
             self._process.wait()
 
