@@ -15,6 +15,8 @@ IN_FLIGHT = 8
 several. More would share a slow line until one seems to stall."""
 
 MOST_IN_FLIGHT = 16
+"""The same where they come quickly; `network.bulk` serves one peer no more."""
+
 QUICK_S = 1.5
 """A piece that came within so many seconds did not fill the line: its source is asked for one more at once."""
 

@@ -139,9 +139,11 @@ class DaemonProcess:
 
     def is_gone(self, within: float) -> bool:
         """Whether it has ended; waits for that, at most so many seconds."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self._process.wait(within)
-        return self._process.poll() is not None
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def _reap(self, timeout: float) -> None:
         if not self.is_gone(timeout):
