@@ -7,6 +7,7 @@ peers, and nothing changes what the run computes. What all peers must agree on i
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import ipaddress
 import os
@@ -68,6 +69,15 @@ class PeerSettings(BaseSettings):
     disk_gb: float = Field(
         10.0, gt=0, le=10**6, description="GB on disk for what a peer replays; its log and two states come on top"
     )
+    cpu_percent: float = Field(
+        100.0, ge=1, le=100, description="how much of all cores the peer may take together, in percent"
+    )
+    hours: str = Field("", description="when the peer may compute, local time, as 22-7 or 22:30-07:00; empty = always")
+    only_on_mains: bool = Field(False, description="compute only while the machine is not on battery")
+    only_when_idle: bool = Field(False, description="compute only when nobody has typed for five minutes")
+    max_celsius: float = Field(
+        0.0, ge=0, le=150, description="pause while a sensor of the machine shows more than this; 0 = never"
+    )
     startup_timeout_s: float = Field(
         120.0, ge=1, le=3600, description="seconds that p2pd may take to start, and the worker may be silent"
     )
@@ -80,6 +90,22 @@ class PeerSettings(BaseSettings):
         except ValueError:
             raise ValueError("must be an IP address of this machine, such as 0.0.0.0 or 127.0.0.1") from None
         return host
+
+    @field_validator("hours")
+    @classmethod
+    def _hours(cls, hours: str) -> str:
+        if hours:
+            begin, end = _times(hours)
+            if begin == end:
+                raise ValueError("begins when it ends; leave it empty to compute always")
+        return hours
+
+    def is_in_hours(self, now: datetime.time) -> bool:
+        """Whether the peer may compute at this time of the day."""
+        if not self.hours:
+            return True
+        begin, end = _times(self.hours)
+        return begin <= now < end if begin < end else now >= begin or now < end
 
     @field_validator("announce", mode="before")
     @classmethod
@@ -140,6 +166,20 @@ def _check_environment() -> None:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"perhaps you mean {close[0]}" if close else "unset it"
             raise SettingsError(f"There is no setting for the environment variable {name}; {hint}.")
+
+
+def _times(hours: str) -> tuple[datetime.time, datetime.time]:
+    """Begin and end of a span as 22-7 or 22:30-07:00. Raises ValueError."""
+    try:
+        begin, end = (_time(moment) for moment in hours.split("-"))
+    except ValueError:
+        raise ValueError("must be two times of the day, such as 22-7 or 22:30-07:00") from None
+    return begin, end
+
+
+def _time(moment: str) -> datetime.time:
+    hour, _, minute = moment.strip().partition(":")
+    return datetime.time(int(hour), int(minute or 0))
 
 
 def new_runtime_dir() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,8 @@ def experiment(scenario: Scenario, out: Path, *, short: bool = False) -> dict[st
 
     if reason := fits(scenario, os.cpu_count() or 1, psutil.virtual_memory().available / 1e6):
         raise UsageError(reason)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # whoever ends it has the report of what there was, too
     with LabView(scenario) as view:
         facts = Experiment(scenario, out, settings_of({}), view, short=short).run()
     report = _written_report(out)

@@ -13,7 +13,7 @@ import click
 
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError
-from p2pllm_cli import checkpoint, lab, local, log, model, peer, verify
+from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, model, peer, verify
 
 
 class _InOrder(click.Group):
@@ -41,7 +41,13 @@ for command in (
     peer.start,
     peer.join,
     local.status,
+    guest.pause,
+    guest.resume,
+    guest.set_,
     local.leave,
+    disk.runs,
+    disk.clean,
+    explain.explain,
     local.logs,
     log.rounds,
     log.credits_,
@@ -69,6 +75,8 @@ def main() -> None:
         code = 130
     except P2PLLMError as error:
         click.echo(f"p2pllm: {error}", err=True)
+        if sys.stderr.isatty() and (page := explain.page_of(error)):
+            click.echo(f"More about it: p2pllm explain {page}", err=True)
         code = error.exit_code
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does; there is nobody left to tell.

@@ -73,6 +73,7 @@ def status_line(status: dict[str, Any]) -> str:
         f"tokens/s {status['swarm_tokens_per_s']:.0f} "
         f"up {size(status['bytes_sent'])} down {size(status['bytes_received'])}"
         + (f" takes no part: {status['trouble']}" if status.get("trouble") else "")
+        + (f" paused: {status['paused']}" if status.get("paused") else "")
     )
 
 
@@ -94,6 +95,8 @@ def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
         parts.append(Text(f"loss {curve(status['losses'])}", no_wrap=True, overflow="crop"))
     if status.get("trouble"):
         parts.append(Text(f"takes no part: {status['trouble']}", style="red"))
+    if status.get("paused"):
+        parts.append(Text(f"paused: {status['paused']}", style="yellow"))
     me = {**status, "peer": f"{status['peer_id'][-8:]} (this)"}
     parts.append(peer_table([me, *status["peers"]]))
     bottom = "leaving: finishing the round ..." if leaving else "Ctrl+C leaves"

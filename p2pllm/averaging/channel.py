@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import socket
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from p2pllm.averaging.vigil import Wait
 from p2pllm.network.streams import pace
@@ -186,19 +186,6 @@ class _DirectProtocol(asyncio.BufferedProtocol):
         self._ended = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(ConnectionResetError("The stream ended early."))
-
-
-@contextmanager
-def held(writer: StreamWriter) -> Iterator[None]:
-    """Take nothing from the stream's socket while the block runs: what the other side sends stays with it."""
-    transport = writer.transport
-    if isinstance(transport, asyncio.Transport) and not transport.is_closing():
-        transport.pause_reading()
-    try:
-        yield
-    finally:
-        if isinstance(transport, asyncio.Transport) and not transport.is_closing():
-            transport.resume_reading()
 
 
 async def refuse(answer: bytes, reader: StreamReader, writer: StreamWriter) -> None:

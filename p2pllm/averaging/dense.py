@@ -17,13 +17,14 @@ from contextlib import suppress
 import numpy as np
 
 from p2pllm.averaging.attempt import FINISHED, HEADER_BYTES, MAGIC, REFUSED, STREAM_METHOD, Attempt
-from p2pllm.averaging.channel import held, refuse
+from p2pllm.averaging.channel import refuse
 from p2pllm.averaging.codecs import Floats
 from p2pllm.averaging.exchange import Exchange, Payload
 from p2pllm.averaging.group import GROUP_ID_BYTES, MAX_MEMBERS, ExchangeResult, Group
 from p2pllm.averaging.patience import Patience
 from p2pllm.averaging.vigil import GaveUp
 from p2pllm.errors import NetworkError
+from p2pllm.network.streams import held
 from p2pllm.network.transport import Transport
 from p2pllm.state import FLOAT
 

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 UnaryHandler = Callable[[bytes, PeerID], Awaitable[bytes]]
 PeerStreamHandler = Callable[[PeerID, StreamReader, StreamWriter], Awaitable[None]]
 
+P2PD_STOPPED = "p2pd has stopped on this machine and is being restarted."
+
 _MAX_HANDLERS = 1024
 """Calls answered at the same time; further ones are refused."""
 
@@ -266,4 +268,4 @@ class Control:
 
 
 def _lost_error() -> NetworkError:
-    return NetworkError("p2pd has stopped on this machine and is being restarted.")
+    return NetworkError(P2PD_STOPPED)

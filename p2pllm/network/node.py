@@ -20,11 +20,12 @@ from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import Identity, is_peer_id
 from p2pllm.network.addresses import MAX_ADDRESS_BYTES, MAX_ADDRESSES, split
 from p2pllm.network.book import AddressBook
-from p2pllm.network.control import Control
+from p2pllm.network.calls import METHOD as CALLS
+from p2pllm.network.calls import Calls
+from p2pllm.network.control import P2PD_STOPPED, Control
 from p2pllm.network.dht import Directory
 from p2pllm.network.options import ListenSettings, NodeSettings, P2pdOptions
 from p2pllm.network.p2pd import Progress
-from p2pllm.network.pacing import Pacer
 from p2pllm.network.streams import Traffic
 from p2pllm.network.supervisor import Supervisor
 from p2pllm.network.transport import MAX_CALL_BYTES, CallHandler, StreamHandler
@@ -57,8 +58,8 @@ class Node:
         self._prefix = f"/p2pllm/1/{run_id[:16]}/"
         self._supervisor = Supervisor(options, identity.peer_id, self.traffic, self)
         self._book = AddressBook()
-        self._calls: dict[str, CallHandler] = {}
-        self._streams: dict[str, StreamHandler] = {}
+        self._calls = Calls(lambda peer: self._stream(peer, CALLS))
+        self._streams: dict[str, StreamHandler] = {CALLS: self._calls.accept}
         self._background: set[asyncio.Task[Any]] = set()
         self.on_reconnect: Callable[[], None] = lambda: None
         """Called when a peer is reached again after p2pd was restarted; the owner may set it."""
@@ -85,7 +86,7 @@ class Node:
             raise NetworkError("A node needs an identity that is in a file, because p2pd reads it.")
         options = P2pdOptions.of(settings, identity.path, runtime_dir, tuple(relays))
         self = cls(identity, run_id, options)
-        self.traffic.pacer = Pacer(settings.upload_mbit) if settings.upload_mbit else None
+        self.traffic.pacer.mbit = settings.upload_mbit
         await self._supervisor.start(progress)
         return self
 
@@ -173,17 +174,12 @@ class Node:
             raise NetworkError(f"A call of {method} has {len(payload)} bytes; {MAX_CALL_BYTES} are allowed.")
         try:
             async with asyncio.timeout(timeout):
-                control = await self._introduced(peer)
-                reply = await control.call_unary_handler(_peer(peer), self._prefix + method, payload)
+                return await self._calls.call(peer, method, payload)
         except TimeoutError:
             raise NetworkError(f"Peer {short(peer)} did not answer {method} within {timeout:g} s.") from None
         except UnreachableError:
             self._book.lose(peer)
             raise
-        if len(reply) > MAX_CALL_BYTES:
-            raise NetworkError(f"Peer {short(peer)} answered {method} with {len(reply)} bytes, which is too much.")
-        self._meet(peer)
-        return reply
 
     async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
         """See Transport.
@@ -193,23 +189,22 @@ class Node:
         """
         try:
             async with asyncio.timeout(OPEN_STREAM_S):
-                control = await self._introduced(peer)
-                stream = await control.open_stream(_peer(peer), self._prefix + method)
+                return await self._stream(peer, method)
         except TimeoutError:
             raise NetworkError(f"Peer {short(peer)} did not take a stream within {OPEN_STREAM_S:g} s.") from None
         except UnreachableError:
             self._book.lose(peer)
             raise
+
+    async def _stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
+        control = await self._introduced(peer)
+        stream = await control.open_stream(_peer(peer), self._prefix + method)
         self._meet(peer)
         return stream
 
     async def serve_call(self, method: str, handler: CallHandler) -> None:
         """See Transport. Stays registered over restarts of p2pd."""
-        known = method in self._calls
-        control = await self._supervisor.up()
-        self._calls[method] = handler
-        if not known:
-            await _unless_lost(control, self._serve_call(control, method))
+        self._calls.serve(method, handler)
 
     async def serve_stream(self, method: str, handler: StreamHandler) -> None:
         """See Transport. Stays registered over restarts of p2pd."""
@@ -217,20 +212,11 @@ class Node:
         control = await self._supervisor.up()
         self._streams[method] = handler
         if not known:
-            await _unless_lost(control, self._serve_stream(control, method))
-
-    async def _serve_call(self, control: Control, method: str) -> None:
-        async def answer(payload: bytes, caller: PeerID) -> bytes:
-            if len(payload) > MAX_CALL_BYTES:
-                raise NetworkError(f"{len(payload)} bytes are too many")
-            peer = caller.to_base58()
-            self._meet(peer)
-            reply = await self._calls[method](peer, payload)
-            if len(reply) > MAX_CALL_BYTES:
-                raise NetworkError(f"the reply to {method} has {len(reply)} bytes")
-            return reply
-
-        await control.add_unary_handler(self._prefix + method, answer)
+            try:
+                await self._serve_stream(control, method)
+            except NetworkError:
+                if not control.lost.is_set():  # else the next p2pd gets all handlers
+                    raise
 
     async def _serve_stream(self, control: Control, method: str) -> None:
         async def accept(caller: PeerID, reader: StreamReader, writer: StreamWriter) -> None:
@@ -260,14 +246,12 @@ class Node:
 
     async def came_up(self, control: Control) -> None:
         """See Owner."""
-        await asyncio.gather(
-            *(self._serve_call(control, method) for method in self._calls),
-            *(self._serve_stream(control, method) for method in self._streams),
-        )
+        await asyncio.gather(*(self._serve_stream(control, method) for method in self._streams))
         await self.directory.attach(control)
 
     async def went_down(self, orderly: bool) -> None:
         """See Owner."""
+        await self._calls.close("p2pd is stopping on this machine." if orderly else P2PD_STOPPED)
         await self.directory.detach(alive=orderly)
 
     def restarted(self, reason: str) -> None:
@@ -287,14 +271,6 @@ class Node:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-async def _unless_lost(control: Control, registering: Coroutine[Any, Any, None]) -> None:
-    try:
-        await registering
-    except NetworkError:
-        if not control.lost.is_set():  # else the next p2pd gets all handlers
-            raise
 
 
 def _peer(peer: str) -> PeerID:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import StreamReader, StreamReaderProtocol, StreamWriter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,17 @@ class Moved:
 class Traffic:
     """Payload bytes since the node was started, without the framing of p2pd and TCP.
 
-    calls: all calls, the DHT's among them. streams: by protocol. pacer: of all streams together.
+    calls: all calls, the DHT's among them. streams: all others, by protocol. pacer: of these together.
     """
 
     calls: Moved = field(default_factory=Moved)
     streams: dict[str, Moved] = field(default_factory=dict)
-    pacer: Pacer | None = None
+    pacer: Pacer = field(default_factory=lambda: Pacer(0.0))
 
     def of(self, proto: str) -> Moved:
         """The streams of one protocol; only protocols that we open or serve get here."""
+        if proto.endswith("/calls"):
+            return self.calls
         return self.streams.setdefault(proto, Moved(pacer=self.pacer))
 
     @property
@@ -107,6 +110,23 @@ async def pace(writer: StreamWriter) -> None:
     if isinstance(writer, CountedWriter) and writer.moved is not None and writer.moved.pacer is not None:
         written, writer.unpaced = writer.unpaced, 0
         await writer.moved.pacer.pay(written)
+
+
+@contextmanager
+def held(writer: StreamWriter) -> Iterator[None]:
+    """Take nothing from the stream's socket while the block runs: what the other side sends stays with it.
+
+    A reader that is full has paused the transport itself, and must be the one who resumes it.
+    """
+    transport = writer.transport
+    reads = isinstance(transport, asyncio.Transport) and not transport.is_closing() and transport.is_reading()
+    if isinstance(transport, asyncio.Transport) and reads:
+        transport.pause_reading()
+    try:
+        yield
+    finally:
+        if isinstance(transport, asyncio.Transport) and reads and not transport.is_closing():
+            transport.resume_reading()
 
 
 def count(reader: StreamReader, writer: StreamWriter, moved: Moved, handshake: int) -> None:

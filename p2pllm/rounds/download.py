@@ -12,16 +12,17 @@ from collections.abc import Awaitable, Callable, Iterable
 
 IN_FLIGHT = 8
 """Pieces that all sources together are asked for at first: each is a stream of its own, of which a long line needs
-several. More would share a slow line until one seems to stall."""
+several."""
 
 MOST_IN_FLIGHT = 16
 """The same where they come quickly; `network.bulk` serves one peer no more."""
 
-QUICK_S = 1.5
-"""A piece that came within so many seconds did not fill the line: its source is asked for one more at once."""
-
 LEAST_IN_FLIGHT = 2
 """Of one source: one travels while the next is read from its disk."""
+
+QUICK_S, SLOW_S = 1.5, 6.0
+"""A piece that came within so many seconds did not fill the line: its source is asked for one more at once. One that
+took so many shared it with too many others: its source is asked for one less."""
 
 MAX_SOURCES = 8
 
@@ -45,6 +46,7 @@ class Download:
         self._missing = dict.fromkeys(pieces)  # in order
         self._asked: dict[int, set[str]] = {piece: set() for piece in self._missing}  # the sources that are at it
         self._failures: Counter[str] = Counter()
+        self._busy: Counter[str] = Counter()  # pieces that each source is at
         self._sources = list(sources)[:MAX_SOURCES]
         self._fetch = fetch
         self._tasks: set[asyncio.Task[None]] = set()
@@ -70,16 +72,20 @@ class Download:
             if piece is None:
                 return  # the others of us are at what is left
             self._asked[piece].add(source)
+            self._busy[source] += 1
             begun = asyncio.get_running_loop().time()
             try:
                 came = await self._fetch(source, piece)
             finally:
                 self._asked[piece].discard(source)
+                self._busy[source] -= 1
             if came:
                 self._missing.pop(piece, None)
-                quick = asyncio.get_running_loop().time() - begun < QUICK_S
-                if quick and self._missing and len(self._tasks) < MOST_IN_FLIGHT:
+                took = asyncio.get_running_loop().time() - begun
+                if took < QUICK_S and self._missing and len(self._tasks) < MOST_IN_FLIGHT:
                     self._tasks.add(asyncio.create_task(self._work(source)))
+                if took > SLOW_S and self._busy[source] >= LEAST_IN_FLIGHT:
+                    return  # as many others of us are at it
             elif came is None:
                 self._failures[source] += 1
             else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from p2pllm.errors import NetworkError, StateError
-from p2pllm.network.bulk import fetch
+from p2pllm.network.bulk import Fetches
 from p2pllm.network.transport import Transport
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.download import Download
@@ -55,13 +55,13 @@ class Fetcher:
         self.refuted: set[str] = set()
         """Peers that gave something that cannot be right, since it was last cleared."""
         self._failures: Counter[str] = Counter()
-        self._transport = transport
+        self._fetches = Fetches(transport)
         self._disk = disk
         self._layout = layout
 
     async def page(self, peer: str, heads: list[Any]) -> tuple[Head, list[Record]]:
         """The records of `peer` after the latest of the heads that it knows, as many as it sends at once."""
-        got = await fetch(self._transport, peer, {"what": "log", "heads": heads}, PAGE_BYTES + MAX_RECORD_BYTES)
+        got = await self._fetches.fetch(peer, {"what": "log", "heads": heads}, PAGE_BYTES + MAX_RECORD_BYTES)
         if got is None:
             raise Refuted("it has no log")
         header, body = got
@@ -184,7 +184,7 @@ class Fetcher:
 
     async def _ask(self, peer: str, request: dict[str, Any], max_bytes: int) -> tuple[dict[str, Any], bytearray] | None:
         try:
-            return await fetch(self._transport, peer, request, max_bytes)
+            return await self._fetches.fetch(peer, request, max_bytes)
         except NetworkError as error:
             self._failures[peer] += 1
             log.info("%s", error)

@@ -37,6 +37,9 @@ ROOM_S = 60.0
 RETRY_S = 1.0
 """Pause after an update or a state could not be had."""
 
+PARK_S = 60.0
+"""A pause that lasts longer ends the compute process: to load a model again takes seconds, to keep it takes memory."""
+
 FOLLOW_TRIES = 3
 """Failed attempts to catch up after which a peer that trained no longer believes who claims that head."""
 
@@ -68,12 +71,26 @@ class TrainingLoop:
         self._arrivals = 0  # how often we were near the head since we were last in a record
         self._mended = False  # what was found damaged on our disk when it was opened
         self.trouble = ""
-        """Why this peer takes no part now; empty: it does."""
+        """Why this peer takes no part now although it should; empty: it does."""
+        self.paused = ""
+        """Why it shall compute nothing; empty: it may."""
         self._at_head_since = time.monotonic()
 
     def stop(self) -> None:
         """Make `run` return after the round that is being closed, or at once if none is."""
         self._stopping = True
+        self._view.notify()
+
+    async def pause(self, reason: str) -> None:
+        """Compute nothing until `resume`; what was gathered still goes into the round under way. reason: a phrase."""
+        self.paused = reason
+        await self._compute.hold(True)
+        self._view.notify()
+
+    async def resume(self) -> None:
+        """End a pause."""
+        self.paused = ""
+        await self._compute.hold(False)
         self._view.notify()
 
     async def run(self) -> None:
@@ -97,7 +114,10 @@ class TrainingLoop:
         if statuses and not self._mended:
             self._mended = True
             await self._keeper.mend(sorted(statuses))
-        match plan.next_step(self._own(), last, statuses, self._view.is_turned_away()):
+        turned_away = self._view.is_turned_away()
+        match plan.next_step(self._own(), last, statuses, turned_away=turned_away, paused=bool(self.paused)):
+            case plan.Step.PAUSE:
+                await self._pause()
             case plan.Step.WAIT_FOR_ROOM:
                 await self._wait_for_room()
             case plan.Step.FOLLOW:
@@ -112,9 +132,9 @@ class TrainingLoop:
         """Work on the round after our head, until it is committed or the swarm has gone on without us."""
         begin = time.monotonic()
         await self._collect()
-        if self._stopping or (self._is_behind() and not self._compute.samples):
+        if self._stopping or ((self._is_behind() or self.paused) and not self._compute.samples):
             return await self._compute.abandon()
-        fresh = await self._compute.finish(go_on=self._manifest.round.overlap)
+        fresh = await self._compute.finish(go_on=self._manifest.round.overlap and not self.paused)
         collected = time.monotonic()
         update = joined(self._pending, fresh)
         self._empty_handed = update is None
@@ -144,6 +164,19 @@ class TrainingLoop:
         self._view.say(phase="joining", samples=0)
         await self._view.wait_until(lambda: self._stopping or not self._view.is_turned_away(), ROOM_S)
 
+    async def _pause(self) -> None:
+        """Rest, and let the others know that they need not wait for us."""
+        log.info("pausing: %s", self.paused)
+        await self._compute.abandon()
+        self._view.say(phase="paused", samples=0, tokens_per_s=0.0)
+        if not await self._view.wait_until(self._may_go_on, PARK_S):
+            await self._compute.park()
+        while not self._may_go_on():
+            await self._view.wait_change(ROOM_S)
+
+    def _may_go_on(self) -> bool:
+        return self._stopping or not self.paused
+
     def _own(self) -> Branch | None:
         return self._keeper.branch if self._keeper.has_state else None
 
@@ -161,7 +194,7 @@ class TrainingLoop:
         branch, section = self._keeper.branch, self._manifest.round
         head, pending = branch.head, self._pending.samples if self._pending else 0
         self._view.say(branch=branch, phase=self._phase(0), samples=pending)
-        while not self._over() and self._present(head) < section.min_peers:
+        while not self._over() and not self.paused and self._present(head) < section.min_peers:
             await self._view.wait_change(1.0)
         await self._compute.begin(head[0])
         loop = asyncio.get_running_loop()
@@ -177,6 +210,8 @@ class TrainingLoop:
             left = deadline - loop.time()
             if samples > 0 and (gathered >= section.samples or left <= 0 or self._desk.others_are_over()):
                 return
+            if self.paused and (not samples or self._present(head) == 1):
+                return  # nothing to bring, or nobody who closes the round
             await self._view.wait_change(min(1.0, left) if left > 0 else 1.0)
 
     def _phase(self, samples: int) -> Phase:

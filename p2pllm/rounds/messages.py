@@ -21,9 +21,10 @@ from p2pllm.rounds.packing import (
 from p2pllm.rounds.record import Claim, Head
 
 Phase = Literal[
-    "starting", "joining", "arriving", "collecting", "roster", "exchange", "vote", "commit", "done", "leaving"
+    "starting", "joining", "arriving", "collecting", "roster", "exchange", "vote", "commit", "paused", "done", "leaving"
 ]
-"""arriving: catching up with the few rounds that are missing, so about to take part in the next."""
+"""arriving: catching up with the few rounds that are missing, so about to take part in the next. paused: alive, and
+nobody is to wait for it."""
 
 __all__ = ["MAX_ROSTER", "Enrol", "EnrolReply", "MessageError", "Phase", "Roster", "Status", "Vote"]
 

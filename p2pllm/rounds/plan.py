@@ -212,11 +212,16 @@ class Step(enum.Enum):
     WAIT_FOR_ROOM = "wait for room"
     FOLLOW = "follow"
     SEE_OFF = "see off"
+    PAUSE = "pause"
     TRAIN = "train"
 
 
-def next_step(own: Branch | None, last_round: int, statuses: Mapping[str, Status], turned_away: bool) -> Step:
-    """The one decision of the main loop. turned_away: the swarm has no room for us."""
+def next_step(
+    own: Branch | None, last_round: int, statuses: Mapping[str, Status], *, turned_away: bool, paused: bool
+) -> Step:
+    """The one decision of the main loop. turned_away: the swarm has no room for us. paused: the user wants a rest."""
+    if paused:
+        return Step.PAUSE
     if turned_away:
         return Step.WAIT_FOR_ROOM
     if own is None or branch_to_follow(own, statuses) is not None:

@@ -75,6 +75,14 @@ class Compute(Protocol):
         """Drop what was gathered; returns when the process no longer reads the parameters."""
         ...
 
+    async def hold(self, held: bool) -> None:
+        """Compute nothing from now on, and keep what was gathered; or, if not `held`, go on."""
+        ...
+
+    async def park(self) -> None:
+        """Give the process's memory back until the next `begin`; nothing may be gathered."""
+        ...
+
     async def evaluate(self) -> float | None:
         """Validation loss of the parameters as they are now, nats a token; None if it failed."""
         ...

@@ -44,6 +44,8 @@ class FakeCompute:
         self.fruitless = 0
         self.finished = 0
         self.abandoned = 0
+        self.parked = False
+        self._held = False
         self._gradient = np.zeros(keeper.layout.size, np.float32)
         self._fragments, self._round = fragments, 0
         self._work: asyncio.Task[None] | None = None
@@ -57,7 +59,7 @@ class FakeCompute:
 
     def _start(self, round_number: int) -> None:
         self.end()
-        self.samples, self._round = 0, round_number
+        self.samples, self._round, self.parked = 0, round_number, False
         noise = np.random.default_rng([self.number, round_number]).standard_normal(self._gradient.size)
         self._gradient = (self.keeper.state.params * np.float32(0.1) + noise.astype(np.float32)).astype(np.float32)
         self._work = asyncio.create_task(self._gather())
@@ -65,8 +67,9 @@ class FakeCompute:
     async def _gather(self) -> None:
         while True:
             await asyncio.sleep(self.step_s)
-            self.samples += self.batch
-            self.notify()
+            if not self._held:
+                self.samples += self.batch
+                self.notify()
 
     def end(self) -> None:
         """Gather no more."""
@@ -93,6 +96,15 @@ class FakeCompute:
         """See Compute."""
         self.end()
         self.abandoned += 1
+
+    async def hold(self, held: bool) -> None:
+        """See Compute."""
+        self._held = held
+
+    async def park(self) -> None:
+        """See Compute."""
+        self.end()
+        self.parked = True
 
     async def evaluate(self) -> float | None:
         """See Compute."""

@@ -74,6 +74,10 @@ class Pipe(asyncio.Transport):
         """Whether this end was closed, or broke."""
         return self._closing
 
+    def is_reading(self) -> bool:
+        """Whether it takes what comes."""
+        return self._reading and not self._closing
+
     def pause_reading(self) -> None:
         """Take nothing more; what was sent stays on its way."""
         self._reading = False

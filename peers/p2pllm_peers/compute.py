@@ -1,6 +1,6 @@
-"""ComputeProcess: the daemon's worker, kept alive: fed with a job, asked for updates, started again when it dies.
+"""ComputeProcess: the daemon's worker, fed with a job and asked for updates.
 
-One life of it is `worker_process`; what it computes is `worker`.
+Its process, and starting that again when it dies, is `worker_process`; what it computes is `worker`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,12 @@ from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
 from p2pllm.state import Layout, moments_of
 from p2pllm_peers.speed import Speed
-from p2pllm_peers.worker_process import Event, WorkerProcess, shared_file
+from p2pllm_peers.worker_process import Event, KeptWorker, shared_file
 
 log = logging.getLogger(__name__)
 
-MAX_CRASHES = 5
-"""Deaths without a finished update in between that are forgiven; the next one ends the peer."""
-
 ANSWER_TIMEOUT_S = 120.0
 """A worker that does not answer a command in this time is killed and started again."""
-
-CLOSE_TIMEOUT_S = 2.0
-"""A worker that does not end by itself in this time is killed."""
 
 SPEED_WINDOW_S = 30.0
 """Tokens a second are measured over this long."""
@@ -54,7 +48,6 @@ class ComputeProcess:
         on_progress: Callable[[str], None],
     ) -> None:
         """on_change: called when samples or readiness change. on_progress: called with phrases while it builds."""
-        self.restarts = 0
         self.tokens = 0  # computed so far, those of dropped rounds included
         self.device = self.data_digest = ""
         self.micro_batch = 0
@@ -66,22 +59,21 @@ class ComputeProcess:
         self._on_change = on_change
         self._on_progress = on_progress
         self._memory = shared_file()
-        self._worker: WorkerProcess | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._worker = KeptWorker(self._memory, self._on_event, self._orders, self._went_down, self._cannot_live)
         self._job: dict[str, Any] = {}
         self._remembered: Path | None = None
         self._ready = asyncio.Event()
         self._heard = time.monotonic()
         self._answer: asyncio.Future[Event | None] | None = None
         self._begun: Event | None = None
+        self._held = False
+        self._share = 1.0
         self._samples = 0
-        self._crashes = 0
         self._speed = Speed(SPEED_WINDOW_S)
 
     async def launch(self) -> None:
         """Start the process; it loads its libraries while the daemon finds out what to compute."""
-        self._worker = await WorkerProcess.launch(self._memory, self._on_event)
-        self._watching = asyncio.create_task(self._watch())
+        await self._worker.launch()
 
     async def build(self, draft: RunDraft, tokenizer: bytes | None, remembered: Path | None, timeout: float) -> Layout:
         """Hand over the job and wait until model and data are ready; `params` then holds the initial parameters.
@@ -100,7 +92,7 @@ class ComputeProcess:
             "fresh": True,
             "micro_batch": self._settings.micro_batch or _recall(remembered),
         }
-        await self._send(self._job)
+        await self._worker.send(self._job)
         self._heard = time.monotonic()
         while not self.ready:
             left = self._heard + timeout - time.monotonic()
@@ -121,16 +113,8 @@ class ComputeProcess:
         return self.layout
 
     async def close(self) -> None:
-        """End the process and give its memory back, whatever it is doing; takes at most CLOSE_TIMEOUT_S."""
-        if self._watching is not None:
-            self._watching.cancel()
-        if self._worker is not None:
-            with contextlib.suppress(WorkerError, TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self._worker.send({"do": "exit"})
-                    await self._worker.wait()
-            self._worker.kill()
-            await self._worker.wait()
+        """End the process and give its memory back, whatever it is doing; takes at most 2 seconds."""
+        await self._worker.close()
         os.close(self._memory)
         if self.failed.done() and not self.failed.cancelled():
             self.failed.exception()  # seen; the owner may be leaving for another reason
@@ -148,6 +132,16 @@ class ComputeProcess:
         return self._samples
 
     @property
+    def restarts(self) -> int:
+        """How often the process had to be started again."""
+        return self._worker.restarts
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None while there is none."""
+        return self._worker.pid
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens computed a second of wall time over the last half minute."""
         return self._speed.per_second(time.monotonic())
@@ -157,8 +151,9 @@ class ComputeProcess:
         if self._begun is None:
             self._samples = 0
         self._begun = self._beginning(round_number)
-        with contextlib.suppress(WorkerError):  # it died; it begins again when it is back
-            await self._send(self._begun)
+        self._worker.wake()
+        with contextlib.suppress(WorkerError):  # it died, or was parked; it begins when it is back
+            await self._worker.send(self._begun)
 
     def _beginning(self, round_number: int) -> Event:
         return {"do": "begin", "round": round_number, "run_id": self.run_id, "peer": self.peer_id}
@@ -171,7 +166,7 @@ class ComputeProcess:
         self._samples = 0
         if answer is None or answer["samples"] < 1:
             return None
-        self._crashes = 0
+        self._worker.forgive()
         self.own_steps = answer["steps"]
         return Update(answer["samples"], answer["loss"], self._update[: answer["elements"]])
 
@@ -180,6 +175,25 @@ class ComputeProcess:
         self._begun = None
         await self._ask({"do": "abandon"})
 
+    async def hold(self, held: bool) -> None:
+        """See Compute."""
+        self._held = held
+        if self.ready:
+            with contextlib.suppress(WorkerError):  # it died; it is told when it is back
+                await self._worker.send({"do": "hold", "held": held})
+
+    async def share(self, share: float) -> None:
+        """Compute in so much of the time, 0 to 1, and rest in between."""
+        self._share = share
+        if self.ready:
+            with contextlib.suppress(WorkerError):  # it died; it is told when it is back
+                await self._worker.send({"do": "share", "share": share})
+
+    async def park(self) -> None:
+        """See Compute: the process ends, and keeps what is this peer's own."""
+        self._begun = None
+        await self._worker.park()
+
     async def evaluate(self) -> float | None:
         """Validation loss of the parameters as they are now, nats a token; None if the worker died."""
         answer = await self._ask({"do": "evaluate"})
@@ -187,18 +201,13 @@ class ComputeProcess:
 
     # -- the worker ----------------------------------------------------------------------------------------------------
 
-    async def _send(self, command: Event) -> None:
-        if self._worker is None:
-            raise WorkerError("The compute process was not started.")
-        await self._worker.send(command)
-
     async def _ask(self, command: Event) -> Event | None:
         """Send a command and wait for its answer; None if the worker is not up, dies over it, or does not answer."""
-        if not self.ready or self._worker is None:
+        if not self.ready:
             return None
         answer = self._answer = asyncio.get_running_loop().create_future()
         try:
-            await self._send(command)
+            await self._worker.send(command)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 event: Event | None = await answer
                 return event
@@ -245,50 +254,26 @@ class ComputeProcess:
             with contextlib.suppress(OSError):  # only a hint for the next start
                 self._remembered.write_text(json.dumps({"micro_batch": micro_batch}))
 
-    async def _watch(self) -> None:
-        """Keep the worker alive; if that cannot be done, the peer must know."""
-        try:
-            await self._keep_alive()
-        except Exception as error:
-            log.exception("the worker cannot be supervised")
-            if not self.failed.done():
-                self.failed.set_exception(WorkerError(f"The compute process cannot be kept alive: {error}."))
+    def _orders(self) -> list[Event]:
+        """What a worker that was started again must hear to be where we are; the job first."""
+        begun = [self._begun] if self._begun is not None else []
+        return [self._job, *begun, {"do": "hold", "held": self._held}, {"do": "share", "share": self._share}]
 
-    async def _keep_alive(self) -> None:
-        """Whenever the worker dies, start it again, with a smaller micro-batch if memory ran out."""
-        while True:
-            assert self._worker is not None  # noqa: S101 - launched before
-            code = await self._worker.wait()
-            if self.failed.done():
-                return
-            self._went_down(code)
-            if not self._job or self._crashes > MAX_CRASHES:
-                self.failed.set_exception(
-                    WorkerError(f"The compute process died {self._crashes} times in a row (code {code}); see the log.")
-                )
-                return
-            self.restarts += 1
-            await asyncio.sleep(min(30.0, 2.0 ** (self._crashes - 1) - 1))
-            worker = await WorkerProcess.launch(self._memory, self._on_event)
-            with contextlib.suppress(WorkerError):  # it died again; the next turn sees that
-                await worker.send(self._job)
-                self._worker = worker  # not before the job: it must be the first thing that the worker hears
-                if self._begun is not None:
-                    await worker.send(self._begun)
-            self._worker = worker
-
-    def _went_down(self, code: int) -> None:
-        """Forget what the dead worker had gathered, and wake who waits for it."""
-        log.warning("the worker died with code %d; starting it again", code)
-        self._ready.clear()
-        self._samples = 0
-        self._crashes += 1
+    def _went_down(self, code: int) -> bool:
+        """The worker ended, asked or not; whether another one may do better. code: its exit code."""
         if code == -9 and not self._settings.micro_batch and self._job:
             # Nobody but the kernel's out-of-memory killer sends this uninvited.
             self._job["micro_batch"] = max(1, self.micro_batch // 2)
+        self._ready.clear()
+        self._samples = 0
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(None)
         self._on_change()
+        return not self.failed.done()
+
+    def _cannot_live(self, error: WorkerError) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
 
 
 def _recall(path: Path | None) -> int:

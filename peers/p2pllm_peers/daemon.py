@@ -3,7 +3,7 @@
 It owns the network, the shared state and the round protocol, supervises the worker, and answers the commands of
 this machine. This file is its life from the order to the exit; what it takes part with is `Membership`,
 `TrainingLoop` and their kin in the library, put together in `participant`. What needs hivemind is imported inside of
-functions: that takes seconds, in which the worker loads its own libraries already.
+functions: that takes a second, in which the worker loads its own libraries already. torch is not loaded here.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.manifest import RunDraft
 from p2pllm.network.addresses import port_of
-from p2pllm.rounds.record import Checkpoint
+from p2pllm.network.lean import load_lean
 from p2pllm.settings import new_runtime_dir
+from p2pllm_peers.commands import commands_of
 from p2pllm_peers.compute import ComputeProcess
-from p2pllm_peers.control import ControlServer, Handler
+from p2pllm_peers.control import ControlServer
 from p2pllm_peers.folders import (
     FOUNDER,
     PeerFolder,
@@ -150,12 +151,7 @@ class Daemon:
     async def _open_for_commands(self, folder: PeerFolder, participant: Participant) -> None:
         """Open the control socket and tell who started us."""
         socket = self._runtime_dir / "control.sock"
-        handlers: dict[str, Handler] = {
-            "status": self._on_status,
-            "leave": self._on_leave,
-            "checkpoint": self._on_checkpoint,
-        }
-        self._control = ControlServer(socket, handlers)
+        self._control = ControlServer(socket, commands_of(participant, self._leaving.set))
         await self._control.start()
         facts = {
             "pid": os.getpid(),
@@ -240,22 +236,6 @@ class Daemon:
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
             self._leaving.set()
 
-    async def _on_status(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._participant is not None  # noqa: S101 - the socket opens after
-        return self._participant.status()
-
-    async def _on_leave(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._leaving.set()
-        return {"leaving": True}
-
-    async def _on_checkpoint(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._participant is not None  # noqa: S101 - the socket opens after
-        try:
-            new = await self._participant.anchor(Checkpoint.unpack(bytes.fromhex(request.get("checkpoint", ""))))
-        except (ValueError, TypeError, StateError) as error:
-            return {"error": str(error)}
-        return {"new": new}
-
 
 async def _first_failure(compute: asyncio.Future[None], node: asyncio.Future[NetworkError]) -> None:
     """Raise what ends this peer: a worker or a p2pd that cannot be kept alive."""
@@ -268,8 +248,9 @@ async def _first_failure(compute: asyncio.Future[None], node: asyncio.Future[Net
 
 
 def _load_libraries() -> None:
-    """Import what takes seconds, hivemind and with it torch; the collector would only go over what stays."""
+    """Import what takes a while; the collector would only go over what stays."""
     gc.disable()
+    load_lean()
     importlib.import_module("p2pllm_peers.participant")
     gc.freeze()
     gc.enable()

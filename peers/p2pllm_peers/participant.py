@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from p2pllm.averaging import exchange_of
+from p2pllm.averaging import codec, exchange_of
 from p2pllm.averaging.attempt import STREAM_METHOD as REDUCED
 from p2pllm.averaging.gather import STREAM_METHOD as GATHERED
 from p2pllm.errors import StateError
@@ -35,10 +35,13 @@ from p2pllm.rounds.serving import GIVE_WAY_S
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.settings import PeerSettings
+from p2pllm.settings_file import with_changes
 from p2pllm.state import Layout, SharedState, check_arithmetic, outer_optimizer
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
+from p2pllm_peers.guest import Guest
+from p2pllm_peers.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ ANNOUNCED_S = 60.0
 """How much longer if the DHT says that the run goes on: as long as a record in it lasts."""
 
 SHOWN_LOSSES = 200
+
+_NOTHING = np.zeros(0, np.float32)
 
 Progress = Callable[[str], None]
 
@@ -80,6 +85,7 @@ class Participant:
         self._started = time.time()
         self._membership: Membership | None = None
         self._following: asyncio.Task[None] | None = None
+        self._minding: list[asyncio.Task[None]] = []
         self._keeper: StateKeeper | None = None
 
     @property
@@ -110,6 +116,7 @@ class Participant:
         self._following = asyncio.create_task(self._follow_membership(membership))
         progress("building the model")
         layout = await self._build()
+        await asyncio.to_thread(codec(self._manifest.round.codec).encode, _NOTHING)  # loads what it needs
         self._assemble(layout)
         await self._desk.start()
         await self._votes.start()
@@ -151,6 +158,10 @@ class Participant:
         self._exchange = exchange_of(disk.form(layout), self._run_id, self._node, self.folder.path)
         runner = RoundRunner(identity, view, self._desk, self._votes, self._exchange, keeper, section)
         self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)
+        self.guest = Guest(self._settings, self.folder.path / "pause.json", self.loop.pause, self.loop.resume)
+        self._throttle = Throttle(lambda: compute.pid, compute.share)
+        self._throttle.cpu_percent = self._settings.cpu_percent
+        self._minding = [asyncio.create_task(self.guest.run()), asyncio.create_task(self._throttle.run())]
 
     async def _give_way(self) -> None:
         """Rounds go before joiners."""
@@ -186,9 +197,19 @@ class Participant:
             self._validation_loss = record.validation_loss
         self.view.say(tokens_per_s=self._compute.tokens_per_s)
 
-    async def anchor(self, checkpoint: Checkpoint) -> bool:
-        """Take the organiser's checkpoint and let the others know; whether it was new."""
-        new = await self.keeper.anchor(checkpoint)
+    def set(self, values: dict[str, Any]) -> None:
+        """Go by these settings from now on. Raises SettingsError if they are not valid; then nothing has changed."""
+        self._settings = settings = with_changes(self._settings, values)
+        self.guest.change(settings)
+        self._throttle.cpu_percent = settings.cpu_percent
+        self._node.traffic.pacer.mbit = settings.upload_mbit
+
+    async def anchor(self, checkpoint: bytes) -> bool:
+        """Take the organiser's packed checkpoint and let the others know; whether it was new.
+
+        Raises ValueError and StateError for one that is not valid.
+        """
+        new = await self.keeper.anchor(Checkpoint.unpack(checkpoint))
         self.view.say(branch=self.keeper.branch)
         return new
 
@@ -228,6 +249,7 @@ class Participant:
             "invite": self.invite(),
             "phase": own.phase,
             "trouble": self.loop.trouble,
+            "paused": self.loop.paused,
             "round": own.round,
             "rounds": self._manifest.round.rounds,
             "recorded_round": own.round if self._last is None else self._last.round,  # what loss and curve belong to
@@ -262,8 +284,9 @@ class Participant:
 
     async def stop(self) -> None:
         """Say goodbye and close the files: all that was committed is in them."""
-        if self._following is not None:
-            self._following.cancel()
+        for task in (*self._minding, self._following):
+            if task is not None:
+                task.cancel()
         ending = []
         if self._keeper is not None:
             self.view.say(phase="leaving", samples=0)

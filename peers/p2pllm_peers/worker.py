@@ -6,7 +6,7 @@ object a line. The first line in is the job. Parameters come and updates go thro
 
     job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "moments", "runtime_dir"}
     in       {"do": "begin", "round", "run_id", "peer"}, {"do": "finish", "go_on"},
-             {"do": "abandon" | "evaluate" | "exit"}
+             {"do": "hold", "held"}, {"do": "share", "share"}, {"do": "abandon" | "evaluate" | "exit"}
     out      progress, ready, step, micro_batch, update, abandoned, validation, error
 
 When its standard input closes the daemon is gone, however it died: the worker then removes the sockets that the
@@ -62,10 +62,10 @@ class Pipe:
         threading.Thread(target=self._listen, daemon=True).start()
         return job
 
-    def next(self, *, wait: bool) -> Command | None:
-        """The next command; None if there is none and we shall not wait."""
+    def next(self, wait_s: float | None) -> Command | None:
+        """The next command; None if none comes within so many seconds. None waits for one."""
         try:
-            return self._commands.get(block=wait)
+            return self._commands.get(block=wait_s != 0, timeout=wait_s)
         except queue.Empty:
             return None
 
@@ -136,6 +136,9 @@ class Worker:
         self._steps: list[int] = []
         self._loss = 0.0
         self._goes_on = False  # on from our own parameters, while an update travels
+        self._held = False
+        self._share = 1.0  # of the time in which we may compute
+        self._rest_until = 0.0
         pipe.emit(
             "ready",
             layout=layout.to_json(),
@@ -148,7 +151,8 @@ class Worker:
     def run(self) -> None:
         """Obey commands; between them compute, if a round is under way."""
         while True:
-            command = self._pipe.next(wait=self._round is None)
+            idle = self._held or self._round is None
+            command = self._pipe.next(None if idle else max(0.0, self._rest_until - time.monotonic()))
             match command and command["do"]:
                 case None:
                     self._step()
@@ -158,6 +162,12 @@ class Worker:
                 case "finish":
                     assert command is not None  # noqa: S101 - matched above
                     self._finish(command["go_on"])
+                case "hold":
+                    assert command is not None  # noqa: S101 - matched above
+                    self._held = command["held"]
+                case "share":
+                    assert command is not None  # noqa: S101 - matched above
+                    self._share, self._rest_until = command["share"], 0.0
                 case "abandon":
                     self._abandon()
                     self._pipe.emit("abandoned")
@@ -185,13 +195,15 @@ class Worker:
     def _step(self) -> None:
         """The smallest piece of a round's work."""
         assert self._round is not None  # noqa: S101 - nobody asks for it otherwise
-        before = self._work.micro_batch
+        before, began = self._work.micro_batch, time.monotonic()
         result = self._work.step(self._round, len(self._steps))
         self._steps.append(result.samples)
         self._loss += result.loss * result.samples
         self._pipe.emit("step", round=self._round, samples=self._work.samples, tokens=result.tokens)
         if self._work.micro_batch != before:
             self._pipe.emit("micro_batch", micro_batch=self._work.micro_batch)
+        ended = time.monotonic()
+        self._rest_until = ended + (ended - began) * (1 / self._share - 1)
 
     def _finish(self, go_on: bool) -> None:
         """Hand over the update in the shared memory, and go on with the next round if we shall and can."""

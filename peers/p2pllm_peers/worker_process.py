@@ -1,11 +1,12 @@
-"""One life of a worker process, from the daemon's side: start, commands in, events out, exit code.
+"""The worker process from the daemon's side: start, commands in, events out, its end, and starting it again.
 
-What does not live here: what commands mean (`worker`), and starting it again when it dies (`compute`).
+What does not live here: what commands mean (`worker`) and which of them are given when (`compute`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,12 @@ from p2pllm.errors import WorkerError
 log = logging.getLogger(__name__)
 
 _LINE_LIMIT = 1 << 22
+
+MAX_CRASHES = 5
+"""Deaths without a finished update in between that are forgiven; the next one ends the peer."""
+
+CLOSE_TIMEOUT_S = 2.0
+"""A worker that does not end by itself in this time is killed."""
 
 Event = dict[str, Any]
 
@@ -84,6 +91,117 @@ class WorkerProcess:
         assert self._process.stderr is not None  # noqa: S101 - it was asked for
         async for line in self._process.stderr:
             log.info("worker: %s", line.decode(errors="replace").rstrip())
+
+
+class KeptWorker:
+    """A worker that is started again when it dies, until it died too often."""
+
+    def __init__(
+        self,
+        memory: int,
+        on_event: Callable[[Event], None],
+        orders: Callable[[], list[Event]],
+        on_end: Callable[[int], bool],
+        on_failure: Callable[[WorkerError], None],
+    ) -> None:
+        """orders: what one that was started again must hear; its first is empty while there is nothing to do yet.
+
+        on_end: called with the exit code of each that ended, 0 if it was asked to; whether there may be another.
+        on_failure: called when it
+        died too often.
+        """
+        self.restarts = 0
+        self._memory = memory
+        self._on_event = on_event
+        self._orders = orders
+        self._on_end, self._on_failure = on_end, on_failure
+        self._worker: WorkerProcess | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._crashes = 0
+        self._wanted = asyncio.Event()
+        self._wanted.set()
+
+    async def launch(self) -> None:
+        """Start the first one."""
+        self._worker = await WorkerProcess.launch(self._memory, self._on_event)
+        self._watching = asyncio.create_task(self._watch())
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None while there is none."""
+        return self._worker.pid if self._worker is not None and self._worker.alive else None
+
+    async def send(self, command: Event) -> None:
+        """Give it a command. Raises WorkerError if it is gone."""
+        if self._worker is None:
+            raise WorkerError("The compute process was not started.")
+        await self._worker.send(command)
+
+    def kill(self) -> None:
+        """End it at once; another one follows."""
+        if self._worker is not None:
+            self._worker.kill()
+
+    def forgive(self) -> None:
+        """It has brought something: crashes count from 0."""
+        self._crashes = 0
+
+    async def park(self) -> None:
+        """End it in order; another one follows after `wake`."""
+        self._wanted.clear()
+        await self._end()
+
+    def wake(self) -> None:
+        """There is to be one."""
+        self._wanted.set()
+
+    async def close(self) -> None:
+        """End it for good, whatever it is doing; takes at most CLOSE_TIMEOUT_S."""
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._end()
+
+    async def _end(self) -> None:
+        if self._worker is None:
+            return
+        with contextlib.suppress(WorkerError, TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._worker.send({"do": "exit"})
+                await self._worker.wait()
+        self._worker.kill()
+        await self._worker.wait()
+
+    async def _watch(self) -> None:
+        """Keep a worker alive; if that cannot be done, the peer must know."""
+        try:
+            await self._keep_alive()
+        except Exception as error:
+            log.exception("the worker cannot be supervised")
+            self._on_failure(WorkerError(f"The compute process cannot be kept alive: {error}."))
+
+    async def _keep_alive(self) -> None:
+        while True:
+            assert self._worker is not None  # noqa: S101 - launched before
+            code = await self._worker.wait()
+            if not self._on_end(code if self._wanted.is_set() else 0):
+                return None
+            if self._wanted.is_set():
+                log.warning("the worker died with code %d; starting it again", code)
+                self._crashes += 1
+                if not self._orders()[0] or self._crashes > MAX_CRASHES:
+                    text = f"The compute process died {self._crashes} times in a row (code {code}); see the log."
+                    return self._on_failure(WorkerError(text))
+                self.restarts += 1
+                await asyncio.sleep(min(30.0, 2.0 ** (self._crashes - 1) - 1))
+            await self._wanted.wait()
+            worker = await WorkerProcess.launch(self._memory, self._on_event)
+            first, *others = self._orders()
+            with contextlib.suppress(WorkerError):  # it died again; the next turn sees that
+                await worker.send(first)
+                self._worker = worker  # not before the job: it must be the first thing that the worker hears
+                for order in others:
+                    await worker.send(order)
+            self._worker = worker
 
 
 def shared_file() -> int:

@@ -30,7 +30,7 @@ from _table import table
 
 from p2pllm.averaging import DenseAllReduce, Group
 from p2pllm.identity import Identity
-from p2pllm.network.bulk import Blob, BulkServer, fetch
+from p2pllm.network.bulk import Blob, BulkServer, Fetches
 from p2pllm.network.node import Node, NodeSettings
 from p2pllm.rounds.download import Download
 from p2pllm.state import CHUNK_BYTES
@@ -87,8 +87,10 @@ async def play(name: str, host: str, congestion: str, folder: Path) -> None:
 async def _fetch(node: Node, peer: str, at_once: int, seconds: float) -> int:
     """Bytes that came within so many seconds. at_once: 0 does what a joiner does."""
 
+    fetches = Fetches(node)
+
     async def one(source: str, piece: int) -> bool:
-        return await fetch(node, source, {}, CHUNK_BYTES) is not None
+        return await fetches.fetch(source, {}, CHUNK_BYTES) is not None
 
     async def work() -> None:
         while True:

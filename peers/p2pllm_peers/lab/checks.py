@@ -50,13 +50,15 @@ FIELDS = {
     "fill_disk": Fields("its disk, which needs disk_mb, is full", takes=("for_s",)),
     "free_disk": Fields("its disk has the room back"),
     "corrupt": Fields("one bit of one of its files flips", ("peer", "file")),
+    "pause": Fields("its user wants a rest, as with `p2pllm pause`", takes=("for_s",)),
+    "resume": Fields("it may compute again"),
 }
 """Each action and its fields, beside `do` and the time or phase."""
 
 SHORTEST_S = 0.1
 """What an event with an end lasts at least."""
 
-IN_A_PHASE = frozenset({"kill", "freeze", "stop", "cut", "slow_link", "slow_machine", "fill_disk", "corrupt"})
+IN_A_PHASE = frozenset({"kill", "freeze", "stop", "cut", "slow_link", "slow_machine", "fill_disk", "corrupt", "pause"})
 """Actions that can wait for a phase."""
 
 _ENDLESS = frozenset({"kill", "stop", "corrupt"})

@@ -114,4 +114,6 @@ _ON_PEERS: dict[str, Callable[[SwarmPeer], None]] = {
     "freeze": SwarmPeer.freeze,
     "thaw": SwarmPeer.thaw,
     "stop": SwarmPeer.leave,
+    "pause": SwarmPeer.pause,
+    "resume": SwarmPeer.resume,
 }

@@ -8,12 +8,13 @@ What lives here: the fields, their bounds, and what follows from them for each p
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from p2pllm.manifest import RunDraft
+from p2pllm.settings_file import LIVE
 
 MAX_DELAY_MS = 10_000.0
 LAB_CORES = 0.3
@@ -64,6 +65,18 @@ class Peers(_Section):
         4, ge=0, le=65536, description="samples computed at once; 0: found by each peer, so that runs differ"
     )
 
+    settings: dict[str, Any] = Field(
+        default={}, description="what its user allows, as for `p2pllm set`; shares of a core are still those of `cores`"
+    )
+
+    @field_validator("settings")
+    @classmethod
+    def _of_a_guest(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name not in LIVE:
+                raise ValueError(f"{name} is none of {', '.join(sorted(LIVE))}")
+        return given
+
     def names(self) -> list[str]:
         """Each one's name."""
         return [self.name] if self.count == 1 else [f"{self.name}-{number}" for number in range(self.count)]
@@ -71,13 +84,14 @@ class Peers(_Section):
 
 Action = Literal[
     "kill", "freeze", "thaw", "stop", "restart", "cut", "mend", "partition", "heal", "slow_link", "restore_link",
-    "slow_machine", "fill_disk", "free_disk", "corrupt",
+    "slow_machine", "fill_disk", "free_disk", "corrupt", "pause", "resume",
 ]  # fmt: skip
 Phase = Literal["", "collecting", "roster", "exchange", "vote", "commit"]
 
 OPPOSITE = {
     "kill": "restart", "stop": "restart", "freeze": "thaw", "cut": "mend", "partition": "heal",
     "slow_link": "restore_link", "slow_machine": "slow_machine", "fill_disk": "free_disk",
+    "pause": "resume",
 }  # fmt: skip
 """What undoes what."""
 
@@ -176,6 +190,7 @@ class PeerSpec:
     start_s: float
     disk_mb: int
     micro_batch: int
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 class Scenario(_Section):
@@ -210,6 +225,7 @@ class Scenario(_Section):
                 start_s=peers.start_s,
                 disk_mb=peers.disk_mb,
                 micro_batch=peers.micro_batch,
+                settings=peers.settings,
             )
             for peers in self.peers
             for name in peers.names()

@@ -22,6 +22,7 @@ from typing import Any
 from p2pllm.errors import P2PLLMError, RunError
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
+from p2pllm.settings_file import with_changes
 from p2pllm_peers.control import ask, watch
 from p2pllm_peers.folders import PeerFolder, RunFolder
 from p2pllm_peers.lab.evidence import read_lines
@@ -54,7 +55,7 @@ class SwarmPeer:
         changes: dict[str, Any] = {"home": machine.home, "listen_host": machine.host}
         if machine.spec.micro_batch:
             changes["micro_batch"] = machine.spec.micro_batch
-        self._settings = settings.model_copy(update=changes)
+        self._settings = with_changes(settings, machine.spec.settings).model_copy(update=changes)
         self._pids = pids
         self._process: DaemonProcess | None = None
         self._expected_end = True
@@ -145,6 +146,14 @@ class SwarmPeer:
         """Let them go on."""
         self.frozen = False
         self._signal(signal.SIGCONT)
+
+    def pause(self) -> None:
+        """Its user wants a rest."""
+        ask(self.ready["socket"], {"do": "pause", "seconds": None})
+
+    def resume(self) -> None:
+        """It may compute again."""
+        ask(self.ready["socket"], {"do": "resume"})
 
     def leave(self) -> None:
         """Ask it to leave in order; it does so by itself if the lab dies."""

@@ -14,6 +14,7 @@ Pure. What does not live here: which fields an event takes (`checks`), and carry
 | slow_link, restore_link | link: all fields of the `Link` that holds from now on, its delay one number         |
 | slow_machine            | cores: its share of a core from now on, 0 without limit; its opposite is itself     |
 | fill_disk, free_disk    | {}                                                                                  |
+| pause, resume           | {}                                                                                  |
 | corrupt                 | file: pattern under the peer's folder                                               |
 
 Events that wait for a phase come last in the list, in the order of the file, each followed by what undoes it: when and
@@ -40,6 +41,7 @@ _UNDOES = frozenset(OPPOSITE.values()) - {"slow_machine"}
 _STATE = {
     "kill": "down", "stop": "down", "freeze": "frozen", "cut": "cut off", "partition": "partitioned",
     "slow_link": "on a slowed link", "slow_machine": "slowed", "fill_disk": "without disk space",
+    "pause": "paused",
 }  # fmt: skip
 _BEFORE, _JOIN, _AFTER = 0, 1, 2  # at one moment whatever ends comes before whatever begins
 
@@ -217,7 +219,7 @@ def _check(
         problem = f"{who} is not {key[2]} then"
     elif not move.undoes and key in since:
         problem, advice = f"{who} is {key[2]} already", "end that first, for example by its for_s"
-    elif strike.do in ("stop", "freeze") and (down or frozen):
+    elif strike.do in ("stop", "freeze", "pause") and (down or frozen):
         problem = f"{who} is {'down' if down else 'frozen'} then"
     if problem:
         raise UsageError(f"{move.place}: {problem}; {advice}")

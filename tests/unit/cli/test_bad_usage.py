@@ -160,3 +160,24 @@ def test_wrong_usage(empty, arguments: list[str], words: str) -> None:
     result = empty.p2pllm(*arguments)
     assert result.returncode == 2
     assert words in result.stderr and "Usage: p2pllm" in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["set", "cpu_percent"], ["NAME=VALUE"]),
+        (["set", "cpu_percent=0"], ["cpu_percent"]),
+        (["set", "hours=22-30"], ["hours", "22:30-07:00"]),
+        (["set", "cpu_percents=50"], ["did you mean cpu_percent"]),
+        (["set", "cpu_percent=50", "nonsense=1"], ["nonsense"]),
+        (["pause", "--for", "soon"], ["soon", "30m"]),
+        (["pause", "--for", "-3h"], ["30m"]),
+        (["pause"], ["takes part in no run"]),
+        (["resume"], ["takes part in no run"]),
+        (["runs"], ["takes part in no run"]),
+        (["clean", "--run", "ab"], ["No run", "ab"]),
+    ],
+)
+def test_wrong_limits_and_pauses(empty, arguments: list[str], words: list[str]) -> None:
+    empty.refuses(2, words, *arguments)
+    empty.keeps_nothing()

@@ -56,6 +56,7 @@ def test_scenarios_are_listed_one_a_line(peer_env) -> None:
         "churn",
         "faults",
         "flash-crowd",
+        "guests",
         "home-lines",
         "lan",
         "partition",

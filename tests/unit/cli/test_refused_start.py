@@ -26,7 +26,7 @@ from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.manifest import load_draft
 from p2pllm.network.node import Node, NodeSettings
-from p2pllm_peers import compute, daemon, launcher, orders
+from p2pllm_peers import daemon, launcher, orders, worker_process
 from p2pllm_peers.entry import serve_manifest
 from p2pllm_peers.folders import FOUNDER, SIGNING_DOMAIN, PeerFolder, RunFolder
 from p2pllm_peers.launcher import DaemonProcess, Order
@@ -90,7 +90,7 @@ def machine(peer_env, monkeypatch: pytest.MonkeyPatch):
     lock = PeerFolder.lock
     monkeypatch.setattr(PeerFolder, "lock", lambda folder: LOCKS.append(lock(folder)))
     monkeypatch.setattr(launcher, "DaemonProcess", DaemonHere)
-    monkeypatch.setattr(compute, "WorkerProcess", WorkerHere)
+    monkeypatch.setattr(worker_process, "WorkerProcess", WorkerHere)
     monkeypatch.setattr(orders, "log_into", lambda path: None)
     peer_env.variables |= {"P2PLLM_NICE": "0", "P2PLLM_THREADS": "0"}
     return peer_env

@@ -110,6 +110,13 @@ def test_a_freeze_and_a_cut_at_once(tmp_path: Path) -> None:
     assert states(found, "b") == [("up", -1.0), ("frozen", 20.5), ("cut", 30.0), ("up", 32.0)]
 
 
+def test_a_pause(tmp_path: Path) -> None:
+    found = story(tmp_path, strikes((20.5, "pause", "b"), (30.0, "resume", "b")), (20.0, 26.0), 34.0)
+    (row,) = found["recoveries"]
+    assert row["away"] and row["undone_s"] == 30.0 and row["return_s"] == pytest.approx(4.0)
+    assert states(found, "b") == [("up", -1.0), ("paused", 20.5), ("up", 30.0)]
+
+
 def test_a_slow_machine_is_never_away(tmp_path: Path) -> None:
     planned = strikes((20.5, "slow_machine", "b", {"cores": 0.1}), (30.0, "slow_machine", "b", {"cores": 0.0}))
     found = story(tmp_path, planned, (20.0, 26.0), 34.0)

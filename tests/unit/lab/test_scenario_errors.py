@@ -49,6 +49,7 @@ WRONG = {
     "any": (GOOD.replace('"late"', '"any"'), "no peer can have the name any"),
     "leader": (GOOD.replace('"late"', '"leader"'), "no peer can have the name leader, which means a certain one"),
     "name": (GOOD.replace('"late"', '"Late"'), r"\[\[peers\]\] 2 name does not fit \(it is 'Late'\): 1 to 12 of a-z"),
+    "setting": (GOOD + "[[peers]]\nsettings = {device = 1}", r"settings: device is none of cpu_percent, "),
     "too-many": (GOOD.replace("samples = 8", "max_peers = 2"), r"there are 3 peers, but max_peers .* is 2"),
     "too-few": (GOOD.replace("samples = 8", "min_peers = 3"), "2 of the peers are there at the start"),
     "none": ("peers = []", "0 of the peers are there at the start"),

@@ -14,7 +14,18 @@ from p2pllm_peers.lab.reading import SHIPPED
 from p2pllm_peers.lab.scenario import fits, load_scenario, shipped
 from p2pllm_peers.lab.timeline import timeline
 
-NAMES = ["churn", "faults", "flash-crowd", "home-lines", "lan", "partition", "phoenix", "slow-lines", "stragglers"]
+NAMES = [
+    "churn",
+    "faults",
+    "flash-crowd",
+    "guests",
+    "home-lines",
+    "lan",
+    "partition",
+    "phoenix",
+    "slow-lines",
+    "stragglers",
+]
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -44,7 +44,7 @@ CHURNS = st.builds(
 ANY_EVENTS = st.builds(
     Event,
     at_s=st.floats(0, DURATION_S - 1),
-    do=st.sampled_from(["kill", "freeze", "stop", "cut", "slow_link", "slow_machine", "fill_disk"]),
+    do=st.sampled_from(["kill", "freeze", "stop", "cut", "slow_link", "slow_machine", "fill_disk", "pause"]),
     peer=st.just("any"),
     for_s=st.floats(0.5, 30),
     cores=st.just(0.1),

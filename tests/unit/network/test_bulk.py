@@ -14,7 +14,7 @@ import pytest
 
 from p2pllm.errors import NetworkError
 from p2pllm.network import bulk
-from p2pllm.network.bulk import MAX_OPEN, MAX_OPEN_PER_PEER, PIECE_BYTES, Blob, BulkServer, fetch
+from p2pllm.network.bulk import MAX_OPEN, MAX_OPEN_PER_PEER, PIECE_BYTES, Blob, BulkServer, Fetches, fetch
 
 
 class Pair:
@@ -84,6 +84,42 @@ async def test_what_is_not_there_is_none(pair: Pair):
     assert await fetch(pair, "server", {}, 10) is None
 
 
+async def test_a_stream_carries_one_fetch_after_the_other(pair: Pair):
+    await serve(pair, Blob({"a": 1}, [b"fine"]))
+    fetches = Fetches(pair)
+    assert [await fetches.fetch("server", {}, 10) for _ in range(3)] == 3 * [({"a": 1}, bytearray(b"fine"))]
+    assert pair.callers == 1
+    await asyncio.gather(*(fetches.fetch("server", {}, 10) for _ in range(3)))
+    await asyncio.gather(*(fetches.fetch("server", {}, 10) for _ in range(3)))
+    assert pair.callers == 3
+    with pytest.raises(NetworkError, match="announced"):
+        await fetches.fetch("server", {}, 3)
+    await asyncio.gather(*(fetches.fetch("server", {}, 10) for _ in range(3)))
+    assert pair.callers == 4, "what follows on a stream that was broken off cannot be told"
+    fetches.close()
+    await fetches.fetch("server", {}, 10)
+    assert pair.callers == 5
+    fetches.close()
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_stream_that_was_closed_for_want_of_requests_costs_nothing(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, known: bool
+):
+    server = await serve(pair, None)
+    fetches = Fetches(pair)
+    monkeypatch.setattr(bulk, "REQUEST_TIMEOUT_S", 0.05)
+    assert await fetches.fetch("server", {}, 10) is None
+    (stream,) = fetches._unused["server"]
+    while server._open or (known and not stream[0].at_eof()):
+        await asyncio.sleep(0.01)
+    monkeypatch.undo()
+    assert await fetches.fetch("server", {}, 10) is None
+    assert pair.callers == 2
+    assert stream not in fetches._unused["server"]
+    fetches.close()
+
+
 async def test_more_than_the_bound_is_not_taken(pair: Pair):
     await serve(pair, Blob({}, [bytes(11)]))
     with pytest.raises(NetworkError, match="announced 11 bytes where at most 10"):
@@ -125,7 +161,8 @@ async def test_a_bad_request_ends_its_stream_alone(pair: Pair, request_: bytes):
     writer.write_eof()
     assert await reader.read() == b""
     assert await fetch(pair, "server", {}, 10) == ({}, bytearray(b"fine"))
-    assert not server._open
+    while server._open:
+        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(("one_peer", "bound"), [(True, MAX_OPEN_PER_PEER), (False, MAX_OPEN)])
@@ -153,6 +190,20 @@ async def test_a_server_that_stalls_is_given_up(pair: Pair, monkeypatch: pytest.
     await pair.serve_stream("fetch", handler)
     with pytest.raises(NetworkError, match="stalled"):
         await fetch(pair, "server", {}, 10)
+
+
+async def test_slow_is_not_stalled(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bulk, "STALL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(bulk, "SLOWEST_BYTES_PER_S", 1)
+
+    async def handler(peer: str, reader: StreamReader, writer: StreamWriter) -> None:
+        writer.write(FRAME.pack(len(GOOD)) + GOOD + struct.pack("!Q", 8))
+        for number in range(8):
+            await asyncio.sleep(0.05)
+            writer.write(bytes([number]))
+
+    await pair.serve_stream("fetch", handler)
+    assert await fetch(pair, "server", {}, 8) == ({}, bytearray(range(8)))
 
 
 async def test_a_reader_that_stalls_frees_its_slot(pair: Pair, monkeypatch: pytest.MonkeyPatch):

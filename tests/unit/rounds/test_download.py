@@ -9,10 +9,12 @@ import pytest
 
 from p2pllm.rounds.download import (
     IN_FLIGHT,
+    LEAST_IN_FLIGHT,
     MAX_FAILURES,
     MAX_SOURCES,
     MOST_IN_FLIGHT,
     QUICK_S,
+    SLOW_S,
     Download,
     in_flight,
 )
@@ -80,6 +82,27 @@ async def test_one_source_gives_all_and_more_at_once_if_it_is_quick(seconds: flo
     assert await work.run()
     assert set(sources.got) == set(range(100))
     assert sources.most["a"] == most
+
+
+@virtual
+async def test_a_source_on_a_slow_line_is_asked_for_less_at_once() -> None:
+    """The pieces that are asked for share a line on which one alone takes 2 s."""
+    sources = Sources(a=0.0)
+    most: dict[int, int] = {}
+
+    async def fetch(source: str, piece: int) -> bool | None:
+        sources.at_it[source] += 1
+        most[piece] = sources.at_it[source]
+        left = 2.0
+        while left > 1e-6:
+            await asyncio.sleep(0.1)
+            left -= 0.1 / sources.at_it[source]
+        sources.at_it[source] -= 1
+        return True
+
+    assert await Download(range(30), ["a"], fetch).run()
+    assert most[IN_FLIGHT - 1] == IN_FLIGHT and max(most.values()) == IN_FLIGHT
+    assert LEAST_IN_FLIGHT <= most[29] <= SLOW_S / 2
 
 
 @pytest.mark.parametrize("how", ["wrong", "broken"])

@@ -312,11 +312,13 @@ def test_peers_that_follow_one_after_another_come_to_rest_on_one_branch(
 
 def test_the_next_step_follows_from_what_is_known() -> None:
     own, ahead = branch(3, 1), {"a": at(branch(4, 1))}
-    assert plan.next_step(own, 9, {}, False) is Step.TRAIN
-    assert plan.next_step(own, 3, {}, False) is Step.SEE_OFF
-    assert plan.next_step(own, 3, ahead, False) is Step.FOLLOW
-    assert plan.next_step(None, 9, {}, False) is Step.FOLLOW, "no state: there is nothing to train on"
-    assert plan.next_step(own, 9, ahead, True) is Step.WAIT_FOR_ROOM
+    assert plan.next_step(own, 9, {}, turned_away=False, paused=False) is Step.TRAIN
+    assert plan.next_step(own, 3, {}, turned_away=False, paused=False) is Step.SEE_OFF
+    assert plan.next_step(own, 3, ahead, turned_away=False, paused=False) is Step.FOLLOW
+    assert plan.next_step(None, 9, {}, turned_away=False, paused=False) is Step.FOLLOW, "it has nothing to train on"
+    assert plan.next_step(own, 9, ahead, turned_away=True, paused=False) is Step.WAIT_FOR_ROOM
+    for state in (own, None):
+        assert plan.next_step(state, 9, ahead, turned_away=True, paused=True) is Step.PAUSE, "it fetches nothing"
 
 
 def test_fewer_than_half_of_the_last_roster_are_a_minority() -> None:

@@ -77,7 +77,7 @@ async def test_a_joiner_that_is_too_slow_is_not_waited_for_again_and_again() -> 
     times = round_times(first, range(5, 60))
     await swarm.start(first, second)
     await swarm.until(lambda: first.keeper.head[0] == 10)
-    swarm.network.slow(late.host.peer_id, 0.5)
+    swarm.network.slow(late.host.peer_id, 0.7)
     await late.start()
     await swarm.until(lambda: first.keeper.head[0] == 60)
     calm, *_ = seconds = [after - before for before, after in itertools.pairwise(times)]

@@ -45,7 +45,7 @@ Report = dict[str, Any]
 
 PART_COLOURS = dict(zip(PARTS, (BLUE, AMBER, VERMILION, PINK, GREEN, SKY, GREY), strict=True))
 KIND_COLOURS = dict(zip(KINDS, (AMBER, BLUE, GREEN), strict=True))
-STATE_COLOURS = {"up": GREEN, "starting": SKY, "frozen": BLUE, "cut": VERMILION, "down": GRID}
+STATE_COLOURS = {"up": GREEN, "starting": SKY, "frozen": BLUE, "cut": VERMILION, "paused": AMBER, "down": GRID}
 
 TIME_LABEL = "time since the first peers were ready, s"
 MAX_POINTS = 600

@@ -17,8 +17,11 @@ from p2pllm_peers.lab.reporting.commits import Commit
 from p2pllm_peers.lab.scenario import OPPOSITE
 from p2pllm_peers.lab.timeline import aimed_at
 
-TAKES_AWAY = frozenset({"kill", "stop", "freeze", "cut", "partition"})
+TAKES_AWAY = frozenset({"kill", "stop", "freeze", "cut", "partition", "pause"})
 """Faults after which a victim cannot commit with all the others; it comes back when they are undone."""
+
+_STILL_THERE = ("freeze", "cut", "partition", "pause")
+"""Those of them that leave the peer's processes alive."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def _return(victims: tuple[str, ...], common: list[Commit], back_s: float) -> Co
 
 
 State = dict[str, Any]
-"""{"state": "up" | "frozen" | "cut" | "starting" | "down", "from_s", "to_s"}."""
+"""{"state": "up" | "frozen" | "cut" | "paused" | "starting" | "down", "from_s", "to_s"}."""
 
 
 def timeline(facts: Facts, struck: Sequence[Fault], end_s: float) -> dict[str, list[State]]:
@@ -211,7 +214,7 @@ def timeline(facts: Facts, struck: Sequence[Fault], end_s: float) -> dict[str, l
 
 
 def _states(peer: PeerFacts, facts: Facts, struck: Sequence[Fault], end_s: float) -> list[State]:
-    mine = [fault for fault in struck if peer.name in fault.cut_off and fault.do in ("freeze", "cut", "partition")]
+    mine = [fault for fault in struck if peer.name in fault.cut_off and fault.do in _STILL_THERE]
     strikes = [(row.at_s, strike) for row, strike in carried_out(facts)]
     starts = [at_s for at_s, strike in strikes if strike.do in ("restart", "join") and strike.peer == peer.name]
     marks = {*peer.ready_s, *peer.ended_s, *starts, *(fault.at_s for fault in mine)}
@@ -242,4 +245,6 @@ def _state_at(peer: PeerFacts, mine: list[Fault], begun: list[float], time_s: fl
         lives, ends = (sum(1 for at in times if at <= time_s) for times in (begun, peer.ended_s))
         return "starting" if lives > ends else "down"
     active = {fault.do for fault in mine if fault.active(time_s)}
-    return "frozen" if "freeze" in active else "cut" if active else "up"
+    if active & {"cut", "partition"} and "freeze" not in active:
+        return "cut"
+    return "frozen" if "freeze" in active else "paused" if active else "up"

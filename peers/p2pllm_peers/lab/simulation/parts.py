@@ -177,6 +177,7 @@ class WaitingCompute:
         self._step_s = STEP_S * random.Random(f"{seed}/{peer.number}").uniform(*SPEEDS)  # noqa: S311 - reproducible
         self._gradient = np.full(LAYOUT.size, 1.0 + peer.number, np.float32)
         self._work: asyncio.Task[None] | None = None
+        self._held = False
 
     async def begin(self, round_number: int) -> None:
         """See Compute."""
@@ -187,8 +188,9 @@ class WaitingCompute:
     async def _gather(self) -> None:
         while True:
             await asyncio.sleep(self._step_s)
-            self.samples += 1
-            self._peer.view.notify()
+            if not self._held:
+                self.samples += 1
+                self._peer.view.notify()
 
     def _end(self) -> None:
         if self._work is not None:
@@ -201,6 +203,14 @@ class WaitingCompute:
         return Update(self.samples, 1.0, self._gradient)
 
     async def abandon(self) -> None:
+        """See Compute."""
+        self._end()
+
+    async def hold(self, held: bool) -> None:
+        """See Compute."""
+        self._held = held
+
+    async def park(self) -> None:
         """See Compute."""
         self._end()
 

@@ -1,0 +1,94 @@
+"""set, pause, resume: what this machine's user allows its peers, also while they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from p2pllm.errors import UsageError
+from p2pllm_cli.options import find_peer, run_options, tell
+
+
+@click.command("set", short_help="Change what peers of this machine may take.")
+@click.argument("changes", metavar="[NAME=VALUE]...", nargs=-1)
+@click.option("--home", type=click.Path(path_type=Path), help="Folder of keys, runs and states of this machine.")
+def set_(changes: tuple[str, ...], home: Path | None) -> None:
+    """Change settings, in the settings file and in the peers that run. Without any: show them all.
+
+    \b
+    p2pllm set cpu_percent=50 upload_mbit=5
+    p2pllm set hours=22-7 only_on_mains=true
+    """
+    from p2pllm.settings import load_settings
+    from p2pllm.settings_file import LIVE, change_settings
+
+    if not changes:
+        return _show()
+    values = change_settings(_pairs(changes))
+    for name, value in values.items():
+        click.echo(f"{name} = {value}{'' if name in LIVE else '   from the next start of a peer'}")
+    live = {name: value for name, value in values.items() if name in LIVE}
+    for peer in _running(load_settings(**({} if home is None else {"home": home})).home) if live else ():
+        tell(peer, {"do": "set", "values": live})
+        click.echo(f"'{peer.name}' in run {peer.run.run_id[:16]} goes by it now.")
+    return None
+
+
+def _pairs(changes: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"'{change}' is no setting; write NAME=VALUE, as cpu_percent=50.")
+        pairs[name.strip().replace("-", "_")] = value.strip()
+    return pairs
+
+
+def _show() -> None:
+    from p2pllm.settings import PeerSettings, load_settings, settings_file
+
+    settings = load_settings()
+    for name, field in PeerSettings.model_fields.items():
+        click.echo(f"{name} = {getattr(settings, name)}")
+        click.echo(f"    {field.description}")
+    click.echo(f"They are in {settings_file()}, but for what the environment says.")
+
+
+def _running(home: Path) -> list[Any]:
+    from p2pllm_peers.folders import all_runs
+
+    return [peer for run in all_runs(home) for peer in run.peers() if peer.running()]
+
+
+@click.command(short_help="Compute nothing for a while.")
+@run_options
+@click.option("--for", "duration", help="For how long, as 90s, 30m, 2h or 1d; default: until `p2pllm resume`.")
+def pause(home: Path | None, run_prefix: str | None, name: str | None, duration: str | None) -> None:
+    """Compute nothing for a while. What was gathered goes into the round under way; nobody waits for this peer."""
+    seconds = None if duration is None else _seconds(duration)
+    peer = find_peer(home, run_prefix, name)
+    tell(peer, {"do": "pause", "seconds": seconds})
+    click.echo(f"'{peer.name}' pauses{f' for {duration}' if duration else ' until `p2pllm resume`'}.")
+
+
+@click.command()
+@run_options
+def resume(home: Path | None, run_prefix: str | None, name: str | None) -> None:
+    """End a pause."""
+    peer = find_peer(home, run_prefix, name)
+    reason = tell(peer, {"do": "resume"})["paused"]
+    click.echo(f"'{peer.name}' goes on{f' later; for now it pauses: {reason}' if reason else ''}.")
+
+
+def _seconds(duration: str) -> float:
+    """What a duration as 30m means. Raises UsageError."""
+    number, unit = duration[:-1], duration[-1:]
+    try:
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
+    except (KeyError, ValueError):
+        seconds = 0.0
+    if not 0 < seconds <= 366 * 86400:
+        raise UsageError(f"'{duration}' is no duration; write 90s, 30m, 2h or 1d, up to a year.")
+    return seconds

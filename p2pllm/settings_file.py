@@ -1,0 +1,60 @@
+"""The settings file as a command changes it: checked before a byte of it moves, its comments kept.
+
+What does not live here: what settings there are (`settings`), and telling running daemons (the programs).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from p2pllm.errors import SettingsError
+from p2pllm.settings import PeerSettings, load_settings, settings_file
+
+LIVE = frozenset({"upload_mbit", "cpu_percent", "hours", "only_on_mains", "only_when_idle", "max_celsius"})
+"""Settings that a running peer takes at once; the others count from its next start."""
+
+
+def change_settings(changes: dict[str, str]) -> dict[str, Any]:
+    """Check new values, given as text, and write them to the settings file; returns them as TOML has them.
+
+    Raises SettingsError for a name or a value that is not valid, and for a file that cannot be read or written; then
+    nothing has changed.
+    """
+    settings = load_settings(**changes)
+    values = {name: _plain(getattr(settings, name)) for name in changes}
+    path = settings_file()
+    try:
+        document = tomlkit.parse(path.read_text(encoding="utf-8")) if path.exists() else tomlkit.document()
+        document.update(values)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, tomlkit.dumps(document))
+    except OSError as error:
+        raise SettingsError(f"The settings file {path} cannot be changed: {error.strerror or error}.") from None
+    return values
+
+
+def with_changes(settings: PeerSettings, values: dict[str, Any]) -> PeerSettings:
+    """Settings with those of `values` that a running peer can take. Raises SettingsError if they are not valid."""
+    live = {name: value for name, value in values.items() if name in LIVE}
+    return load_settings(**{**settings.model_dump(), **live})
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _write(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

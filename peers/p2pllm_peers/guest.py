@@ -1,0 +1,166 @@
+"""Guest: when this peer may compute on a machine that belongs to somebody, and why not.
+
+The rules are `why_not`, a pure function of the settings, the time and what the machine shows; `Guest` asks it every few
+seconds and pauses the peer. What does not live here: what a pause does to a round (`rounds.loop`), and how much of the
+processor a peer takes that may compute (`throttle`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+
+from p2pllm.settings import PeerSettings
+from p2pllm_peers.folders import write_whole
+
+log = logging.getLogger("p2pllm.guest")
+
+LOOK_S = 5.0
+"""How often the machine is looked at."""
+
+IDLE_S = 300.0
+"""Nobody has typed for this long: the machine's user is away."""
+
+COOLER_C = 5.0
+"""A machine that was too hot goes on when it is this much cooler, or it would start and stop all the time."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine shows of itself. None: it does not tell."""
+
+    on_mains: bool | None = None
+    idle_s: float | None = None  # since somebody typed at it
+    celsius: float | None = None  # its hottest sensor
+
+    @classmethod
+    def now(cls) -> Machine:
+        """Look at this machine; takes a few milliseconds."""
+        battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+        return cls(battery.power_plugged if battery else None, _idle_s(), _hottest())
+
+
+def why_not(settings: PeerSettings, now: datetime, machine: Machine, was_hot: bool) -> str:
+    """Why the peer shall not compute, as a phrase for its user; empty if it may. now: local time.
+
+    was_hot: it pauses for heat already. What the machine does not tell is no reason to pause.
+    """
+    if settings.hours and not settings.is_in_hours(now.time()):
+        return f"outside of its hours, {settings.hours}"
+    if settings.only_on_mains and machine.on_mains is False:
+        return "the machine runs on battery"
+    if settings.only_when_idle and machine.idle_s is not None and machine.idle_s < IDLE_S:
+        return "somebody uses the machine"
+    limit = settings.max_celsius - (COOLER_C if was_hot else 0.0)
+    if settings.max_celsius and machine.celsius is not None and machine.celsius > limit:
+        return f"the machine is too hot, over {settings.max_celsius:g} °C"
+    return ""
+
+
+class Guest:
+    """Pauses and resumes a peer. `run` it; the rest may be called at any time."""
+
+    def __init__(
+        self,
+        settings: PeerSettings,
+        file: Path,
+        pause: Callable[[str], Awaitable[None]],
+        resume: Callable[[], Awaitable[None]],
+        look: Callable[[], Machine] = Machine.now,
+    ) -> None:
+        """file: keeps a pause that the user wants over a restart. pause: called with the reason."""
+        self.settings = settings
+        self._file = file
+        self._pause, self._resume = pause, resume
+        self._look = look
+        self._until = _recall(file)
+        self._reason = ""
+        self._changed = asyncio.Event()
+
+    def pause(self, seconds: float | None) -> None:
+        """Pause for so long, or until `resume`. Raises StateError if the disk does not keep it."""
+        self._until = math.inf if seconds is None else time.time() + seconds
+        write_whole(self._file, json.dumps({"until": None if seconds is None else self._until}).encode())
+        self._changed.set()
+
+    def resume(self) -> str:
+        """End the user's pause; returns why the peer does not compute yet, or nothing."""
+        self._until = 0.0
+        self._file.unlink(missing_ok=True)
+        self._changed.set()
+        return self._why_not()
+
+    def change(self, settings: PeerSettings) -> None:
+        """Go by these settings from now on."""
+        self.settings = settings
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Look at the machine and at what the user wants, for good."""
+        while True:
+            reason = self._why_not()
+            if reason != self._reason:
+                log.info("%s", f"pausing: {reason}" if reason else "going on")
+                self._reason = reason
+                await (self._pause(reason) if reason else self._resume())
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(LOOK_S, max(0.0, self._until - time.time()) or LOOK_S)):
+                    await self._changed.wait()
+
+    def _why_not(self) -> str:
+        if self._until > time.time():
+            if self._until == math.inf:
+                return "until `p2pllm resume`"
+            return f"until {datetime.fromtimestamp(self._until):%H:%M}"
+        return why_not(
+            self.settings, datetime.now(), self._machine(), self._reason.startswith("the machine is too hot")
+        )
+
+    def _machine(self) -> Machine:
+        """What it shows, if any setting asks for that."""
+        asked = self.settings.only_on_mains or self.settings.only_when_idle or self.settings.max_celsius
+        try:
+            return self._look() if asked else Machine()
+        except (OSError, psutil.Error, ValueError) as error:  # a driver that fails is no reason to pause
+            log.debug("the machine cannot be looked at: %s", error)
+            return Machine()
+
+
+def _recall(file: Path) -> float:
+    """Until when a former daemon was to pause, Unix time; 0: it was not."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        until = json.loads(file.read_bytes())["until"]
+        return math.inf if until is None else float(until)
+    return 0.0
+
+
+def _hottest() -> float | None:
+    if not hasattr(psutil, "sensors_temperatures"):
+        return None
+    with contextlib.suppress(OSError):
+        readings = [sensor.current for sensors in psutil.sensors_temperatures().values() for sensor in sensors]
+        return max((reading for reading in readings if 0 < reading < 150), default=None)  # some sensors tell nonsense
+    return None
+
+
+def _idle_s() -> float | None:
+    """Since somebody typed on a terminal, or moved a mouse where the system counts that as one; as `w` tells it."""
+    newest = 0.0
+    for folder, pattern in (("/dev/pts", "[0-9]*"), ("/dev", "tty[0-9]*"), ("/dev", "ttys[0-9]*")):
+        for terminal in Path(folder).glob(pattern):
+            with contextlib.suppress(OSError):
+                status = terminal.stat()
+                if status.st_uid or folder == "/dev/pts":  # consoles that nobody has logged in at are root's
+                    newest = max(newest, status.st_atime)
+    return max(0.0, time.time() - newest) if newest else None

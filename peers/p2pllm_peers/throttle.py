@@ -1,0 +1,96 @@
+"""Throttle: keeps what a peer takes of the processor at what the machine's user allows.
+
+The worker rests after each step; how long follows from what all processes of the peer really took, so that heartbeats,
+encryption and the ends of rounds count, too. What does not live here: when a peer may compute at all (`guest`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable
+
+import psutil
+
+MEASURE_S = 2.0
+"""How often the processor time is read."""
+
+LEAST_SHARE = 0.01
+"""The worker takes at least a hundredth of the time, so that a peer that pays for much else still brings something."""
+
+_MEMORY_S = 20.0
+"""What was taken too much or too little is made up for within about this time."""
+
+_SMOOTHING = 0.3
+"""Weight of the newest measurement in how much the worker takes when it does not rest."""
+
+
+class Feedback:
+    """From what was taken to the share of time in which the worker may compute."""
+
+    def __init__(self, allowed: float, full: float) -> None:
+        """allowed: cores, all in all. full: cores that the worker takes without rest, a guess that is improved on."""
+        self._owed_s = 0.0  # core seconds that may still be taken, or if negative were taken too much
+        self._full = full
+        self.share = min(1.0, max(LEAST_SHARE, allowed / full))
+
+    def update(self, allowed: float, worker_s: float, others_s: float, wall_s: float) -> float:
+        """The share for the next while. allowed: cores. worker_s, others_s: core seconds taken in the last `wall_s`."""
+        self._owed_s += allowed * wall_s - worker_s - others_s
+        bound = allowed * _MEMORY_S  # a pause, or a wait for others, is no credit for an hour of full speed
+        self._owed_s = min(max(self._owed_s, -bound), bound)
+        if worker_s > 0:
+            self._full += _SMOOTHING * (worker_s / wall_s / self.share - self._full)
+        wanted = allowed + self._owed_s / _MEMORY_S - others_s / wall_s
+        self.share = min(1.0, max(LEAST_SHARE, wanted / self._full))
+        return self.share
+
+
+class Throttle:
+    """Measures this peer's processes and tells the worker how much of the time it may compute."""
+
+    def __init__(self, worker: Callable[[], int | None], tell: Callable[[float], Awaitable[None]]) -> None:
+        """worker: process id of the worker. tell: hands it the share, 0.01 to 1."""
+        self._worker = worker
+        self._tell = tell
+        self._feedback: Feedback | None = None  # there is no limit
+        self.cpu_percent = 100.0
+        """Of all cores."""
+
+    async def run(self) -> None:
+        """Measure and tell, for good."""
+        at, taken = time.monotonic(), (0.0, 0.0)
+        while True:
+            if self.cpu_percent < 100:
+                before, before_at = taken, at
+                at, taken = time.monotonic(), self._taken()
+                worker_s, others_s = (max(0.0, now - then) for now, then in zip(taken, before, strict=True))
+                await self._hold(worker_s, others_s, at - before_at)
+            elif self._feedback is not None:
+                self._feedback = None
+                await self._tell(1.0)
+            await asyncio.sleep(MEASURE_S)  # the span over which it is measured
+
+    async def _hold(self, worker_s: float, others_s: float, wall_s: float) -> None:
+        cores = os.cpu_count() or 1
+        allowed = self.cpu_percent / 100 * cores
+        if self._feedback is None:  # what was taken before there was a limit does not count
+            self._feedback = Feedback(allowed, cores)
+        else:
+            self._feedback.update(allowed, worker_s, others_s, wall_s)
+        await self._tell(self._feedback.share)
+
+    def _taken(self) -> tuple[float, float]:
+        """Core seconds of the worker, and of the daemon and p2pd, since they began."""
+        worker, others = 0.0, 0.0
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                if process.pid == self._worker():
+                    worker += times.user + times.system
+                else:
+                    others += times.user + times.system
+        return worker, others

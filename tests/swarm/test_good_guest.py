@@ -1,0 +1,120 @@
+"""A good guest: pauses, limits and what this machine keeps, with real daemons."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
+
+HARD_LIMIT_S = 60.0
+WATCHED_S = 20.0
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Poll until the condition gives something true, and return that."""
+    end = time.monotonic() + HARD_LIMIT_S
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {HARD_LIMIT_S:.0f} s: {what}"
+        time.sleep(0.1)
+    return found
+
+
+class Pair:
+    """A founder and a volunteer of one machine, in the background."""
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+        started = self.run("start", env.write_run(("samples = 8", "samples = 400")), "--detach")
+        invite = next(word for word in started.split() if word.startswith("p2pllm:"))
+        self.run("join", invite, "--detach")
+        until(lambda: len(self.last_members()) == 2, "two peers train together")
+
+    def run(self, *arguments: object) -> str:
+        """What a command prints; it must succeed."""
+        result = self.env.p2pllm(*arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def statuses(self) -> dict[str, dict[str, Any]]:
+        lines = self.env.p2pllm_here("status", "--json").stdout.splitlines()
+        return {status["name"]: status for status in map(json.loads, lines)}
+
+    def last_members(self) -> dict[str, int]:
+        """Of the founder's newest round: samples by peer id."""
+        (path,) = self.env.home.glob("runs/*/founder/rounds.jsonl")
+        lines = path.read_text().splitlines()
+        return json.loads(lines[-1])["members"] if lines else {}
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Daemon, worker and p2pd of a peer."""
+        (facts,) = self.env.home.glob(f"runs/*/{name}/daemon.json")
+        daemon = psutil.Process(json.loads(facts.read_text())["pid"])
+        return [daemon, *daemon.children(recursive=True)]
+
+    def cores(self, name: str, seconds: float) -> float:
+        """Cores that a peer takes on average."""
+
+        def taken() -> float:
+            return sum(sum(process.cpu_times()[:2]) for process in self.processes(name))
+
+        before, began = taken(), time.monotonic()
+        time.sleep(seconds)  # the span that is measured
+        return (taken() - before) / (time.monotonic() - began)
+
+
+@pytest.fixture(scope="module")
+def pair(make_peer_env: Callable[[], Any]) -> Pair:
+    return Pair(make_peer_env())
+
+
+def test_a_pause_frees_the_machine_and_delays_nobody(pair: Pair) -> None:
+    own = pair.statuses()["volunteer"]["peer_id"]
+    assert "for 1h" in pair.run("pause", "--name", "volunteer", "--for", "1h")
+    paused = until(lambda: (found := pair.statuses())["volunteer"]["phase"] == "paused" and found, "it pauses")
+    assert paused["volunteer"]["paused"].startswith("until ")
+    assert pair.cores("volunteer", 5) < 0.1
+    begin = pair.statuses()["founder"]["round"]
+    now = until(lambda: (found := pair.statuses())["founder"]["round"] > begin + 3 and found, "the other one goes on")
+    assert [(peer["peer"], peer["phase"]) for peer in now["founder"]["peers"]] == [(own, "paused")]
+    assert own not in pair.last_members()
+    pair.run("resume", "--name", "volunteer")
+    until(lambda: own in pair.last_members(), "it contributes again")
+
+
+def test_the_limit_of_processor_time_is_held(pair: Pair) -> None:
+    percent = 100 * 0.4 / (os.cpu_count() or 1)
+    printed = pair.run("set", f"cpu_percent={percent}")
+    assert printed.count("goes by it now") == 2
+    pair.cores("volunteer", 10)  # it takes a while to find out what a step costs
+    assert pair.cores("volunteer", WATCHED_S) == pytest.approx(0.4, rel=0.2)
+    pair.run("set", "cpu_percent=100")
+    until(lambda: pair.cores("volunteer", 3) > 0.5, "it computes freely again")
+
+
+def test_a_daemon_is_small(pair: Pair) -> None:
+    for name in ("founder", "volunteer"):
+        daemon, *children = pair.processes(name)
+        p2pd = next(child for child in children if child.name().startswith("p2pd"))
+        assert daemon.memory_info().rss + p2pd.memory_info().rss < 350e6
+        assert not any("torch" in mapped.path for mapped in daemon.memory_maps())
+
+
+def test_runs_and_clean(pair: Pair) -> None:
+    rows = [json.loads(line) for line in pair.run("runs", "--json").splitlines()]
+    assert {(row["peer"], row["state"]) for row in rows if "peer" in row} == {
+        ("founder", "running"), ("volunteer", "running"),
+    }  # fmt: skip
+    refused = pair.env.p2pllm("clean", "--run", rows[0]["run_id"][:8], "--yes")
+    assert refused.returncode == 1 and "leave" in refused.stderr
+    assert "nothing to free" in pair.run("clean", "--yes")
+    for name in ("founder", "volunteer"):
+        pair.run("leave", "--name", name)
+    assert "Freed" in pair.run("clean", "--run", rows[0]["run_id"][:8], "--yes")
+    assert not list(pair.env.home.glob("runs/*"))

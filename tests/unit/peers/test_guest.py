@@ -1,0 +1,118 @@
+"""The guest's rules, and that a pause is kept over a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from pathlib import Path
+
+import pytest
+
+from p2pllm.errors import SettingsError
+from p2pllm.settings import load_settings
+from p2pllm_peers.guest import COOLER_C, IDLE_S, Guest, Machine, why_not
+
+NIGHT, NOON = datetime.datetime(2026, 1, 1, 3), datetime.datetime(2026, 1, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "when", "machine", "says"),
+    [
+        ({}, NOON, Machine(False, 0.0, 99.0), ""),
+        ({"hours": "22-7"}, NIGHT, Machine(), ""),
+        ({"hours": "22-7"}, NOON, Machine(), "22-7"),
+        ({"hours": "11:30-12:30"}, NOON, Machine(), ""),
+        ({"hours": "12:01-12:30"}, NOON, Machine(), "hours"),
+        ({"only_on_mains": True}, NOON, Machine(on_mains=False), "battery"),
+        ({"only_on_mains": True}, NOON, Machine(on_mains=True), ""),
+        ({"only_on_mains": True}, NOON, Machine(on_mains=None), ""),
+        ({"only_when_idle": True}, NOON, Machine(idle_s=IDLE_S - 1), "somebody"),
+        ({"only_when_idle": True}, NOON, Machine(idle_s=IDLE_S + 1), ""),
+        ({"max_celsius": 80}, NOON, Machine(celsius=81.0), "hot"),
+        ({"max_celsius": 80}, NOON, Machine(celsius=79.0), ""),
+    ],
+)
+def test_rules(settings, when, machine, says):
+    found = why_not(load_settings(**settings), when, machine, was_hot=False)
+    assert says in found and bool(says) == bool(found)
+
+
+def test_a_hot_machine_cools_down_before_it_goes_on():
+    settings = load_settings(max_celsius=80)
+    assert why_not(settings, NOON, Machine(celsius=80 - COOLER_C + 1), was_hot=True)
+    assert not why_not(settings, NOON, Machine(celsius=80 - COOLER_C - 1), was_hot=True)
+
+
+@pytest.mark.parametrize("hours", ["22", "22-25", "a-b", "22-7-9", "7-7", "22:61-3", "-", "1:2:3:4-5"])
+def test_hours_that_are_none(hours):
+    with pytest.raises(SettingsError, match="hours"):
+        load_settings(hours=hours)
+
+
+class Peer:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.changed = asyncio.Event()
+
+    async def pause(self, reason: str) -> None:
+        self.reason = reason
+        self.changed.set()
+
+    async def resume(self) -> None:
+        await self.pause("")
+
+    async def told(self) -> str:
+        await asyncio.wait_for(self.changed.wait(), 5)
+        self.changed.clear()
+        return self.reason
+
+
+async def test_a_pause_of_the_user(tmp_path: Path):
+    peer, file = Peer(), tmp_path / "pause.json"
+    guest = Guest(load_settings(), file, peer.pause, peer.resume, Machine)
+    task = asyncio.create_task(guest.run())
+    guest.pause(None)
+    assert "resume" in await peer.told()
+    again = Peer()
+    after_restart = Guest(load_settings(), file, again.pause, again.resume, Machine)
+    other = asyncio.create_task(after_restart.run())
+    assert "resume" in await again.told(), "a restart does not end it"
+    assert guest.resume() == ""
+    assert await peer.told() == "" and not file.exists()
+    guest.pause(3600)
+    assert (await peer.told()).startswith("until ")
+    guest.pause(0.05)
+    while await peer.told():
+        pass  # it ends by itself
+    for each in (task, other):
+        each.cancel()
+
+
+async def test_settings_can_change_and_resume_says_what_is_in_the_way(tmp_path: Path):
+    peer = Peer()
+    guest = Guest(load_settings(), tmp_path / "p", peer.pause, peer.resume, lambda: Machine(on_mains=False))
+    task = asyncio.create_task(guest.run())
+    guest.pause(None)
+    await peer.told()
+    guest.change(load_settings(only_on_mains=True))
+    assert "battery" in guest.resume()
+    assert "battery" in await peer.told()
+    guest.change(load_settings())
+    assert await peer.told() == ""
+    task.cancel()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"until": "x"}', b"{}"])
+async def test_a_damaged_file_is_no_pause(tmp_path: Path, content: bytes):
+    file, peer = tmp_path / "pause.json", Peer()
+    file.write_bytes(content)
+    guest = Guest(load_settings(), file, peer.pause, peer.resume, Machine)
+    assert guest.resume() == ""
+
+
+def test_this_machine_can_be_looked_at():
+    seen = Machine.now()
+    assert seen.idle_s is None or seen.idle_s >= 0
+    assert seen.celsius is None or 0 < seen.celsius < 150
