@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from p2pllm import errors
-from p2pllm.errors import P2PLLMError, WorkerError
+from p2pllm.errors import P2PLLMError, StateError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
-from p2pllm.state import Layout, moments_of
+from p2pllm.state import FLOAT, Layout, moments_of
 from p2pllm_peers.speed import Speed
 from p2pllm_peers.worker_process import Event, KeptWorker, shared_file
 
@@ -35,6 +35,11 @@ ANSWER_TIMEOUT_S = 120.0
 
 SPEED_WINDOW_S = 30.0
 """Tokens a second are measured over this long."""
+
+_OTHER_MODEL = (
+    "The model has other parameters than this run's, so this version of transformers builds it differently; install "
+    "the version that the run was founded with."
+)
 
 
 class ComputeProcess:
@@ -52,7 +57,6 @@ class ComputeProcess:
         self.device = self.data_digest = ""
         self.micro_batch = 0
         self.own_steps: list[int] = []
-        self.run_id = self.peer_id = ""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settings = settings
         self._runtime_dir = runtime_dir
@@ -61,7 +65,9 @@ class ComputeProcess:
         self._memory = shared_file()
         self._worker = KeptWorker(self._memory, self._on_event, self._orders, self._went_down, self._cannot_live)
         self._job: dict[str, Any] = {}
+        self._drawn_for: Event = {}
         self._remembered: Path | None = None
+        self._building: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._heard = time.monotonic()
         self._answer: asyncio.Future[Event | None] | None = None
@@ -75,45 +81,93 @@ class ComputeProcess:
         """Start the process; it loads its libraries while the daemon finds out what to compute."""
         await self._worker.launch()
 
-    async def build(self, draft: RunDraft, tokenizer: bytes | None, remembered: Path | None, timeout: float) -> Layout:
+    def belongs_to(self, run_id: str, peer_id: str, folder: Path) -> None:
+        """Whose samples are drawn, and where what is this peer's own stays from one start to the next."""
+        self._drawn_for = {"run_id": run_id, "peer": peer_id, "moments": str(folder / "moments.safetensors")}
+        self._remembered = folder / "worker.json"
+        if self.ready:
+            self._remember()
+
+    def remembered_layout(self, draft: RunDraft) -> Layout | None:
+        """Of the model as it was built here before; None if it never was."""
+        with contextlib.suppress(StateError):
+            return Layout.from_json(str(self._recall().get("layout"))).with_moments(moments_of(draft))
+        return None
+
+    async def build(self, draft: RunDraft, tokenizer: bytes | None, timeout: float) -> Layout:
         """Hand over the job and wait until model and data are ready; `params` then holds the initial parameters.
 
-        remembered: file that keeps the micro-batch for the next start. Raises what the worker raised, or WorkerError
-        if it dies, or shows no progress for `timeout` seconds.
+        Raises what the worker raised, or WorkerError if it dies, or shows no progress for `timeout` seconds.
         """
-        self._remembered, self._moments = remembered, moments_of(draft)
+        await self._send_job(draft, tokenizer, fresh=True)
+        await self._built(timeout)
+        self._map(self.layout)
+        self._job["fresh"] = False  # a restarted worker must not overwrite what the run has trained
+        return self.layout
+
+    async def resume(self, draft: RunDraft, tokenizer: bytes | None, timeout: float, layout: Layout) -> None:
+        """Hand over the job and do not wait: who has a state needs no model to catch up, and loading one takes seconds.
+
+        layout: of the state, float32 of shape (layout.size,) in `params`, which the caller fills. What `build` raises
+        ends up in `failed`.
+        """
+        self.layout = layout
+        os.ftruncate(self._memory, 2 * layout.nbytes)
+        self._map(layout)
+        await self._send_job(draft, tokenizer, fresh=False)
+        self._building = asyncio.create_task(self._fail_unless_built(timeout))
+
+    async def _send_job(self, draft: RunDraft, tokenizer: bytes | None, fresh: bool) -> None:
+        self._moments = moments_of(draft)
+        micro_batch = self._recall().get("micro_batch", 0)
         self._job = {
             "draft": draft.model_dump(mode="json", include=set(RunDraft.model_fields)),
             "tokenizer": base64.b64encode(tokenizer).decode() if tokenizer is not None else "",
             "settings": self._settings.model_dump(mode="json"),
             "shared_fd": self._memory,
             "runtime_dir": str(self._runtime_dir),
-            "moments": str(remembered.with_name("moments.safetensors")) if remembered else "",
-            "fresh": True,
-            "micro_batch": self._settings.micro_batch or _recall(remembered),
+            "fresh": fresh,
+            "micro_batch": self._settings.micro_batch or (micro_batch if isinstance(micro_batch, int) else 0),
         }
         await self._worker.send(self._job)
         self._heard = time.monotonic()
+
+    async def wait_ready(self) -> None:
+        """Until the worker has built what it computes with. Raises what ended it for good."""
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(self._ready.wait())
+        either: list[asyncio.Future[Any]] = [waiting, self.failed]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if self.failed.done():
+            self.failed.result()
+
+    async def _built(self, timeout: float) -> None:
         while not self.ready:
             left = self._heard + timeout - time.monotonic()
             if left <= 0:
                 raise WorkerError(
                     f"The compute process shows no progress for {timeout:.0f} s; raise startup_timeout_s."
                 )
-            waiting: asyncio.Future[Any] = asyncio.ensure_future(self._ready.wait())
-            either: list[asyncio.Future[Any]] = [waiting, self.failed]
-            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            if self.failed.done():
-                self.failed.result()
-        size = os.fstat(self._memory).st_size // 8
-        both = np.frombuffer(mmap.mmap(self._memory, 8 * size), dtype="<f4")
-        self.params, self._update = both[:size], both[size:]
-        self._job["fresh"] = False  # a restarted worker must not overwrite what the run has trained
-        return self.layout
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self.wait_ready()
+
+    async def _fail_unless_built(self, timeout: float) -> None:
+        try:
+            await self._built(timeout)
+        except P2PLLMError as error:
+            self._cannot_live(error)
+
+    def _map(self, layout: Layout) -> None:
+        both = np.frombuffer(mmap.mmap(self._memory, 2 * layout.nbytes), dtype=FLOAT)
+        self.params, self._update = both[: layout.size], both[layout.size :]
 
     async def close(self) -> None:
         """End the process and give its memory back, whatever it is doing; takes at most 2 seconds."""
+        if self._building is not None:
+            self._building.cancel()
         await self._worker.close()
         os.close(self._memory)
         if self.failed.done() and not self.failed.cancelled():
@@ -156,7 +210,7 @@ class ComputeProcess:
             await self._worker.send(self._begun)
 
     def _beginning(self, round_number: int) -> Event:
-        return {"do": "begin", "round": round_number, "run_id": self.run_id, "peer": self.peer_id}
+        return {"do": "begin", "round": round_number, **self._drawn_for}
 
     async def finish(self, go_on: bool = False) -> Update | None:
         """See Compute: None if nothing was gathered or the worker died."""
@@ -178,16 +232,14 @@ class ComputeProcess:
     async def hold(self, held: bool) -> None:
         """See Compute."""
         self._held = held
-        if self.ready:
-            with contextlib.suppress(WorkerError):  # it died; it is told when it is back
-                await self._worker.send({"do": "hold", "held": held})
+        with contextlib.suppress(WorkerError):  # it died; it is told when it is back
+            await self._worker.send({"do": "hold", "held": held})
 
     async def share(self, share: float) -> None:
         """Compute in so much of the time, 0 to 1, and rest in between."""
         self._share = share
-        if self.ready:
-            with contextlib.suppress(WorkerError):  # it died; it is told when it is back
-                await self._worker.send({"do": "share", "share": share})
+        with contextlib.suppress(WorkerError):  # it died; it is told when it is back
+            await self._worker.send({"do": "share", "share": share})
 
     async def park(self) -> None:
         """See Compute: the process ends, and keeps what is this peer's own."""
@@ -226,13 +278,10 @@ class ComputeProcess:
             case "progress":
                 self._on_progress(event["text"])
             case "ready":
-                self.layout = Layout.from_json(event["layout"]).with_moments(self._moments)
-                self.device, self.data_digest = event["device"], event["data_digest"]
-                self._found_micro_batch(event["micro_batch"])
-                self._ready.set()
-                self._on_change()
+                self._built_is(event)
             case "micro_batch":
-                self._found_micro_batch(event["micro_batch"])
+                self.micro_batch = event["micro_batch"]
+                self._remember()
             case "step" if self._begun is None or event["round"] != self._begun["round"]:
                 pass  # of a round that was dropped while the worker was starting
             case "step":
@@ -248,11 +297,32 @@ class ComputeProcess:
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(event)
 
-    def _found_micro_batch(self, micro_batch: int) -> None:
-        self.micro_batch = micro_batch
-        if self._remembered is not None and not self._settings.micro_batch:
-            with contextlib.suppress(OSError):  # only a hint for the next start
-                self._remembered.write_text(json.dumps({"micro_batch": micro_batch}))
+    def _built_is(self, event: Event) -> None:
+        """The worker has its model and its data."""
+        layout = Layout.from_json(event["layout"]).with_moments(self._moments)
+        if not self._job["fresh"] and layout != self.layout:
+            self._cannot_live(WorkerError(_OTHER_MODEL))
+            return
+        self.layout, self.micro_batch = layout, event["micro_batch"]
+        self.device, self.data_digest = event["device"], event["data_digest"]
+        self._remember()
+        self._ready.set()
+        self._on_change()
+
+    def _remember(self) -> None:
+        """What makes the next start quicker, and nothing that it needs."""
+        if self._remembered is not None:
+            found_one = 0 if self._settings.micro_batch else self.micro_batch
+            found = {"micro_batch": found_one, "layout": self.layout.to_json()}
+            with contextlib.suppress(OSError):
+                self._remembered.write_text(json.dumps(found))
+
+    def _recall(self) -> dict[str, Any]:
+        """What `_remember` wrote; empty if it is not there or not readable."""
+        found: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self._remembered.read_text()) if self._remembered is not None else None
+        return found if isinstance(found, dict) else {}
 
     def _orders(self) -> list[Event]:
         """What a worker that was started again must hear to be where we are; the job first."""
@@ -271,14 +341,6 @@ class ComputeProcess:
         self._on_change()
         return not self.failed.done()
 
-    def _cannot_live(self, error: WorkerError) -> None:
+    def _cannot_live(self, error: P2PLLMError) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
-
-
-def _recall(path: Path | None) -> int:
-    """The micro-batch found earlier; 0 if none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, P2PLLMError):
-        if path is not None:
-            return int(json.loads(path.read_text())["micro_batch"])
-    return 0

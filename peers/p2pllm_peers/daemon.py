@@ -68,6 +68,7 @@ class Daemon:
         self._node: Node | None = None
         self._participant: Participant | None = None
         self._control: ControlServer | None = None
+        self._facts: dict[str, Any] = {}
 
     async def run(self) -> None:
         """From the order to the end of the run, or until asked to leave."""
@@ -149,11 +150,11 @@ class Daemon:
         return node
 
     async def _open_for_commands(self, folder: PeerFolder, participant: Participant) -> None:
-        """Open the control socket and tell who started us."""
+        """Open the control socket, and write down where it is."""
         socket = self._runtime_dir / "control.sock"
         self._control = ControlServer(socket, commands_of(participant, self._leaving.set))
         await self._control.start()
-        facts = {
+        self._facts = {
             "pid": os.getpid(),
             "socket": str(socket),
             "runtime_dir": str(self._runtime_dir),
@@ -162,8 +163,12 @@ class Daemon:
             "peer_id": self._node.peer_id if self._node else "",
             "invite": participant.invite(),
         }
-        write_whole(folder.path / "daemon.json", json.dumps(facts).encode())
-        tell("ready", **facts)
+        write_whole(folder.path / "daemon.json", json.dumps(self._facts).encode())
+
+    async def _tell_ready(self, compute: ComputeProcess) -> None:
+        """Tell who started us, once there is nothing more that it could hear of."""
+        await compute.wait_ready()
+        tell("ready", **self._facts)
         if not self._order.foreground:
             silence()  # whoever reads our pipe may end before us
 
@@ -171,14 +176,16 @@ class Daemon:
         """Train until the run is over, we are asked to leave, or something failed for good."""
         assert self._compute is not None and self._node is not None  # noqa: S101 - made before
         training = asyncio.create_task(participant.loop.run())
+        telling = asyncio.create_task(self._tell_ready(self._compute))
         leaving = asyncio.create_task(self._leaving.wait())
         failed = asyncio.ensure_future(_first_failure(self._compute.failed, self._node.failed))
         await asyncio.wait({training, leaving, failed}, return_when=asyncio.FIRST_COMPLETED)
         participant.loop.stop()
         if not failed.done() and not training.done():
             await asyncio.wait({training}, timeout=LEAVE_ROUND_S)
-        for task in (training, leaving, failed):
+        for task in (training, telling, leaving, failed):
             task.cancel()
+        await asyncio.gather(telling, return_exceptions=True)  # what it raises, `failed` does too
         for outcome in await asyncio.gather(failed, training, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome

@@ -44,7 +44,7 @@ async def seal(draft: RunDraft, identity: Identity, compute: ComputeProcess, set
     if draft.data.source != "stdlib":
         # a mistyped path is worth a sentence before the seconds that a model takes
         await asyncio.to_thread(documents, draft.data.source, settings.data_path)
-    layout = await compute.build(draft, tokenizer, None, settings.startup_timeout_s)
+    layout = await compute.build(draft, tokenizer, settings.startup_timeout_s)
     manifest = draft.seal(
         founder=identity.peer_id,
         initial_state=SharedState.initial(layout, compute.params).digest(),

@@ -36,7 +36,7 @@ from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.settings import PeerSettings
 from p2pllm.settings_file import with_changes
-from p2pllm.state import Layout, SharedState, check_arithmetic, outer_optimizer
+from p2pllm.state import Layout, OuterOptimizer, SharedState, check_arithmetic, outer_optimizer
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
@@ -114,10 +114,8 @@ class Participant:
         await serve_manifest(node, self._sealed)
         await membership.start(addresses)
         self._following = asyncio.create_task(self._follow_membership(membership))
-        progress("building the model")
-        layout = await self._build()
         await asyncio.to_thread(codec(self._manifest.round.codec).encode, _NOTHING)  # loads what it needs
-        self._assemble(layout)
+        self._assemble(*await self._recover(progress))
         await self._desk.start()
         await self._votes.start()
         await self._exchange.start()
@@ -131,24 +129,36 @@ class Participant:
             seen = await membership.wait_changed(seen)
             self.view.notify()
 
-    async def _build(self) -> Layout:
-        """Have the worker build model and data; sealing a run has done so already."""
-        compute = self._compute
-        compute.run_id, compute.peer_id = self._run_id, self._node.peer_id
-        remembered = self.folder.path / "worker.json"
-        if compute.ready:
-            return compute.layout
-        return await compute.build(self._manifest, self._sealed[2], remembered, self._settings.startup_timeout_s)
+    async def _recover(self, progress: Progress) -> tuple[Disk, OuterOptimizer, SharedState]:
+        """Come to the newest state that this peer's disk leads to, while the worker builds the model.
 
-    def _assemble(self, layout: Layout) -> None:
-        """Come to the newest state that this peer's disk leads to, and put the round protocol on top of it."""
-        manifest, view, compute, identity = self._manifest, self.view, self._compute, self._node.identity
-        section = manifest.round
+        Who has no state begins with the model's initial parameters, and must wait for them.
+        """
+        compute, manifest, timeout = self._compute, self._manifest, self._settings.startup_timeout_s
         check_arithmetic()
-        optimizer = outer_optimizer(manifest, layout)
-        initial = SharedState.initial(layout, compute.params)
-        disk = Disk(self.folder.path, manifest, layout, budget=int(self._settings.disk_gb * 1e9))
-        state = disk.recover(optimizer, initial) or initial
+        compute.belongs_to(self._run_id, self._node.peer_id, self.folder.path)
+        if not compute.ready:  # sealing a run builds it
+            progress("building the model")
+            layout = compute.remembered_layout(manifest)
+            if layout is not None:
+                disk, optimizer = self._disk(layout), outer_optimizer(manifest, layout)
+                state = disk.recover(optimizer, None)
+                if state is not None:
+                    await compute.resume(manifest, self._sealed[2], timeout, layout)
+                    return disk, optimizer, state
+                disk.close()
+            await compute.build(manifest, self._sealed[2], timeout)
+        disk, optimizer = self._disk(compute.layout), outer_optimizer(manifest, compute.layout)
+        initial = SharedState.initial(compute.layout, compute.params)
+        return disk, optimizer, disk.recover(optimizer, initial) or initial
+
+    def _disk(self, layout: Layout) -> Disk:
+        return Disk(self.folder.path, self._manifest, layout, budget=int(self._settings.disk_gb * 1e9))
+
+    def _assemble(self, disk: Disk, optimizer: OuterOptimizer, state: SharedState) -> None:
+        """Put the round protocol on top of a state."""
+        manifest, view, compute, identity = self._manifest, self.view, self._compute, self._node.identity
+        section, layout = manifest.round, state.layout
         np.copyto(compute.params, state.params)  # the worker maps this memory
         state = SharedState(layout, [compute.params, *state.moments.values()], round=state.round)
         keeper = self._keeper = StateKeeper(state, optimizer, disk, self._node)

@@ -4,8 +4,8 @@ The daemon starts it, writes commands to its standard input and reads events fro
 object a line. The first line in is the job. Parameters come and updates go through one shared file of
 2 * parameters float32 values: first the parameters, then the update.
 
-    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "moments", "runtime_dir"}
-    in       {"do": "begin", "round", "run_id", "peer"}, {"do": "finish", "go_on"},
+    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "runtime_dir"}
+    in       {"do": "begin", "round", "run_id", "peer", "moments"}, {"do": "finish", "go_on"},
              {"do": "hold", "held"}, {"do": "share", "share"}, {"do": "abandon" | "evaluate" | "exit"}
     out      progress, ready, step, micro_batch, update, abandoned, validation, error
 
@@ -33,7 +33,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from p2pllm.errors import P2PLLMError
+from p2pllm.errors import P2PLLMError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
 
@@ -115,7 +115,7 @@ class Worker:
         gc.freeze()
         gc.enable()
         layout = model.layout_of(self._model)
-        self._params, self._update = _map(job["shared_fd"], layout.size)
+        self._params, self._update = _map(job["shared_fd"], layout.size, job["fresh"])
         if job["fresh"]:
             model.read_params(self._model, self._params)
         self._model.to(self._device)
@@ -131,7 +131,7 @@ class Worker:
             pipe.emit("progress", text="finding the micro-batch that suits this device")
             self._work.find_micro_batch()
         self._drawn_for = ("", "")
-        self._moments = Path(job["moments"]) if job["moments"] else None
+        self._moments: Path | None = None
         self._round: int | None = None
         self._steps: list[int] = []
         self._loss = 0.0
@@ -186,9 +186,8 @@ class Worker:
         drawn_for = (command["run_id"], command["peer"])
         if drawn_for != self._drawn_for:
             self._work.draw_for(*drawn_for)
-            self._drawn_for = drawn_for
-            if self._moments is not None:
-                self._work.load(self._moments)
+            self._drawn_for, self._moments = drawn_for, Path(command["moments"])
+            self._work.load(self._moments)
         self._round = command["round"]
         self._work.begin(self._params, command["round"])
 
@@ -232,7 +231,7 @@ class Worker:
 
     def _keep(self) -> None:
         """What is this peer's own, for its next session."""
-        if self._moments is not None and self._drawn_for[0]:
+        if self._moments is not None:
             with contextlib.suppress(P2PLLMError):  # worth some steps of warm-up, and no failed end
                 self._work.save(self._moments)
 
@@ -247,10 +246,12 @@ def _stand_back(nice: int) -> None:
         Path("/proc/self/autogroup").write_text(str(nice))
 
 
-def _map(handle: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The shared memory as (parameters, update), float32 vectors of `size` elements."""
-    if os.fstat(handle).st_size != 8 * size:
+def _map(handle: int, size: int, fresh: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The shared memory as (parameters, update), float32 vectors of `size` elements; we size it if it is fresh."""
+    if fresh:
         os.ftruncate(handle, 8 * size)
+    elif os.fstat(handle).st_size != 8 * size:
+        raise WorkerError(f"The model has {size} parameters here, and the state of this run another number of them.")
     both = np.frombuffer(mmap.mmap(handle, 8 * size), dtype="<f4")
     return both[:size], both[size:]
 

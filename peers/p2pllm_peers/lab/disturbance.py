@@ -19,8 +19,10 @@ CORES = 0.25
 class Disturbance:
     """Counts from when it is made."""
 
-    def __init__(self, machines: Machines) -> None:
+    def __init__(self, machines: Machines, of_children: bool = False) -> None:
+        """of_children: what the lab's own children take that are no peers is the lab's, once they have ended."""
         self._machines = machines
+        self._of_children = of_children
         self._began = self._now()
 
     def notes(self) -> list[str]:
@@ -43,5 +45,7 @@ class Disturbance:
         host, own = psutil.cpu_times(), psutil.Process().cpu_times()
         ours = sum(self._machines.cpu_s(name) or 0.0 for name in self._machines.specs)
         ours += self._machines.emulator().cpu_s + own.user + own.system
+        if self._of_children:
+            ours += own.children_user + own.children_system
         busy = host.user + host.nice + host.system + getattr(host, "softirq", 0.0)
         return time.monotonic(), busy, getattr(host, "steal", 0.0), ours

@@ -1,0 +1,91 @@
+"""The compute process with a real worker: a model that is built while the daemon already has a state."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from p2pllm.errors import WorkerError
+from p2pllm.manifest import DataSection, ModelSection, RunDraft
+from p2pllm.settings import PeerSettings
+from p2pllm.state import Layout
+from p2pllm_peers.compute import ComputeProcess
+
+TIMEOUT_S = 100.0
+
+TINY = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+@pytest.fixture
+def draft(tmp_path: Path) -> RunDraft:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "one.txt").write_text("so it goes on and on. " * 200)
+    data = DataSection(source=f"text:{tmp_path}/text", context_length=16, validation_samples=2)
+    return RunDraft(model=ModelSection(type="llama", config=TINY), data=data)
+
+
+@contextlib.asynccontextmanager
+async def process(folder: Path, heard: asyncio.Event | None = None) -> AsyncIterator[ComputeProcess]:
+    """A launched one. heard: set when its samples or its readiness change."""
+    (folder / "runtime").mkdir(exist_ok=True)
+    settings = PeerSettings(home=folder, cache=folder / "cache", device="cpu", threads=1)
+    compute = ComputeProcess(settings, folder / "runtime", (heard or asyncio.Event()).set, lambda text: None)
+    await compute.launch()
+    compute.belongs_to("ab" * 32, "peer", folder)
+    try:
+        yield compute
+    finally:
+        await compute.close()
+
+
+async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDraft) -> None:
+    async with process(tmp_path) as first:
+        assert first.remembered_layout(draft) is None
+        layout = await first.build(draft, None, TIMEOUT_S)
+        assert first.remembered_layout(draft) == layout
+    heard = asyncio.Event()
+    async with process(tmp_path, heard) as second:
+        known = second.remembered_layout(draft)
+        assert known is not None
+        await second.resume(draft, None, TIMEOUT_S, known)
+        assert not second.ready
+        second.params[:] = 0.25
+        await second.begin(3)
+        await asyncio.wait_for(second.wait_ready(), TIMEOUT_S)
+        assert np.all(second.params == 0.25), "the worker wrote its initial parameters over the state"
+        async with asyncio.timeout(TIMEOUT_S):
+            while not second.samples:
+                heard.clear()
+                await heard.wait()
+        update = await second.finish()
+        assert update is not None and update.samples > 0 and second.micro_batch > 0
+
+
+@pytest.mark.parametrize(("shape", "said"), [((8, 1), "another number of them"), (None, "version of transformers")])
+async def test_another_model_than_the_states_is_refused(
+    tmp_path: Path, draft: RunDraft, shape: tuple[int, ...] | None, said: str
+) -> None:
+    async with process(tmp_path) as compute:
+        layout = Layout.of([("other", shape or (built_size(),))])
+        await compute.resume(draft, None, TIMEOUT_S, layout)
+        with pytest.raises(WorkerError, match=said):
+            await asyncio.wait_for(compute.wait_ready(), TIMEOUT_S)
+
+
+def built_size() -> int:
+    """Parameters of the draft's model: embedding and head of 257 tokens, 4 matrices, 3 of the MLP, 3 norms."""
+    return 2 * 257 * 8 + 4 * 8 * 8 + 3 * 8 * 8 + 3 * 8
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"layout": 7}', '{"layout": "[[1]]"}'])
+async def test_a_broken_note_is_no_note(tmp_path: Path, draft: RunDraft, text: str) -> None:
+    (tmp_path / "worker.json").write_text(text)
+    compute = ComputeProcess(PeerSettings(home=tmp_path), tmp_path, lambda: None, lambda text: None)
+    compute.belongs_to("ab" * 32, "peer", tmp_path)
+    assert compute.remembered_layout(draft) is None
+    await compute.close()
