@@ -49,9 +49,14 @@ class PeerSettings(BaseSettings):
         description="folder of keys, runs, states and logs of this machine",
     )
     cache: Path = Field(Path(platformdirs.user_cache_dir("p2pllm")), description="folder of tokenised text")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$",
+        description="auto, cpu, mps, cuda or cuda:N; several with commas work side by side, as cuda:0,cuda:1",
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0 = as torch chooses")
     nice: int = Field(10, ge=0, le=19, description="how far the worker stands back for the machine's other programs")
+    io_idle: bool = Field(True, description="the worker reads the disk only while nobody else does (Linux)")
     micro_batch: int = Field(0, ge=0, le=65536, description="samples computed at once; 0 = found by itself")
     listen_host: str = Field("0.0.0.0", description="IP address to listen on")  # noqa: S104 - peers must reach it
     listen_port: int = Field(0, ge=0, le=65535, description="TCP port to listen on; 0 = any free one")
@@ -65,12 +70,24 @@ class PeerSettings(BaseSettings):
         le=10**6,
         description="Mbit/s that updates and states may take of the line up, best a tenth below what it has; 0 = all",
     )
+    download_mbit: float = Field(
+        0.0, ge=0, le=10**6, description="Mbit/s that updates and states may take of the line down; 0 = all"
+    )
+    monthly_gb: float = Field(
+        0.0, ge=0, le=10**6, description="GB that all peers here may move a month, both ways; then they pause; 0 = any"
+    )
     data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
     disk_gb: float = Field(
         10.0, gt=0, le=10**6, description="GB on disk for what a peer replays; its log and two states come on top"
     )
     cpu_percent: float = Field(
         100.0, ge=1, le=100, description="how much of all cores the peer may take together, in percent"
+    )
+    duty_percent: float = Field(
+        100.0, ge=1, le=100, description="how much of the time the worker computes, in percent; for GPUs, too"
+    )
+    gpu_memory_gb: float = Field(
+        0.0, ge=0, le=10**4, description="GB of each GPU's memory that the worker may take; 0 = what is free"
     )
     hours: str = Field("", description="when the peer may compute, local time, as 22-7 or 22:30-07:00; empty = always")
     only_on_mains: bool = Field(False, description="compute only while the machine is not on battery")
@@ -90,6 +107,14 @@ class PeerSettings(BaseSettings):
         except ValueError:
             raise ValueError("must be an IP address of this machine, such as 0.0.0.0 or 127.0.0.1") from None
         return host
+
+    @field_validator("device")
+    @classmethod
+    def _each_gpu_once(cls, device: str) -> str:
+        names = [name for name in device.split(",") if name != "cpu"]
+        if len(set(names)) < len(names):
+            raise ValueError("names a device twice; one worker is enough for each")
+        return device
 
     @field_validator("hours")
     @classmethod

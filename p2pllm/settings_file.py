@@ -15,7 +15,20 @@ import tomlkit
 from p2pllm.errors import SettingsError
 from p2pllm.settings import PeerSettings, load_settings, settings_file
 
-LIVE = frozenset({"upload_mbit", "cpu_percent", "hours", "only_on_mains", "only_when_idle", "max_celsius"})
+LIVE = frozenset(
+    {
+        "upload_mbit",
+        "download_mbit",
+        "monthly_gb",
+        "disk_gb",
+        "cpu_percent",
+        "duty_percent",
+        "hours",
+        "only_on_mains",
+        "only_when_idle",
+        "max_celsius",
+    }
+)
 """Settings that a running peer takes at once; the others count from its next start."""
 
 
@@ -42,6 +55,12 @@ def with_changes(settings: PeerSettings, values: dict[str, Any]) -> PeerSettings
     """Settings with those of `values` that a running peer can take. Raises SettingsError if they are not valid."""
     live = {name: value for name, value in values.items() if name in LIVE}
     return load_settings(**{**settings.model_dump(), **live})
+
+
+def limits_of(settings: PeerSettings) -> dict[str, Any]:
+    """What of LIVE is not as it is by default, by name."""
+    default = {name: field.default for name, field in PeerSettings.model_fields.items()}
+    return {name: value for name in sorted(LIVE) if (value := _plain(getattr(settings, name))) != default[name]}
 
 
 def _plain(value: object) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -83,15 +84,29 @@ def leave(home: Path | None, run_prefix: str | None, name: str | None) -> None:
 def logs(home: Path | None, run_prefix: str | None, name: str | None, follow: bool, lines: int) -> None:
     """What the daemon wrote to its log."""
     peer = find_peer(home, run_prefix, name)
+    path = peer.path / "daemon.log"
     try:
-        with (peer.path / "daemon.log").open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             for line in deque(file, maxlen=lines):
                 click.echo(line, nl=False)
-            while follow:
-                line = file.readline()
-                if line:
-                    click.echo(line, nl=False)
-                else:
-                    time.sleep(0.2)  # a file has no event that works everywhere
+            if follow:
+                _follow(path, file)
     except FileNotFoundError:
         raise DaemonError(f"'{peer.name}' has no log yet in {peer.path}.") from None
+
+
+def _follow(path: Path, file: TextIO) -> None:
+    """Print what is added, and what comes after it in a new file when this one is full; until Ctrl+C."""
+    while True:
+        for line in file:
+            click.echo(line, nl=False)
+        try:
+            put_away = path.stat().st_ino != os.fstat(file.fileno()).st_ino
+        except FileNotFoundError:
+            put_away = False
+        if put_away and not (rest := file.read()):
+            with path.open(encoding="utf-8", errors="replace") as following:
+                return _follow(path, following)
+        elif put_away:
+            click.echo(rest, nl=False)
+        time.sleep(0.2)  # a file has no event that works everywhere

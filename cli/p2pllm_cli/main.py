@@ -13,7 +13,7 @@ import click
 
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError
-from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, model, peer, verify
+from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, model, peer, service, verify
 
 
 class _InOrder(click.Group):
@@ -47,6 +47,7 @@ for command in (
     local.leave,
     disk.runs,
     disk.clean,
+    service.service,
     explain.explain,
     local.logs,
     log.rounds,

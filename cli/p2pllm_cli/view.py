@@ -17,6 +17,9 @@ from p2pllm_peers.control import watch
 console = Console(markup=False)  # what is shown comes from files and from peers
 _BARS = "▁▂▃▄▅▆▇█"
 
+_PARTS = {"collecting": "compute", "roster": "roster", "exchange": "exchange", "vote": "vote", "commit": "apply"}
+"""Phases of a round, and what records call the time that they took."""
+
 
 class StartView:
     """What a daemon does while it starts: a spinner, or a line for each new step."""
@@ -62,7 +65,7 @@ class LiveView:
             return
         with Live(console=console, refresh_per_second=4) as live:
             for status in watch(self._socket):
-                live.update(panel(status, leaving=self._is_leaving()))
+                live.update(panel(status, leaving=self._is_leaving(), height=console.height))
 
 
 def status_line(status: dict[str, Any]) -> str:
@@ -77,10 +80,10 @@ def status_line(status: dict[str, Any]) -> str:
     )
 
 
-def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
-    """The whole status, at most 78 columns wide."""
+def panel(status: dict[str, Any], *, leaving: bool = False, height: int = 0) -> Panel:
+    """The whole status, at most 78 columns wide. height: of the terminal in lines, 0: any."""
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("round", f"{status['round']} of {status['rounds']}", "phase", status["phase"])
+    facts.add_row("round", f"{status['round']} of {status['rounds']}", "samples", _progress(status))
     facts.add_row("loss", _loss(status["loss"]), "validation", _loss(status.get("validation_loss")))
     facts.add_row(
         "tokens/s",
@@ -90,15 +93,18 @@ def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
     )
     facts.add_row("sent", size(status["bytes_sent"]), "received", size(status["bytes_received"]))
     facts.add_row("device", status["device"], "micro-batch", str(status["micro_batch"]))
-    parts: list[Any] = [facts]
+    if credit := status.get("credit"):
+        facts.add_row("my credit", _credit(credit), "", "samples in committed rounds")
+    parts: list[Any] = [facts, _phases(status)]
     if len(status["losses"]) > 1:
-        parts.append(Text(f"loss {curve(status['losses'])}", no_wrap=True, overflow="crop"))
-    if status.get("trouble"):
-        parts.append(Text(f"takes no part: {status['trouble']}", style="red"))
-    if status.get("paused"):
-        parts.append(Text(f"paused: {status['paused']}", style="yellow"))
+        parts.append(Text(f"loss  {curve(status['losses'])}", no_wrap=True, overflow="crop"))
+    if status.get("limits"):
+        limits = " ".join(f"{name}={value}" for name, value in status["limits"].items())
+        parts.append(Text(f"limits  {limits}", no_wrap=True, overflow="ellipsis"))
+    for words, style in _words(status):
+        parts.append(Text(words, style=style))
     me = {**status, "peer": f"{status['peer_id'][-8:]} (this)"}
-    parts.append(peer_table([me, *status["peers"]]))
+    parts.append(peer_table([me, *status["peers"]], most=max(3, height - 12 - len(parts)) if height else 0))
     bottom = "leaving: finishing the round ..." if leaving else "Ctrl+C leaves"
     return Panel(
         Group(*parts),
@@ -108,14 +114,61 @@ def panel(status: dict[str, Any], *, leaving: bool = False) -> Panel:
     )
 
 
-def peer_table(rows: list[dict[str, Any]]) -> Table:
-    """Peers, one a row."""
+def _progress(status: dict[str, Any]) -> str:
+    """How far the swarm is with the round under way."""
+    wanted, gathered = status.get("wanted", 0), status.get("gathered", 0)
+    if not wanted:
+        return "-"
+    done = min(10, 10 * gathered // wanted)
+    return f"{'█' * done}{'░' * (10 - done)} {gathered:,} of {wanted:,}"
+
+
+def _phases(status: dict[str, Any]) -> Text:
+    """The parts of a round in their order, the present one marked, with how long each took the last time."""
+    seconds = status.get("seconds", {})
+    text = Text("phase ", no_wrap=True, overflow="crop")
+    if status["phase"] not in _PARTS:
+        text.append(f" [{status['phase']}]", "bold")
+    for phase, part in _PARTS.items():
+        took = f" {seconds[part]:.1f}s" if part in seconds else ""
+        text.append(" ")
+        text.append(f"[{phase}{took}]" if phase == status["phase"] else f" {phase}{took} ", _mark(phase, status))
+    return text
+
+
+def _mark(phase: str, status: dict[str, Any]) -> str:
+    return "bold" if phase == status["phase"] else "dim"
+
+
+def _credit(credit: dict[str, Any]) -> str:
+    share = f" ({100 * credit['samples'] / credit['all']:.1f} %)" if credit["all"] else ""
+    return f"{credit['samples']:,}{share}{'' if credit['complete'] else ' so far'}"
+
+
+def _words(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the user should know, and what would help most; with a style."""
+    words = []
+    if status.get("trouble"):
+        words.append((f"takes no part: {status['trouble']}", "red"))
+    if status.get("paused"):
+        words.append((f"paused: {status['paused']}", "yellow"))
+    elif not status["peers"]:
+        words.append(("nobody else is here yet: hand out the invite of `p2pllm status`", "yellow"))
+    if status.get("worker_restarts"):
+        times = status["worker_restarts"]
+        words.append((f"the compute process died {times} times and was started again; see `p2pllm logs`", "yellow"))
+    return words
+
+
+def peer_table(rows: list[dict[str, Any]], most: int = 0) -> Table:
+    """Peers, one a row; at most so many, 0: all."""
     table = Table(box=None, pad_edge=False)
     for heading in ("peer", "phase"):
         table.add_column(heading)
     for heading in ("round", "samples", "tokens/s", "state"):
         table.add_column(heading, justify="right")
-    for row in rows:
+    left_out = len(rows) - most + 1 if most and len(rows) > most else 0
+    for row in rows[: len(rows) - left_out]:
         table.add_row(
             row["peer"] if row["peer"].endswith(")") else row["peer"][-8:],
             row["phase"],
@@ -124,6 +177,8 @@ def peer_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['tokens_per_s']:,.0f}",
             row["record"][:8],
         )
+    if left_out:
+        table.add_row(f"{left_out} more")
     return table
 
 

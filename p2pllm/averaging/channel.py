@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from p2pllm.averaging.vigil import Wait
-from p2pllm.network.streams import pace
+from p2pllm.network.streams import limits_intake, pace, take_it_slowly
 
 CHUNK_BYTES = 256 * 1024
 """Bytes handed to a writer at a time: a socket takes most of it at once, so that little is copied."""
@@ -46,8 +46,8 @@ class Channel:
         if not isinstance(transport, asyncio.Transport):
             return
         # A reader that counts for its node does not see what goes past it.
-        report = getattr(self._reader, "count_direct", lambda count: None)
-        direct = _DirectProtocol(transport, self.receiving, report)
+        hand_over = getattr(self._reader, "hand_over", lambda: lambda count: None)
+        direct = _DirectProtocol(transport, self.receiving, hand_over())
         transport.set_protocol(direct)
         # What the reader holds already comes first; with the end fed, read() returns just that, and at once.
         self._reader.feed_eof()
@@ -61,9 +61,19 @@ class Channel:
             at = min(len(self._rest), len(view))
             view[:at] = self._rest[:at]
             self._rest = self._rest[at:]
-            if at < len(view):
-                await (self._direct.fill(view[at:]) if self._direct else self._read_into(view[at:]))
+            if at < len(view) and self._direct is None:
+                await self._read_into(view[at:])
+                at = len(view)
+        size = CHUNK_BYTES if limits_intake(self._reader) else len(view)
+        for start in range(at, len(view), max(1, size)):
+            await self._fill(view[start : start + size])
         self.received += len(view)
+
+    async def _fill(self, view: memoryview) -> None:
+        assert self._direct is not None  # noqa: S101 - the caller looked
+        with self.receiving.waiting():
+            await self._direct.fill(view)
+        await take_it_slowly(self._reader)  # for which the other side is not to blame
 
     async def _read_into(self, view: memoryview) -> None:
         at = 0
@@ -107,7 +117,10 @@ class Channel:
 
     def abort(self) -> None:
         """Close now and drop what has not left."""
-        self._writer.transport.abort()
+        with suppress(
+            AttributeError
+        ):  # asyncio's own: a transport that was closing and has just sent all forgot its loop
+            self._writer.transport.abort()
 
 
 def _widen(writer: StreamWriter) -> None:

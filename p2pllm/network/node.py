@@ -86,7 +86,7 @@ class Node:
             raise NetworkError("A node needs an identity that is in a file, because p2pd reads it.")
         options = P2pdOptions.of(settings, identity.path, runtime_dir, tuple(relays))
         self = cls(identity, run_id, options)
-        self.traffic.pacer.mbit = settings.upload_mbit
+        self.traffic.pacer.mbit, self.traffic.intake.mbit = settings.upload_mbit, settings.download_mbit
         await self._supervisor.start(progress)
         return self
 

@@ -22,6 +22,8 @@ class ListenSettings(Protocol):
     def startup_timeout_s(self) -> float: ...
     @property
     def upload_mbit(self) -> float: ...
+    @property
+    def download_mbit(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class NodeSettings:
     nat: bool = False
     startup_timeout_s: float = 120.0
     upload_mbit: float = 0.0
+    download_mbit: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -34,25 +34,28 @@ class Moved:
 
     sent: int = 0
     received: int = 0
-    pacer: Pacer | None = field(default=None, repr=False, compare=False)
+    pacer: Pacer | None = field(default=None, repr=False, compare=False)  # of what is sent
+    intake: Pacer | None = field(default=None, repr=False, compare=False)  # of what is received
 
 
 @dataclass
 class Traffic:
     """Payload bytes since the node was started, without the framing of p2pd and TCP.
 
-    calls: all calls, the DHT's among them. streams: all others, by protocol. pacer: of these together.
+    calls: all calls, the DHT's among them. streams: all others, by protocol. pacer, intake: of what these send
+    and receive together.
     """
 
     calls: Moved = field(default_factory=Moved)
     streams: dict[str, Moved] = field(default_factory=dict)
     pacer: Pacer = field(default_factory=lambda: Pacer(0.0))
+    intake: Pacer = field(default_factory=lambda: Pacer(0.0))
 
     def of(self, proto: str) -> Moved:
         """The streams of one protocol; only protocols that we open or serve get here."""
         if proto.endswith("/calls"):
             return self.calls
-        return self.streams.setdefault(proto, Moved(pacer=self.pacer))
+        return self.streams.setdefault(proto, Moved(pacer=self.pacer, intake=self.intake))
 
     @property
     def sent(self) -> int:
@@ -66,23 +69,42 @@ class Traffic:
 
 
 class CountedReader(StreamReader):
-    """A StreamReader that counts what arrives; one addition per chunk read from the socket."""
+    """A StreamReader that counts what arrives, and reads no faster than this machine may receive."""
 
     moved: Moved | None = None
     uncounted = 0
+    transport: asyncio.Transport | None = None
+    rests_until = 0.0  # by the loop's clock
 
     def feed_data(self, data: bytes) -> None:  # type: ignore[override]  # asyncio gives bytes
         """Called by asyncio with every chunk."""
-        if self.moved is not None:
-            self.moved.received += len(data)
-        else:
-            self.uncounted += len(data)
         super().feed_data(data)
+        if self.moved is None:
+            self.uncounted += len(data)
+            return
+        self.count_direct(len(data))
+        seconds = self.rests_until - asyncio.get_running_loop().time()
+        if seconds > 0 and self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_later(seconds, self._go_on)
 
     def count_direct(self, count: int) -> None:
-        """Count what somebody reads from the socket past this reader."""
-        if self.moved is not None:
-            self.moved.received += count
+        """Count what was read from the socket; whoever reads it past this reader awaits `take_it_slowly` after that."""
+        if self.moved is None:
+            return
+        self.moved.received += count
+        if self.moved.intake is not None and self.moved.intake.mbit:
+            self.rests_until = asyncio.get_running_loop().time() + self.moved.intake.owe(count)
+
+    def hand_over(self) -> Callable[[int], None]:
+        """Let somebody else read from the socket; returns what it is to tell of each number of bytes that came."""
+        self.transport = None
+        return self.count_direct
+
+    def _go_on(self) -> None:
+        # one that is full has paused the transport itself, and resumes it when it was read from
+        if self.transport is not None and not self.transport.is_closing() and not getattr(self, "_paused", False):
+            self.transport.resume_reading()
 
 
 class CountedWriter(StreamWriter):
@@ -110,6 +132,18 @@ async def pace(writer: StreamWriter) -> None:
     if isinstance(writer, CountedWriter) and writer.moved is not None and writer.moved.pacer is not None:
         written, writer.unpaced = writer.unpaced, 0
         await writer.moved.pacer.pay(written)
+
+
+def limits_intake(reader: StreamReader) -> bool:
+    """Whether this machine receives no faster than a set rate."""
+    moved = reader.moved if isinstance(reader, CountedReader) else None
+    return moved is not None and moved.intake is not None and moved.intake.mbit > 0
+
+
+async def take_it_slowly(reader: StreamReader) -> None:
+    """Wait until more may be read past the reader, where this machine limits its download; else return at once."""
+    if isinstance(reader, CountedReader) and reader.rests_until:
+        await asyncio.sleep(max(0.0, reader.rests_until - asyncio.get_running_loop().time()))
 
 
 @contextmanager
@@ -147,6 +181,7 @@ class _Protocol(StreamReaderProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.reader.transport = transport
         transport.set_write_buffer_limits(high=WRITE_LIMIT)
         if self._accept is not None:
             self._accept(self.reader, self.writer(transport))

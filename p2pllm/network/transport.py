@@ -41,7 +41,8 @@ class Transport(Protocol):
     async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
         """Open a stream of bytes, both ways. Raises NetworkError. The caller closes the writer.
 
-        Who reads from the stream's socket past the reader calls the reader's `count_direct(bytes)`, if it has one.
+        Who reads from the stream's socket past the reader calls the reader's `hand_over()`, if there is one, and what
+        that returns with each number of bytes that came.
         """
         ...
 

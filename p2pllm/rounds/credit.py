@@ -14,6 +14,10 @@ from p2pllm.rounds.audit import FORGED, Step
 from p2pllm.rounds.chain import check_claims
 from p2pllm.rounds.log import RoundLog
 from p2pllm.rounds.packing import MessageError
+from p2pllm.rounds.record import Head
+
+COUNTED_AT_ONCE = 500
+"""Rounds that a ledger counts in a call, so that whoever asks waits some milliseconds."""
 
 
 @dataclass
@@ -59,3 +63,28 @@ def tally(log: RoundLog, *, check: bool = True) -> Generator[Step, None, Tally]:
             credit.last = round_
     ranked = sorted(credits_.items(), key=lambda item: (-item[1].samples, item[0]))
     return Tally(dict(ranked), samples, head - missing, missing)
+
+
+class Ledger:
+    """What one peer contributed to a run, kept up to date as its log grows."""
+
+    def __init__(self, log: RoundLog, peer: str) -> None:
+        self._log, self._peer = log, peer
+        self._counted: Head = (0, b"")
+        self.samples = 0
+        self.of_all = 0
+
+    def update(self) -> bool:
+        """Count what is new, at most COUNTED_AT_ONCE rounds; whether that was all."""
+        round_, digest = self._counted
+        if round_ and self._log.digest(round_) != digest:  # the swarm's branch became another one
+            self._counted, self.samples, self.of_all = (0, b""), 0, 0
+        head = self._log.branch.head[0]
+        last = min(head, self._counted[0] + COUNTED_AT_ONCE)
+        for round_ in range(self._counted[0] + 1, last + 1):
+            record = self._log.record(round_)
+            if record is not None:  # else it is damaged here
+                self.of_all += record.body.samples
+                self.samples += sum(claim.samples for claim in record.body.members if claim.peer == self._peer)
+            self._counted = (round_, self._log.digest(round_) or b"")
+        return last == head

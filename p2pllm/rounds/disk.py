@@ -65,7 +65,7 @@ class Disk:
         self._manifest = manifest
         self._form: tuple[Layout, Form] | None = None
         self._every = manifest.round.snapshot_every
-        self._budget = budget
+        self.budget = budget
 
     def is_snapshot_round(self, round_: int) -> bool:
         """Whether every peer saves the state of this round, so that joiners can have it from several at once."""
@@ -74,7 +74,7 @@ class Disk:
     @property
     def is_over_budget(self) -> bool:
         """There are more aggregates than there may be; a snapshot now would make most of them needless."""
-        return self.aggregates.total > self._budget
+        return self.aggregates.total > self.budget
 
     def on_branch(self) -> list[Snapshot]:
         """The snapshots of our branch, newest first."""

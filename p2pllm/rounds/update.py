@@ -24,16 +24,14 @@ class Update:
         return Update(self.samples, self.loss, self.vector.copy())
 
 
-def joined(pending: Update | None, fresh: Update | None) -> Update | None:
-    """Both as one update, in memory of its own; None if there is none.
+def joined(*parts: Update | None) -> Update | None:
+    """Their mean, weighed by samples, in memory of its own if there are several; None if there is none.
 
-    pending: computed for a round that was committed without it, so on an older state: a little stale, and not lost.
+    A part that was computed for a round that was committed without it is on an older state: a little stale, not lost.
     """
-    updates = [update for update in (pending, fresh) if update is not None]
-    if not updates:
-        return None
-    if pending is None or fresh is None:
-        return updates[0]
+    updates = [update for update in parts if update is not None]
+    if len(updates) < 2:
+        return updates[0] if updates else None
     samples = sum(update.samples for update in updates)
     vector = np.zeros_like(updates[0].vector)
     for update in updates:

@@ -37,6 +37,13 @@ def choose_device(setting: str) -> torch.device:
     return device
 
 
+def limit_memory(device: torch.device, gigabytes: float) -> None:
+    """Take no more of a CUDA device's memory than that, 0: than there is; more is answered as if it were full."""
+    if gigabytes and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), device)
+
+
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """bfloat16 for matrix products where a CUDA device computes in it; float32 anywhere else."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):

@@ -30,8 +30,8 @@ from p2pllm.network.addresses import port_of
 from p2pllm.network.lean import load_lean
 from p2pllm.settings import new_runtime_dir
 from p2pllm_peers.commands import commands_of
-from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.control import ControlServer
+from p2pllm_peers.devices import Devices
 from p2pllm_peers.folders import (
     FOUNDER,
     PeerFolder,
@@ -64,7 +64,7 @@ class Daemon:
         self._runtime_dir = runtime_dir
         self._leaving = asyncio.Event()
         self._interrupts = 0
-        self._compute: ComputeProcess | None = None
+        self._compute: Devices | None = None
         self._node: Node | None = None
         self._participant: Participant | None = None
         self._control: ControlServer | None = None
@@ -77,7 +77,7 @@ class Daemon:
             loop.add_signal_handler(number, self._interrupt)
         if self._order.foreground:  # leave when the program that started us hangs up, however early
             loop.add_reader(sys.stdin.fileno(), self._hung_up)
-        self._compute = ComputeProcess(self._settings, self._runtime_dir, self._on_compute, tell_progress)
+        self._compute = Devices(self._settings, self._runtime_dir, self._on_compute, tell_progress)
         try:
             await self._unless_leaving(self._enter(self._compute))
             if self._participant is not None and not self._leaving.is_set():
@@ -85,7 +85,7 @@ class Daemon:
         finally:
             await self._end()
 
-    async def _enter(self, compute: ComputeProcess) -> None:
+    async def _enter(self, compute: Devices) -> None:
         """Find out what to compute, start everything, and report ready."""
         invite = Invite.decode(self._order.invite) if self._order.invite else None
         draft = RunDraft(**self._order.draft) if self._order.draft is not None else None
@@ -113,7 +113,7 @@ class Daemon:
         await participant.start(addresses, tell_progress)
         await self._open_for_commands(folder, participant)
 
-    async def _found(self, compute: ComputeProcess, draft: RunDraft) -> PeerFolder:
+    async def _found(self, compute: Devices, draft: RunDraft) -> PeerFolder:
         """Seal a new run and become its founder."""
         from p2pllm_peers.entry import seal
 
@@ -165,7 +165,7 @@ class Daemon:
         }
         write_whole(folder.path / "daemon.json", json.dumps(self._facts).encode())
 
-    async def _tell_ready(self, compute: ComputeProcess) -> None:
+    async def _tell_ready(self, compute: Devices) -> None:
         """Tell who started us, once there is nothing more that it could hear of."""
         await compute.wait_ready()
         tell("ready", **self._facts)

@@ -24,7 +24,7 @@ from p2pllm.settings import PeerSettings
 from p2pllm.state.shared import SharedState
 from p2pllm.training.sources import documents
 from p2pllm.training.tokenizer import MAX_TOKENIZER_BYTES
-from p2pllm_peers.compute import ComputeProcess
+from p2pllm_peers.devices import Devices
 from p2pllm_peers.folders import SIGNING_DOMAIN, check_signature
 
 CALL_TIMEOUT_S = 20.0
@@ -33,7 +33,7 @@ Sealed = tuple[RunManifest, bytes, bytes | None]
 """Manifest, signature, tokenizer.json (None: the built-in one)."""
 
 
-async def seal(draft: RunDraft, identity: Identity, compute: ComputeProcess, settings: PeerSettings) -> Sealed:
+async def seal(draft: RunDraft, identity: Identity, compute: Devices, settings: PeerSettings) -> Sealed:
     """Turn a draft into a run: build its model once, and sign what came out.
 
     Raises ManifestError, DataError: the draft names what cannot be used.

@@ -50,11 +50,14 @@ class Machine:
         return cls(battery.power_plugged if battery else None, _idle_s(), _hottest())
 
 
-def why_not(settings: PeerSettings, now: datetime, machine: Machine, was_hot: bool) -> str:
+def why_not(settings: PeerSettings, now: datetime, machine: Machine, *, was_hot: bool, moved: float) -> str:
     """Why the peer shall not compute, as a phrase for its user; empty if it may. now: local time.
 
-    was_hot: it pauses for heat already. What the machine does not tell is no reason to pause.
+    was_hot: it pauses for heat already. moved: bytes on the line this month. What the machine does not tell is no
+    reason to pause.
     """
+    if settings.monthly_gb and moved >= settings.monthly_gb * 1e9:
+        return f"the {settings.monthly_gb:g} GB of this month have been moved"
     if settings.hours and not settings.is_in_hours(now.time()):
         return f"outside of its hours, {settings.hours}"
     if settings.only_on_mains and machine.on_mains is False:
@@ -76,13 +79,17 @@ class Guest:
         file: Path,
         pause: Callable[[str], Awaitable[None]],
         resume: Callable[[], Awaitable[None]],
+        moved: Callable[[datetime], float],
         look: Callable[[], Machine] = Machine.now,
     ) -> None:
-        """file: keeps a pause that the user wants over a restart. pause: called with the reason."""
+        """file: keeps a pause that the user wants over a restart. pause: called with the reason.
+
+        moved: bytes on the line in the month of a time.
+        """
         self.settings = settings
         self._file = file
         self._pause, self._resume = pause, resume
-        self._look = look
+        self._moved, self._look = moved, look
         self._until = _recall(file)
         self._reason = ""
         self._changed = asyncio.Event()
@@ -123,9 +130,8 @@ class Guest:
             if self._until == math.inf:
                 return "until `p2pllm resume`"
             return f"until {datetime.fromtimestamp(self._until):%H:%M}"
-        return why_not(
-            self.settings, datetime.now(), self._machine(), self._reason.startswith("the machine is too hot")
-        )
+        now, was_hot = datetime.now(), self._reason.startswith("the machine is too hot")
+        return why_not(self.settings, now, self._machine(), was_hot=was_hot, moved=self._moved(now))
 
     def _machine(self) -> Machine:
         """What it shows, if any setting asks for that."""

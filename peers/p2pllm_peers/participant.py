@@ -25,6 +25,8 @@ from p2pllm.metrics import JsonlSink, RoundRecord
 from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.network.membership import Membership
 from p2pllm.network.node import Node
+from p2pllm.rounds import plan
+from p2pllm.rounds.credit import Ledger
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.loop import TrainingLoop
@@ -35,12 +37,13 @@ from p2pllm.rounds.serving import GIVE_WAY_S
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.settings import PeerSettings
-from p2pllm.settings_file import with_changes
+from p2pllm.settings_file import limits_of, with_changes
 from p2pllm.state import Layout, OuterOptimizer, SharedState, check_arithmetic, outer_optimizer
-from p2pllm_peers.compute import ComputeProcess
+from p2pllm_peers.devices import Devices
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
 from p2pllm_peers.guest import Guest
+from p2pllm_peers.meter import Meter
 from p2pllm_peers.throttle import Throttle
 
 log = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ class Participant:
         sealed: Sealed,
         settings: PeerSettings,
         node: Node,
-        compute: ComputeProcess,
+        compute: Devices,
     ) -> None:
         manifest = sealed[0]
         self.folder = folder
@@ -167,10 +170,12 @@ class Participant:
         self._votes = VoteBox(self._node, view, identity)
         self._exchange = exchange_of(disk.form(layout), self._run_id, self._node, self.folder.path)
         runner = RoundRunner(identity, view, self._desk, self._votes, self._exchange, keeper, section)
+        self._ledger = Ledger(disk.log, self._node.peer_id)
         self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)
-        self.guest = Guest(self._settings, self.folder.path / "pause.json", self.loop.pause, self.loop.resume)
-        self._throttle = Throttle(lambda: compute.pid, compute.share)
-        self._throttle.cpu_percent = self._settings.cpu_percent
+        note, self._meter = self.folder.path / "pause.json", Meter(self.folder.path, self._moved)
+        self.guest = Guest(self._settings, note, self.loop.pause, self.loop.resume, self._meter.used)
+        self._throttle = Throttle(lambda: compute.pids, compute.share)
+        self._limit(self._settings)
         self._minding = [asyncio.create_task(self.guest.run()), asyncio.create_task(self._throttle.run())]
 
     async def _give_way(self) -> None:
@@ -211,8 +216,16 @@ class Participant:
         """Go by these settings from now on. Raises SettingsError if they are not valid; then nothing has changed."""
         self._settings = settings = with_changes(self._settings, values)
         self.guest.change(settings)
-        self._throttle.cpu_percent = settings.cpu_percent
-        self._node.traffic.pacer.mbit = settings.upload_mbit
+        self._limit(settings)
+
+    def _limit(self, settings: PeerSettings) -> None:
+        self._throttle.cpu_percent, self._throttle.duty_percent = settings.cpu_percent, settings.duty_percent
+        self.keeper.disk.budget = int(settings.disk_gb * 1e9)
+        traffic = self._node.traffic
+        traffic.pacer.mbit, traffic.intake.mbit = settings.upload_mbit, settings.download_mbit
+
+    def _moved(self) -> int:
+        return self._node.traffic.sent + self._node.traffic.received
 
     async def anchor(self, checkpoint: bytes) -> bool:
         """Take the organiser's packed checkpoint and let the others know; whether it was new.
@@ -264,7 +277,12 @@ class Participant:
             "rounds": self._manifest.round.rounds,
             "recorded_round": own.round if self._last is None else self._last.round,  # what loss and curve belong to
             "samples": own.samples,
+            "gathered": plan.gathered(own.head, self.view.with_own()),  # by the swarm, towards the round under way
+            "wanted": self._manifest.round.samples,
+            "credit": {"complete": self._ledger.update(), "samples": self._ledger.samples, "all": self._ledger.of_all},
+            "limits": limits_of(self._settings),
             "record": own.digest.hex(),
+            "seconds": {} if self._last is None else self._last.seconds,
             "loss": None if self._last is None else self._last.loss,
             "validation_loss": self._validation_loss,
             "losses": [round(loss, 4) for loss in self._losses],
@@ -299,6 +317,7 @@ class Participant:
                 task.cancel()
         ending = []
         if self._keeper is not None:
+            self._meter.save()
             self.view.say(phase="leaving", samples=0)
             ending.append(self._keeper.close())
             ending.append(asyncio.to_thread(self._exchange.close))

@@ -10,10 +10,15 @@ import json
 import logging
 import os
 import sys
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("p2pllm.daemon")
+
+LOG_BYTES, KEPT_LOGS = 5_000_000, 3
+"""Size of a log, and how many older ones are kept."""
 
 
 def tell(event: str, **fields: Any) -> None:
@@ -29,12 +34,20 @@ def tell_progress(text: str) -> None:
     tell("progress", text=text)
 
 
+class _LogFile(RotatingFileHandler):
+    """A log of bounded size, with what libraries write to standard error."""
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+        return stream
+
+
 def log_into(path: Path) -> None:
-    """Log to a file, what libraries write to standard error included."""
-    file = path.open("a", encoding="utf-8", buffering=1)
-    os.dup2(file.fileno(), sys.stderr.fileno())
+    """Log to a file; when it is full it is kept as path.1, and so on."""
+    handler = _LogFile(path, maxBytes=LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8")
     logging.basicConfig(
-        stream=file, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        handlers=[handler], level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
 
 

@@ -51,13 +51,16 @@ class Feedback:
 class Throttle:
     """Measures this peer's processes and tells the worker how much of the time it may compute."""
 
-    def __init__(self, worker: Callable[[], int | None], tell: Callable[[float], Awaitable[None]]) -> None:
-        """worker: process id of the worker. tell: hands it the share, 0.01 to 1."""
-        self._worker = worker
+    def __init__(self, workers: Callable[[], frozenset[int]], tell: Callable[[float], Awaitable[None]]) -> None:
+        """workers: process ids of the workers. tell: hands them the share, 0.01 to 1."""
+        self._workers = workers
         self._tell = tell
         self._feedback: Feedback | None = None  # there is no limit
+        self._duty = 1.0
         self.cpu_percent = 100.0
         """Of all cores."""
+        self.duty_percent = 100.0
+        """Of the time, whatever the worker computes on."""
 
     async def run(self) -> None:
         """Measure and tell, for good."""
@@ -68,9 +71,9 @@ class Throttle:
                 at, taken = time.monotonic(), self._taken()
                 worker_s, others_s = (max(0.0, now - then) for now, then in zip(taken, before, strict=True))
                 await self._hold(worker_s, others_s, at - before_at)
-            elif self._feedback is not None:
+            elif self._feedback is not None or self.duty_percent / 100 != self._duty:
                 self._feedback = None
-                await self._tell(1.0)
+                await self._tell_share(1.0)
             await asyncio.sleep(MEASURE_S)  # the span over which it is measured
 
     async def _hold(self, worker_s: float, others_s: float, wall_s: float) -> None:
@@ -80,16 +83,20 @@ class Throttle:
             self._feedback = Feedback(allowed, cores)
         else:
             self._feedback.update(allowed, worker_s, others_s, wall_s)
-        await self._tell(self._feedback.share)
+        await self._tell_share(self._feedback.share)
+
+    async def _tell_share(self, share: float) -> None:
+        self._duty = self.duty_percent / 100
+        await self._tell(min(share, self._duty))
 
     def _taken(self) -> tuple[float, float]:
-        """Core seconds of the worker, and of the daemon and p2pd, since they began."""
+        """Core seconds of the workers, and of the daemon and p2pd, since they began."""
         worker, others = 0.0, 0.0
-        own = psutil.Process()
+        own, workers = psutil.Process(), self._workers()
         for process in (own, *own.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
-                if process.pid == self._worker():
+                if process.pid in workers:
                     worker += times.user + times.system
                 else:
                     others += times.user + times.system

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import psutil
 
 from p2pllm.errors import P2PLLMError, WorkerError
 from p2pllm.manifest import RunDraft
@@ -109,6 +110,7 @@ class Worker:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._device = device.choose_device(settings.device)
+        device.limit_memory(self._device, settings.gpu_memory_gb)
         tokens = tokenizer.load_tokenizer(base64.b64decode(job["tokenizer"]) if job["tokenizer"] else None)
         pipe.emit("progress", text="building the model")
         self._model = model.build(draft, tokens)
@@ -146,7 +148,7 @@ class Worker:
             micro_batch=self._work.micro_batch,
             data_digest=digest,
         )
-        _stand_back(settings.nice)  # not while somebody waits for the start
+        _stand_back(settings.nice, settings.io_idle)  # not while somebody waits for the start
 
     def run(self) -> None:
         """Obey commands; between them compute, if a round is under way."""
@@ -236,8 +238,11 @@ class Worker:
                 self._work.save(self._moments)
 
 
-def _stand_back(nice: int) -> None:
-    """Leave the CPU to whoever else wants it, the daemon's heartbeats included."""
+def _stand_back(nice: int, io_idle: bool) -> None:
+    """Leave the CPU and the disk to whoever else wants them, the daemon's heartbeats included."""
+    if io_idle and hasattr(psutil, "IOPRIO_CLASS_IDLE"):
+        with contextlib.suppress(psutil.Error):
+            psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
     threads = Path("/proc/self/task")  # Linux has a niceness for each
     for thread in [int(entry.name) for entry in threads.iterdir()] if threads.is_dir() else [0]:
         with contextlib.suppress(ProcessLookupError):  # it has ended

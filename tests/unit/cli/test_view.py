@@ -125,3 +125,35 @@ def test_start_view_says_each_step_once_in_a_pipe(capsys: pytest.CaptureFixture[
         for text in ("building", "building", "reading [1]"):
             starting.progress(text)
     assert capsys.readouterr().out == "building\nreading [1]\n"
+
+
+BUSY = {
+    **STATUS,
+    "round": 1234,
+    "rounds": 5000,
+    "wanted": 400,
+    "gathered": 130,
+    "phase": "exchange",
+    "seconds": {"compute": 12.34, "exchange": 1.5, "vote": 0.02, "apply": 0.1, "roster": 0.2},
+    "credit": {"complete": True, "samples": 250, "all": 1000},
+    "limits": {"cpu_percent": 50.0, "upload_mbit": 5.0},
+    "worker_restarts": 2,
+    "trouble": "the disk is full",
+    "paused": "",
+    "peers": [{**STATUS["peers"][0], "round": 1234} for _ in range(63)],
+}
+
+
+@pytest.mark.parametrize("status", [STATUS, BUSY])
+def test_the_live_panel_fits_into_a_small_terminal(status: dict) -> None:
+    lines = shown(view.panel(status, height=24), terminal=True, width=80).splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+
+
+def test_the_panel_says_what_a_volunteer_wants_to_know() -> None:
+    text = shown(view.panel(BUSY, height=24), terminal=True, width=80)
+    for words in ("███░░░░░░░ 130 of 400", "[exchange 1.5s]", "compute", "12.3s", "250 (25.0 %)", "cpu_percent=50.0",
+                  "takes no part: the disk is full", "died 2 times", " more"):  # fmt: skip
+        assert words in text, text
+    alone = shown(view.panel({**BUSY, "peers": [], "phase": "joining"}), terminal=True, width=80)
+    assert "hand out the invite" in alone and "[joining]" in alone

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from p2pllm.network.pacing import BURST_S, Pacer
+from p2pllm.network.pacing import BURST_S, ON_THE_LINE, Pacer
 from p2pllm.testing import virtual
 
-MBIT = 8.0  # a million bytes a second
+MBIT = 8.0 * ON_THE_LINE  # a million bytes of payload a second
 
 
 async def sender(pacer: Pacer, pieces: int, size: int = 10_000) -> float:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
-from p2pllm.network.streams import held
+from p2pllm.averaging.channel import Channel
+from p2pllm.averaging.vigil import Vigil, Want
+from p2pllm.network.pacing import ON_THE_LINE
+from p2pllm.network.streams import Traffic, UnixServer, count, held, open_unix
 from p2pllm.testing import MemoryNetwork, virtual
 
 
@@ -34,3 +38,33 @@ async def test_nothing_is_taken_while_a_stream_is_held(full: bool):
         await asyncio.sleep(1)
     assert answering.transport.is_reading() != full
     assert (await reader.readexactly((1 << 20) * full + 4)).endswith(b"more")
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_a_limited_machine_receives_no_faster(tmp_path: Path, direct: bool) -> None:
+    """Past the reader, too, as large vectors are received. It is a bound from below: a busy machine is only slower."""
+    size, traffic = 3_000_000, Traffic()
+    traffic.intake.mbit = 80.0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes(size))
+        await writer.drain()
+        await reader.read()
+
+    server = UnixServer(tmp_path / "socket", serve)
+    await server.start()
+    reader, writer = await open_unix(tmp_path / "socket")
+    count(reader, writer, traffic.of("bulk"), 0)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    if direct:
+        vigil = Vigil(60.0)
+        channel = Channel(reader, writer, vigil.wait("a", Want.INPUT), vigil.wait("a", Want.GIVE))
+        await channel.take_over()
+        await channel.receive_into(memoryview(bytearray(size)))
+    else:
+        await reader.readexactly(size)
+    assert loop.time() - began > 0.8 * size * ON_THE_LINE / 10e6
+    assert traffic.received == size
+    writer.close()
+    await server.close()

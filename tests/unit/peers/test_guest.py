@@ -30,23 +30,30 @@ NIGHT, NOON = datetime.datetime(2026, 1, 1, 3), datetime.datetime(2026, 1, 1, 12
         ({"only_when_idle": True}, NOON, Machine(idle_s=IDLE_S + 1), ""),
         ({"max_celsius": 80}, NOON, Machine(celsius=81.0), "hot"),
         ({"max_celsius": 80}, NOON, Machine(celsius=79.0), ""),
+        ({"monthly_gb": 2.4}, NOON, Machine(), "2.4 GB of this month"),
+        ({"monthly_gb": 2.6}, NOON, Machine(), ""),
     ],
 )
 def test_rules(settings, when, machine, says):
-    found = why_not(load_settings(**settings), when, machine, was_hot=False)
+    found = why_not(load_settings(**settings), when, machine, was_hot=False, moved=2.5e9)
     assert says in found and bool(says) == bool(found)
 
 
 def test_a_hot_machine_cools_down_before_it_goes_on():
     settings = load_settings(max_celsius=80)
-    assert why_not(settings, NOON, Machine(celsius=80 - COOLER_C + 1), was_hot=True)
-    assert not why_not(settings, NOON, Machine(celsius=80 - COOLER_C - 1), was_hot=True)
+    assert why_not(settings, NOON, Machine(celsius=80 - COOLER_C + 1), was_hot=True, moved=0)
+    assert not why_not(settings, NOON, Machine(celsius=80 - COOLER_C - 1), was_hot=True, moved=0)
 
 
 @pytest.mark.parametrize("hours", ["22", "22-25", "a-b", "22-7-9", "7-7", "22:61-3", "-", "1:2:3:4-5"])
 def test_hours_that_are_none(hours):
     with pytest.raises(SettingsError, match="hours"):
         load_settings(hours=hours)
+
+
+def nothing(now: datetime.datetime) -> float:
+    """Bytes moved this month."""
+    return 0.0
 
 
 class Peer:
@@ -71,12 +78,12 @@ class Peer:
 
 async def test_a_pause_of_the_user(tmp_path: Path):
     peer, file = Peer(), tmp_path / "pause.json"
-    guest = Guest(load_settings(), file, peer.pause, peer.resume, Machine)
+    guest = Guest(load_settings(), file, peer.pause, peer.resume, nothing, Machine)
     task = asyncio.create_task(guest.run())
     guest.pause(None)
     assert "resume" in await peer.told()
     again = Peer()
-    after_restart = Guest(load_settings(), file, again.pause, again.resume, Machine)
+    after_restart = Guest(load_settings(), file, again.pause, again.resume, nothing, Machine)
     other = asyncio.create_task(after_restart.run())
     assert "resume" in await again.told(), "a restart does not end it"
     assert guest.resume() == ""
@@ -92,7 +99,7 @@ async def test_a_pause_of_the_user(tmp_path: Path):
 
 async def test_settings_can_change_and_resume_says_what_is_in_the_way(tmp_path: Path):
     peer = Peer()
-    guest = Guest(load_settings(), tmp_path / "p", peer.pause, peer.resume, lambda: Machine(on_mains=False))
+    guest = Guest(load_settings(), tmp_path / "p", peer.pause, peer.resume, nothing, lambda: Machine(on_mains=False))
     task = asyncio.create_task(guest.run())
     guest.pause(None)
     await peer.told()
@@ -108,7 +115,7 @@ async def test_settings_can_change_and_resume_says_what_is_in_the_way(tmp_path: 
 async def test_a_damaged_file_is_no_pause(tmp_path: Path, content: bytes):
     file, peer = tmp_path / "pause.json", Peer()
     file.write_bytes(content)
-    guest = Guest(load_settings(), file, peer.pause, peer.resume, Machine)
+    guest = Guest(load_settings(), file, peer.pause, peer.resume, nothing, Machine)
     assert guest.resume() == ""
 
 

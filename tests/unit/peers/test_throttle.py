@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
 
-from p2pllm_peers.throttle import LEAST_SHARE, MEASURE_S, Feedback
+from p2pllm_peers import throttle
+from p2pllm_peers.throttle import LEAST_SHARE, MEASURE_S, Feedback, Throttle
 
 
 def taken(feedback: Feedback, allowed: float, full: float, others: float, seconds: float, seed: int = 1) -> float:
@@ -55,3 +57,15 @@ def test_a_worker_that_cannot_reach_the_limit_runs_free():
     feedback = Feedback(1.9, 8.0)
     taken(feedback, 1.9, 1.0, 0.05, 60)
     assert feedback.share == 1.0
+
+
+async def test_a_share_of_the_time_is_told_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throttle, "MEASURE_S", 0.001)
+    told: asyncio.Queue[float] = asyncio.Queue()
+    limit = Throttle(frozenset, told.put)
+    task = asyncio.create_task(limit.run())
+    limit.duty_percent = 25.0
+    assert await told.get() == 0.25
+    limit.duty_percent = 100.0
+    assert await told.get() == 1.0
+    task.cancel()

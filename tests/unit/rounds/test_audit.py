@@ -9,12 +9,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from blake3 import blake3
+from log_samples import after, filled, grown
 
 from p2pllm.errors import StateError
-from p2pllm.identity import Identity
+from p2pllm.identity import Identity, peer_id_of
 from p2pllm.manifest import RunManifest
+from p2pllm.rounds import credit
 from p2pllm.rounds.audit import Report, Step, audit
-from p2pllm.rounds.credit import Credit, tally
+from p2pllm.rounds.chain import Branch
+from p2pllm.rounds.credit import Credit, Ledger, tally
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.log import MAGIC, RoundLog
 from p2pllm.rounds.record import Body, Checkpoint, Record, genesis, sign_vote
@@ -409,3 +412,22 @@ def test_tally_counts_a_damaged_round_for_nobody(files: Files) -> None:
     log.close()
     assert (found.rounds, found.missing) == (ROUNDS - 1, 1)
     assert found.samples == files.committed.records[-1].body.total - files.committed.records[1].body.samples
+
+
+def test_a_ledger_grows_with_its_log_and_follows_it_to_another_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credit, "COUNTED_AT_ONCE", 2)
+    log = filled(None, [0, 0, 0, 0, 9])
+    ledger, other = Ledger(log, peer_id_of(bytes(32))), Ledger(log, "nobody")
+    assert [ledger.update(), ledger.update(), ledger.update()] == [False, False, True]
+    assert ledger.samples == ledger.of_all == log.branch.total == 14
+    log.append(after(log.branch, 3))
+    assert ledger.update() and ledger.samples == log.branch.total
+    third = log.digest(3)
+    assert third is not None
+    log.switch((3, third), grown(Branch((3, third), 3, 0), [40, 50]))
+    while not ledger.update():
+        pass
+    assert ledger.samples == log.branch.total == 3 + 41 + 51
+    while not other.update():
+        pass
+    assert other.samples == 0 and other.of_all == log.branch.total

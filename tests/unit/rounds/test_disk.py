@@ -146,7 +146,7 @@ async def test_the_newest_snapshots_are_kept_and_what_replays_from_the_older_one
 async def test_over_the_budget_one_snapshot_is_enough() -> None:
     network = MemoryNetwork()
     node = Node(network, 0, snapshot_every=1000)
-    node.disk._budget = 5 * LAYOUT.nbytes
+    node.disk.budget = 5 * LAYOUT.nbytes
     for _ in range(40):
         await train(node, rounds=1)
         if node.keeper._saving is not None:
