@@ -17,6 +17,9 @@ from p2pllm_peers.control import watch
 console = Console(markup=False)  # what is shown comes from files and from peers
 _BARS = "▁▂▃▄▅▆▇█"
 
+SHOWN_S = 0.1
+"""Parts of a round that took less are shown without their time."""
+
 _PARTS = {"collecting": "compute", "roster": "roster", "exchange": "exchange", "vote": "vote", "commit": "apply"}
 """Phases of a round, and what records call the time that they took."""
 
@@ -126,18 +129,14 @@ def _progress(status: dict[str, Any]) -> str:
 def _phases(status: dict[str, Any]) -> Text:
     """The parts of a round in their order, the present one marked, with how long each took the last time."""
     seconds = status.get("seconds", {})
-    text = Text("phase ", no_wrap=True, overflow="crop")
+    text = Text("phase", no_wrap=True, overflow="crop")
     if status["phase"] not in _PARTS:
-        text.append(f" [{status['phase']}]", "bold")
+        text.append(f"  [{status['phase']}]", "bold")
     for phase, part in _PARTS.items():
-        took = f" {seconds[part]:.1f}s" if part in seconds else ""
-        text.append(" ")
-        text.append(f"[{phase}{took}]" if phase == status["phase"] else f" {phase}{took} ", _mark(phase, status))
+        took = f" {seconds[part]:.3g} s" if seconds.get(part, 0.0) >= SHOWN_S else ""
+        is_now = phase == status["phase"]
+        text.append(f"  [{phase}{took}]" if is_now else f"  {phase}{took}", "bold" if is_now else "dim")
     return text
-
-
-def _mark(phase: str, status: dict[str, Any]) -> str:
-    return "bold" if phase == status["phase"] else "dim"
 
 
 def _credit(credit: dict[str, Any]) -> str:
