@@ -13,7 +13,7 @@ import click
 
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError
-from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, model, peer, verify
+from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, metrics, model, peer, verify
 
 
 class _InOrder(click.Group):
@@ -50,6 +50,7 @@ for command in (
     explain.explain,
     local.logs,
     log.rounds,
+    metrics.metrics,
     log.credits_,
     verify.verify,
     log.peers,
