@@ -76,8 +76,8 @@ def main() -> None:
         code = 130
     except P2PLLMError as error:
         click.echo(f"p2pllm: {error}", err=True)
-        if sys.stderr.isatty() and (page := explain.page_of(error)):
-            click.echo(f"More about it: p2pllm explain {page}", err=True)
+        if sys.stderr.isatty():
+            click.echo(f"More about it: p2pllm explain {explain.page_of(error)}", err=True)
         code = error.exit_code
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does; there is nobody left to tell.

@@ -43,7 +43,7 @@ def test_event_files_are_written_once(peer_env: Any) -> None:
 
 def test_wandb_is_told_rounds_and_manifest(peer_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     founder = Identity.load_or_create(key_file(peer_env.home, "founder"))
-    manifest = RunDraft().seal(founder.peer_id, initial_state="5a" * 32, tokenizer="bytes", data_digest="")
+    manifest = RunDraft().seal(founder=founder.peer_id, initial_state="5a" * 32, tokenizer="bytes", data_digest="")
     run = RunFolder(peer_env.home, manifest.run_id)
     run.save(manifest, founder.sign(SIGNING_DOMAIN, manifest.canonical_bytes()), None)
     os.close(run.peer("founder").lock())
