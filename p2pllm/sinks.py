@@ -24,6 +24,18 @@ from p2pllm.tally import Reading
 
 _LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 
+_PRIVATE = {
+    "console": "off",
+    "disable_git": True,
+    "host": "-",
+    "save_code": False,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
+"""Settings of W&B: rounds are to be shown, not the volunteer's machine."""
+
 
 class RecordSink(Protocol):
     """Takes the records of one peer, in the order in which it wrote them."""
@@ -161,12 +173,10 @@ class WandbSink:
                 config=config,
                 dir=str(folder),
                 resume="allow",
-                settings=wandb.Settings(
-                    console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_stats=True
-                ),  # rounds are to be shown, not the volunteer's machine
+                settings=wandb.Settings(**_PRIVATE),
             )
         except wandb.Error as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+            reason = f"{error}\n".splitlines()[0].partition(". ")[0].rstrip(".")
             raise UsageError(
                 f"Weights & Biases does not begin ({reason}); log in with `wandb login`, or set WANDB_MODE=offline."
             ) from None

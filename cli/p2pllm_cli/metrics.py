@@ -70,8 +70,9 @@ def tensorboard(folder: Path, follow: bool, home: Path | None, run_prefix: str |
 def wandb(project: str, follow: bool, home: Path | None, run_prefix: str | None, name: str | None) -> None:
     """Log one peer's rounds as a run of Weights & Biases; a round is a step.
 
-    The rounds and the run's manifest are sent, nothing of this machine. W&B's own variables hold: WANDB_MODE=offline
-    writes to the peer's folder, for `wandb sync`. Needs the extra: pip install 'p2pllm[wandb]'.
+    Sent are the rounds and the run's manifest; of this machine only the versions of Python and of W&B, and the kind of
+    system. W&B's own variables hold: WANDB_MODE=offline writes to the peer's folder, for `wandb sync`. Needs the extra:
+    pip install 'p2pllm[wandb]'.
     """
     from p2pllm_peers.exporter import Export, wandb_sink
 

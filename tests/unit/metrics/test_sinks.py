@@ -156,6 +156,6 @@ def test_wandb_gets_each_round_once_behind_what_it_has(tmp_path: Path, monkeypat
 
 
 def test_wandb_without_an_account_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refuses="api_key not configured.\nmore"))
-    with pytest.raises(UsageError, match=r"^Weights & Biases does not begin \(api_key not configured\); .*offline\.$"):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refuses="No API key configured. Use more\nlines"))
+    with pytest.raises(UsageError, match=r"^Weights & Biases does not begin \(No API key configured\); .*offline\.$"):
         WandbSink("p", "g", "i", "n", {}, tmp_path)
