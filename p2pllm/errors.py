@@ -8,14 +8,20 @@ P2PLLMError                  anything that we raise on purpose; `exit_code` is w
 │   └── DataError            training text that cannot be read
 └── RunError                 exit 1: the run failed although what was given is fine
     ├── NetworkError         p2pd, the DHT, or other peers
-    │   └── UnreachableError nobody answers at the given addresses
-    ├── StateError           a snapshot that is damaged, or a disk that cannot be used
-    │   └── DiskError        a round that the disk does not take
+    │   ├── UnreachableError nobody answers at the given addresses
+    │   └── PortError        another program listens there
+    ├── StateError           files or numbers of this machine that are damaged or missing
+    │   ├── DiskError        a round that the disk does not take
+    │   ├── NoRoomError      a file that cannot be written: the disk is full, or it is not allowed
+    │   └── ArithmeticsError this machine computes other numbers than all others
     ├── WorkerError          the compute process failed for good
-    └── DaemonError          the daemon on this machine: not running, running twice, not answering
+    │   ├── OutOfMemoryError for want of memory
+    │   └── VersionError     its libraries build another model than the run's
+    └── DaemonError          the daemon on this machine: not running, not answering
+        └── OccupiedError    it runs already
 
-What lives here: the tree alone. What does not: catching; only the outermost layer of a program catches
-`P2PLLMError`, prints the sentence and returns the exit code.
+Each has a page in `p2pllm explain`. What lives here: the tree alone. What does not: catching; only the outermost layer
+of a program catches `P2PLLMError`, prints the sentence and returns the exit code.
 """
 
 from __future__ import annotations
@@ -61,17 +67,41 @@ class UnreachableError(NetworkError):
     """No peer answers at the given addresses."""
 
 
+class PortError(NetworkError):
+    """Another program listens where this peer was told to."""
+
+
 class StateError(RunError):
-    """A snapshot is damaged or cannot be written."""
+    """A file or a number of this machine is damaged or missing, or a file cannot be written."""
 
 
 class DiskError(StateError):
     """The disk does not take what must be on it before a round counts."""
 
 
+class NoRoomError(StateError):
+    """A file cannot be written: the disk or a quota is full, or it is not permitted."""
+
+
+class ArithmeticsError(StateError):
+    """This machine computes other numbers than all others, so it would hold another state."""
+
+
 class WorkerError(RunError):
     """The compute process failed for good."""
 
 
+class OutOfMemoryError(WorkerError):
+    """The model does not fit into the memory of the machine or its device."""
+
+
+class VersionError(WorkerError):
+    """The libraries of this machine build another model than the run's."""
+
+
 class DaemonError(RunError):
-    """The daemon of this machine is not running, runs already, or does not answer."""
+    """The daemon of this machine is not running, or does not answer."""
+
+
+class OccupiedError(DaemonError):
+    """The daemon of this machine runs already."""

@@ -1,6 +1,7 @@
 """One stream of records: what a peer measured, one JSON object a line.
 
-What lives here: the record of a round and its file. What does not: showing them (`p2pllm_cli`).
+What lives here: the record of a round and its file. What does not: showing them (`p2pllm_cli`), what they are called in
+other tools (`metric_names`), and getting them there (`sinks`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class RoundRecord:
         """One line of JSON."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
+    @classmethod
+    def from_json(cls, line: str | bytes) -> RoundRecord:
+        """The record of a line; what another version added to it is left out. Raises ValueError if it is none."""
+        return _reader().validate_json(line)
+
 
 class JsonlSink:
     """Appends records to a file; a reader may follow it."""
@@ -67,3 +78,10 @@ def _is_torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
+
+
+@cache
+def _reader() -> TypeAdapter[RoundRecord]:
+    from pydantic import TypeAdapter  # here, since a daemon only writes
+
+    return TypeAdapter(RoundRecord)

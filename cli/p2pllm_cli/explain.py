@@ -11,20 +11,30 @@ from p2pllm import errors
 from p2pllm.errors import P2PLLMError, UsageError
 
 _PAGE_OF: dict[type[P2PLLMError], str] = {
-    errors.UnreachableError: "unreachable",
-    errors.NetworkError: "network",
-    errors.WorkerError: "memory",
-    errors.StateError: "disk",
+    errors.UsageError: "usage",
+    errors.ManifestError: "manifest",
+    errors.SettingsError: "settings",
     errors.InviteError: "invite",
     errors.DataError: "data",
-    errors.SettingsError: "settings",
+    errors.P2PLLMError: "defect",
+    errors.NetworkError: "network",
+    errors.UnreachableError: "unreachable",
+    errors.PortError: "port",
+    errors.StateError: "damaged",
+    errors.DiskError: "disk",
+    errors.NoRoomError: "disk",
+    errors.ArithmeticsError: "arithmetic",
+    errors.WorkerError: "worker",
+    errors.OutOfMemoryError: "memory",
+    errors.VersionError: "version",
     errors.DaemonError: "daemon",
+    errors.OccupiedError: "running",
 }
 
 
 def page_of(error: P2PLLMError) -> str:
-    """The code of the page about an error, or of the nearest kind that has one; empty if none has."""
-    return next((_PAGE_OF[kind] for kind in type(error).__mro__ if kind in _PAGE_OF), "")
+    """The code of the page about an error, or of the nearest kind that has one."""
+    return next(_PAGE_OF[kind] for kind in type(error).__mro__ if kind in _PAGE_OF)
 
 
 def pages() -> dict[str, str]:

@@ -13,7 +13,7 @@ import click
 
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError
-from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, model, peer, service, verify
+from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, metrics, model, peer, service, verify
 
 
 class _InOrder(click.Group):
@@ -51,6 +51,7 @@ for command in (
     explain.explain,
     local.logs,
     log.rounds,
+    metrics.metrics,
     log.credits_,
     verify.verify,
     log.peers,
@@ -76,8 +77,8 @@ def main() -> None:
         code = 130
     except P2PLLMError as error:
         click.echo(f"p2pllm: {error}", err=True)
-        if sys.stderr.isatty() and (page := explain.page_of(error)):
-            click.echo(f"More about it: p2pllm explain {page}", err=True)
+        if sys.stderr.isatty():
+            click.echo(f"More about it: p2pllm explain {explain.page_of(error)}", err=True)
         code = error.exit_code
     except BrokenPipeError:
         # The reader of our output went away, as `| head` does; there is nobody left to tell.

@@ -77,21 +77,27 @@ def tell(peer: PeerFolder, request: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
+def home_folder(home: Path | None) -> Path:
+    """Where this machine keeps its runs; it may not exist yet. Raises UsageError if it is no folder."""
+    folder = settings_of({"home": home}).home
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a folder; choose another one with --home.")
+    return folder
+
+
 def find_runs(home: Path | None, run_prefix: str | None) -> list[RunFolder]:
     """The runs of this machine that are meant, the one used last first. Raises UsageError if there is none."""
     from p2pllm_peers.folders import all_runs
 
-    settings = settings_of({"home": home})
-    if settings.home.exists() and not settings.home.is_dir():
-        raise UsageError(f"{settings.home} is a file, not a folder; choose another one with --home.")
-    found = all_runs(settings.home)
+    folder = home_folder(home)
+    found = all_runs(folder)
     if run_prefix:
         found = [run for run in found if run.run_id.startswith(run_prefix)]
         if not found:
             raise UsageError(f"No run on this machine begins with {run_prefix}; `p2pllm status` lists them.")
     if not found:
         raise UsageError(
-            f"This machine takes part in no run yet (there is none in {settings.home}); `p2pllm join` an invite, "
+            f"This machine takes part in no run yet (there is none in {folder}); `p2pllm join` an invite, "
             f"`p2pllm start` a run file, or name another folder with --home."
         )
     return found

@@ -16,7 +16,7 @@ import socket
 import stat
 from pathlib import Path
 
-from p2pllm.errors import NetworkError, SettingsError
+from p2pllm.errors import PortError, SettingsError
 
 _LONGEST_RUNTIME_DIR = 90
 """Bytes; with the name of a socket it must stay under the 104 of a socket address on macOS."""
@@ -64,7 +64,7 @@ def check_listen(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise NetworkError(port_in_use(host, port)) from None
+                raise PortError(port_in_use(host, port)) from None
             raise SettingsError(
                 f"This machine cannot listen on {host} port {port}: {error.strerror}; give another with --listen."
             ) from None

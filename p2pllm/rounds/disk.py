@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2pllm.averaging import Form, Term, form_of
-from p2pllm.errors import StateError
+from p2pllm.errors import ArithmeticsError, StateError
 from p2pllm.manifest import RunManifest
 from p2pllm.rounds.log import RoundLog
 from p2pllm.rounds.record import Body, Claim, Head
@@ -125,7 +125,7 @@ class Disk:
                 return
             optimizer.step(state, vector)
             if bytes.fromhex(state.digest()) != record.body.state:
-                raise StateError(OTHER_STEP.format(round=state.round))
+                raise ArithmeticsError(OTHER_STEP.format(round=state.round))
 
     def recover(self, optimizer: OuterOptimizer, initial: SharedState | None) -> SharedState | None:
         """The newest state that these files lead to, in new memory; None if there is none and no `initial`.

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from blake3 import blake3
 
-from p2pllm.errors import StateError
+from p2pllm.errors import NoRoomError, StateError
 from p2pllm.rounds.record import MAX_RECORD_BYTES
 
 MAGIC = b"\xf5p2L"
@@ -175,11 +175,11 @@ class FileFrames:
         except OSError as error:
             what = f"The log of rounds {self._path} {problem}"
             if error.errno in _FULL:
-                raise StateError(
+                raise NoRoomError(
                     f"{what}: the disk or a quota is full; free 10 MB (what is in it is intact)."
                 ) from None
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise StateError(f"{what}: that is not permitted; allow it or choose another `home`.") from None
+                raise NoRoomError(f"{what}: that is not permitted; allow it or choose another `home`.") from None
             raise StateError(f"{what}: {error.strerror or error}.") from None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from p2pllm.errors import StateError
+from p2pllm.errors import NoRoomError, StateError
 from p2pllm.state.chunks import BytesLike
 
 DRAFT = ".tmp"
@@ -80,7 +80,8 @@ def explained(what: str, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StateError(f"{what}: {_reason(error, needed)}") from None
+        kind = NoRoomError if error.errno in (*_FULL, *_FORBIDDEN) else StateError
+        raise kind(f"{what}: {_reason(error, needed)}") from None
 
 
 def _reason(error: OSError, needed: int | None) -> str:

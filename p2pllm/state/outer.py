@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from p2pllm.errors import StateError
+from p2pllm.errors import ArithmeticsError, StateError
 from p2pllm.state.fragments import Span, span_of
 from p2pllm.state.layout import FLOAT, Layout
 from p2pllm.state.shared import SharedState
@@ -201,7 +201,7 @@ def _check_subnormals() -> None:
     np.multiply(small, np.float32(0.5), out=small)
     np.multiply(small, np.float32(2.0), out=small)
     if not (small == np.float32(SMALLEST)).all():
-        raise StateError(
+        raise ArithmeticsError(
             "This process computes very small numbers as 0, so its state would differ from that of other "
             "peers; unset whatever turns on flush-to-zero (for example a library built with -ffast-math)."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from blake3 import blake3
 
-from p2pllm.errors import StateError
+from p2pllm.errors import ArithmeticsError
 from p2pllm.manifest import RunDraft
 from p2pllm.sections import OptimizerSection
 from p2pllm.state.adamw import AdamW
@@ -38,7 +38,7 @@ def _sgd(draft: RunDraft) -> type[Nesterov | Sgd]:
 
 
 def check_arithmetic() -> None:
-    """Take known steps with a small state. Raises StateError if they lead elsewhere than on every other machine."""
+    """Take known steps with a small state. Raises ArithmeticsError if they lead elsewhere than on other machines."""
     layout = Layout.of([("matrix", (61, 67)), ("vector", (13,))])
     state = SharedState.initial(layout, _known_numbers(layout.size, 3))
     section = OptimizerSection(
@@ -49,7 +49,7 @@ def check_arithmetic() -> None:
     for seed in (5, 7, 11):
         optimizer.step(state, _known_numbers(layout.size, seed))
     if blake3(state.params.tobytes()).hexdigest() != _KNOWN_DIGEST:
-        raise StateError(
+        raise ArithmeticsError(
             "This machine computes the outer step differently from others, so it would hold another state than they "
             "do; try another version of NumPy, and report it with the names of your processor and operating system."
         )

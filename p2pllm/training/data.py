@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from blake3 import blake3
 
-from p2pllm.errors import DataError, StateError
+from p2pllm.errors import DataError, NoRoomError
 from p2pllm.sections import DataSection
 from p2pllm.training.sources import (
     Document,
@@ -79,7 +79,7 @@ class Corpus:
         """The corpus of a manifest's data section; tokenized once and then read from `cache_dir`.
 
         Several processes may do this at once: one builds, the others wait for it. Raises DataError if the
-        text is missing, unreadable, too short or not the run's; StateError if the cache cannot be written.
+        text is missing, unreadable, too short or not the run's; NoRoomError if the cache cannot be written.
         """
         found = documents(section.source, data_path)
         key = _cache_key(found, section, tokenizer)
@@ -90,7 +90,7 @@ class Corpus:
                 index = _load_index(tokens_file) or _build(tokens_file, found, section, tokenizer, progress)
             tokens = np.memmap(tokens_file, index.dtype, mode="r", shape=(index.total,))
         except OSError as error:
-            raise StateError(_why_no_cache(cache_dir, error)) from None
+            raise NoRoomError(_why_no_cache(cache_dir, error)) from None
         check_digest(section.digest, index.digest, data_path or section.source.removeprefix("text:"))
         return cls(tokens[: index.train], tokens[index.train :], section)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from p2pllm.errors import WorkerError
+from p2pllm.errors import OutOfMemoryError
 from p2pllm.training.device import is_out_of_memory, release_memory
 from p2pllm.training.inner import sum_of_losses
 
@@ -42,7 +42,7 @@ def _mean_loss(model: nn.Module, windows: np.ndarray, device: torch.device, micr
         elif len(part) > 1:
             micro_batch = len(part) // 2
         else:
-            raise WorkerError(
+            raise OutOfMemoryError(
                 f"One held-out sample does not fit in the memory of the device {device}; free some of it, or "
                 "choose another device."
             )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from p2pllm.errors import StateError, WorkerError
+from p2pllm.errors import OutOfMemoryError, StateError, WorkerError
 from p2pllm.state import FLOAT
 from p2pllm.training.data import Corpus
 from p2pllm.training.device import autocast, is_out_of_memory, release_memory, synchronize
@@ -164,8 +164,8 @@ class SampleGradients:
                     break
         return max(best, 1e-9)
 
-    def _too_large(self) -> WorkerError:
-        return WorkerError(
+    def _too_large(self) -> OutOfMemoryError:
+        return OutOfMemoryError(
             f"One sample of {self._corpus.window_length - 1} tokens does not fit in the memory of the device "
             f"{self._device}; free some of it, or choose another device."
         )

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from p2pllm import errors
-from p2pllm.errors import P2PLLMError, StateError, WorkerError
+from p2pllm.errors import P2PLLMError, StateError, VersionError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
 from p2pllm.state import FLOAT, Layout, moments_of
 from p2pllm_peers.speed import Speed
-from p2pllm_peers.worker_process import Event, KeptWorker, shared_file
+from p2pllm_peers.worker_process import KILLED, Event, KeptWorker, shared_file
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ class ComputeProcess:
         """The worker has its model and its data."""
         layout = Layout.from_json(event["layout"]).with_moments(self._moments)
         if not self._job["fresh"] and layout != self.layout:
-            self._cannot_live(WorkerError(_OTHER_MODEL))
+            self._cannot_live(VersionError(_OTHER_MODEL))
             return
         self.layout, self.micro_batch = layout, event["micro_batch"]
         self.device, self.data_digest = event["device"], event["data_digest"]
@@ -331,8 +331,7 @@ class ComputeProcess:
 
     def _went_down(self, code: int) -> bool:
         """The worker ended, asked or not; whether another one may do better. code: its exit code."""
-        if code == -9 and not self._settings.micro_batch and self._job:
-            # Nobody but the kernel's out-of-memory killer sends this uninvited.
+        if code == KILLED and not self._settings.micro_batch and self._job:
             self._job["micro_batch"] = max(1, self.micro_batch // 2)
         self._ready.clear()
         self._samples = 0

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p2pllm.errors import DaemonError, ManifestError, P2PLLMError, StateError
+from p2pllm.errors import ManifestError, NoRoomError, OccupiedError, P2PLLMError, StateError
 from p2pllm.identity import verify
 from p2pllm.manifest import RunManifest
 
@@ -130,7 +130,7 @@ class PeerFolder:
         return found
 
     def lock(self) -> int:
-        """Become this peer's daemon; the lock goes with the process. Raises DaemonError if one lives."""
+        """Become this peer's daemon; the lock goes with the process. Raises OccupiedError if one lives."""
         with _file_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -141,7 +141,7 @@ class PeerFolder:
             except BlockingIOError:
                 time.sleep(_LOCK_PAUSE_S)  # `running`, in another program, holds it for a moment
         os.close(handle)
-        raise DaemonError(
+        raise OccupiedError(
             f"This machine already takes part in run {self.run.run_id[:16]} as '{self.name}'; look with "
             f"`p2pllm status`, or add a second peer with --name."
         )
@@ -218,7 +218,7 @@ def _file_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or path
-        raise StateError(
+        raise NoRoomError(
             f"Cannot use {where}: {error.strerror or error}; free the disk, mend the permissions, or choose "
             f"another folder with --home."
         ) from None

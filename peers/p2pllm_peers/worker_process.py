@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, Self
 
-from p2pllm.errors import WorkerError
+from p2pllm.errors import OutOfMemoryError, WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,9 @@ MAX_CRASHES = 5
 
 CLOSE_TIMEOUT_S = 2.0
 """A worker that does not end by itself in this time is killed."""
+
+KILLED = -9
+"""Exit code of a worker that somebody killed; nobody but the kernel's out-of-memory killer does so uninvited."""
 
 Event = dict[str, Any]
 
@@ -190,7 +193,7 @@ class KeptWorker:
                 self._crashes += 1
                 if not self._orders()[0] or self._crashes > MAX_CRASHES:
                     text = f"The compute process died {self._crashes} times in a row (code {code}); see the log."
-                    return self._on_failure(WorkerError(text))
+                    return self._on_failure(OutOfMemoryError(text) if code == KILLED else WorkerError(text))
                 self.restarts += 1
                 await asyncio.sleep(min(30.0, 2.0 ** (self._crashes - 1) - 1))
             await self._wanted.wait()
