@@ -164,6 +164,7 @@ class Systemd(Manager):
             "KillMode=mixed",
             f"TimeoutStopSec={STOP_S}",
             "Restart=on-failure",
+            "SuccessExitStatus=130",  # it was told to stop while it was still starting
             "RestartPreventExitStatus=2",  # a setting that cannot be right, which another start does not mend
             *self._delays(),
             "",
