@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 import re
+import socket
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from p2pllm import errors
 from p2pllm.errors import P2PLLMError
+from p2pllm.network.host import check_listen
+from p2pllm.state.files import explained
 from p2pllm_cli.explain import page_of, pages
 from p2pllm_cli.main import cli
+from p2pllm_peers.folders import RunFolder
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, P2PLLMError)]
 WITHOUT_ERROR = {"full", "complete", "clock"}
@@ -42,6 +49,29 @@ def test_every_page_is_led_to_but_those_about_no_error() -> None:
 )
 def test_the_nearest_page_is_shown(raised: type[P2PLLMError], code: str) -> None:
     assert page_of(raised("x")) == code
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, "disk"), (errno.EROFS, "disk"), (errno.EIO, "damaged")],
+    ids=["full", "ro", "bad"],
+)
+def test_a_disk_that_is_full_and_one_that_is_damaged_have_pages_of_their_own(number: int, code: str) -> None:
+    with pytest.raises(errors.StateError) as caught, explained("The snapshot cannot be written", needed=1):
+        raise OSError(number, "x")
+    assert page_of(caught.value) == code
+
+
+def test_what_is_taken_already_has_a_page(tmp_path: Path) -> None:
+    peer = RunFolder(tmp_path, "ab" * 32).peer("founder")
+    handle = peer.lock()
+    with pytest.raises(errors.DaemonError) as caught:
+        peer.lock()
+    os.close(handle)
+    assert page_of(caught.value) == "running"
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(errors.NetworkError) as taken:
+        check_listen("127.0.0.1", other.getsockname()[1])
+    assert page_of(taken.value) == "port"
 
 
 def test_each_page_is_there_once() -> None:

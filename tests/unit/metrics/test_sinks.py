@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,18 @@ def test_rounds_of_an_abandoned_branch_are_replaced(tmp_path: Path) -> None:
     assert [(event.step, event.session_log.status) for event in restarts] == [(2, event_pb2.SessionLog.START)]
     assert rounds(tmp_path) == [1, 2, 3, 2, 3]
     assert write(tmp_path, *other) == [False, False]
+
+
+def test_event_files_need_no_torch_and_do_not_hide_it(tmp_path: Path) -> None:
+    look = (
+        "import sys, importlib.util\n"
+        "from pathlib import Path\n"
+        "from p2pllm.sinks import TensorBoardSink\n"
+        f"TensorBoardSink(Path({str(tmp_path)!r}))\n"
+        "print('torch' in sys.modules, importlib.util.find_spec('torch') is not None)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr) == ("False True\n", "")
 
 
 @pytest.mark.parametrize(
