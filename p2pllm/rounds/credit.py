@@ -69,13 +69,17 @@ class Ledger:
     """What one peer contributed to a run, kept up to date as its log grows."""
 
     def __init__(self, log: RoundLog, peer: str) -> None:
-        self._log, self._peer = log, peer
+        self._log: RoundLog | None = log
+        self._peer = peer
+        self._complete = False
         self._counted: Head = (0, b"")
         self.samples = 0
         self.of_all = 0
 
     def update(self) -> bool:
         """Count what is new, at most COUNTED_AT_ONCE rounds; whether that was all."""
+        if self._log is None:
+            return self._complete
         round_, digest = self._counted
         if round_ and self._log.digest(round_) != digest:  # the swarm's branch became another one
             self._counted, self.samples, self.of_all = (0, b""), 0, 0
@@ -87,4 +91,9 @@ class Ledger:
                 self.of_all += record.body.samples
                 self.samples += sum(claim.samples for claim in record.body.members if claim.peer == self._peer)
             self._counted = (round_, self._log.digest(round_) or b"")
-        return last == head
+        self._complete = last == head
+        return self._complete
+
+    def close(self) -> None:
+        """Count no more: the log is about to be closed."""
+        self._log = None

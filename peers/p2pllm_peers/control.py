@@ -81,7 +81,7 @@ def ask(path: Path | str, request: dict[str, Any], timeout: float = 10.0) -> Rep
 def watch(path: Path | str, timeout: float = 30.0) -> Iterator[Reply]:
     """The daemon's status about twice a second, until it ends."""
     with contextlib.suppress(DaemonError):
-        yield from _replies(path, {"do": "watch"}, timeout)
+        yield from (reply for reply in _replies(path, {"do": "watch"}, timeout) if "error" not in reply)
 
 
 def _replies(path: Path | str, request: dict[str, Any], timeout: float) -> Iterator[Reply]:

@@ -318,6 +318,7 @@ class Participant:
         ending = []
         if self._keeper is not None:
             self._meter.save()
+            self._ledger.close()
             self.view.say(phase="leaving", samples=0)
             ending.append(self._keeper.close())
             ending.append(asyncio.to_thread(self._exchange.close))

@@ -105,3 +105,18 @@ def test_a_daemon_that_is_gone_is_one_sentence(path: Path) -> None:
         ask(path, {"do": "status"})
     assert "Errno" not in str(caught.value)
     assert list(watch(path)) == []
+
+
+async def test_who_watches_hears_no_errors(path: Path) -> None:
+    """As of a daemon that is leaving, and cannot say where it is any more."""
+    replies = [{"error": "too late"}, {"round": 7}]
+
+    async def status(request):
+        return replies.pop(0) if replies else {"round": 8}
+
+    server = ControlServer(path, {"status": status})
+    await server.start()
+    try:
+        assert await asyncio.to_thread(next, watch(path)) == {"round": 7}
+    finally:
+        await server.close()

@@ -431,3 +431,7 @@ def test_a_ledger_grows_with_its_log_and_follows_it_to_another_branch(monkeypatc
     while not other.update():
         pass
     assert other.samples == 0 and other.of_all == log.branch.total
+    counted = ledger.samples
+    ledger.close()
+    log.close()
+    assert ledger.update() and ledger.samples == counted, "who asks while a peer leaves reads no closed log"
