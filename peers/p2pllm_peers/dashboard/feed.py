@@ -23,10 +23,38 @@ ANSWER_S = 3.0
 """How long a daemon may take to answer."""
 
 _SHOWN = (
-    "run_name run_id name peer_id phase trouble paused round rounds recorded_round samples gathered wanted credit limits "
-    "record seconds loss validation_loss tokens tokens_per_s swarm_tokens_per_s bytes_sent bytes_received traffic device "
-    "micro_batch worker_restarts network_restarts uptime_s peers"
-).split()
+    "run_name",
+    "run_id",
+    "name",
+    "peer_id",
+    "phase",
+    "trouble",
+    "paused",
+    "round",
+    "rounds",
+    "recorded_round",
+    "samples",
+    "gathered",
+    "wanted",
+    "credit",
+    "limits",
+    "record",
+    "seconds",
+    "loss",
+    "validation_loss",
+    "tokens",
+    "tokens_per_s",
+    "swarm_tokens_per_s",
+    "bytes_sent",
+    "bytes_received",
+    "traffic",
+    "device",
+    "micro_batch",
+    "worker_restarts",
+    "network_restarts",
+    "uptime_s",
+    "peers",
+)
 """What a page gets of a status: neither invite nor addresses."""
 
 _PRIVATE = {"limits": {}, "trouble": "", "paused": ""}

@@ -2,7 +2,8 @@
 
 A page of this machine shows and steers its peers, so another site in the same browser, or another user of the machine,
 must not reach it: a token that only the printed address has, the name in Host (against DNS rebinding), the Origin, and
-for every change JSON from our own page. A public page has no token, since it can only be read and shows nothing private.
+for every change JSON from our own page. A public page has no token: it can only be read, and shows
+nothing private.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class Guard:
-    """The checks of one server. port: where it listens, known once it does."""
+    """The checks of one server. host, port: where it listens, known once it does."""
 
     public: bool = False
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    host: str = "127.0.0.1"
     port: int = 0
 
     @property
@@ -59,7 +61,7 @@ class Guard:
 
     def _hosts(self) -> set[str]:
         ports = (f":{self.port}", "") if self.port == 80 else (f":{self.port}",)
-        return {name + port for name in _LOOPBACK for port in ports}
+        return {name + port for name in (*_LOOPBACK, self.host) for port in ports}
 
     def _is_own_origin(self, request: web.Request) -> bool:
         origin = request.headers.get("Origin")

@@ -16,8 +16,16 @@ WHOLE = 200
 THINNED = 1300
 """At most so many of the older ones."""
 
-PARTS = ("compute", "roster", "exchange", "vote", "apply", "validation")
-"""Parts of a round, as `RoundRecord.seconds` names them."""
+_SECONDS = {
+    "compute": ("compute",),
+    "roster": ("roster",),
+    "exchange": ("exchange",),
+    "vote": ("vote",),
+    "apply": ("outer_step", "digest", "store", "log"),
+    "validation": ("validation",),
+}
+PARTS = tuple(_SECONDS)
+"""Parts of a round as a page shows them; each is the sum of some of `RoundRecord.seconds`."""
 
 Columns = dict[str, Any]
 """One list a column, all of equal length, oldest first; "parts" has one list a part."""
@@ -53,12 +61,12 @@ class Row(NamedTuple):
             record.attempts,
             record.bytes_sent,
             record.bytes_received,
-            tuple(round(record.seconds.get(part, 0.0), 3) for part in PARTS),
+            tuple(round(sum(record.seconds.get(name, 0.0) for name in names), 3) for names in _SECONDS.values()),
         )
 
 
 class History:
-    """The rounds of one peer. Of older ones a row stands for `stride` rounds: one that was validated if there is any."""
+    """The rounds of one peer. Of older ones a row stands for `stride` rounds: a validated one if there is any."""
 
     def __init__(self) -> None:
         self._old: list[Row] = []
