@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -109,13 +110,16 @@ class Feed:
         self._at_work = asyncio.Lock()
         self._file = RecordFile(peer.path / "rounds.jsonl", self._on_anew)
         self._history = History()
+        self._is_anew = False
+        self._looked = float("-inf")
         self._book = CreditBook(peer)
         self._uncounted = True  # there may be rounds that the book has not counted
         self._known: dict[str, Any] = {"status": None, "credits": [], "links": [], "settings": []}
 
     async def start(self) -> dict[str, Any]:
         """All that a page begins with."""
-        await self.look()
+        if time.monotonic() - self._looked >= self._poll_s:  # so that opening pages asks no daemon more often
+            await self.look()
         return {**self._known, "rounds": self.rounds()}
 
     def rounds(self) -> Columns:
@@ -150,6 +154,12 @@ class Feed:
         """Ask and read once, and tell all pages what is new."""
         async with self._at_work:
             status, rows = await asyncio.gather(asyncio.to_thread(self._ask), asyncio.to_thread(self._read))
+            self._looked = time.monotonic()
+            if self._is_anew:
+                self._is_anew = False
+                self._history.clear()
+            for row in rows:
+                self._history.add(row)
             if rows:
                 self._uncounted = True
                 for page in self._pages:
@@ -184,9 +194,9 @@ class Feed:
 
     def _read(self) -> list[Row]:
         try:
-            return [self._history.add(record) for record in self._file.news()]
+            return [Row.of(record) for record in self._file.news()]
         except OSError:
             return []  # comes the next time
 
     def _on_anew(self) -> None:
-        self._history.clear()
+        self._is_anew = True

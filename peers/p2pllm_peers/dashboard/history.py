@@ -73,16 +73,14 @@ class History:
         self._new: list[Row] = []
         self.stride = 1
 
-    def add(self, record: RoundRecord) -> Row:
+    def add(self, row: Row) -> None:
         """Take the next round. One that was there before means that the branch became another one from there on."""
-        row = Row.of(record)
         if self._new and row.round <= self._new[-1].round:
             self._new = [old for old in self._new if old.round < row.round]
             self._old = [old for old in self._old if old.round < row.round]
         self._new.append(row)
         if len(self._new) > WHOLE:
             self._put_away(self._new.pop(0))
-        return row
 
     def rows(self, after: int = 0) -> list[Row]:
         """Oldest first; with `after` those of later rounds."""
