@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from p2pllm.errors import UsageError
-from p2pllm_cli.options import find_peer, run_options, tell
+from p2pllm_cli.options import find_peer, run_options
 
 
 @click.command("set", short_help="Change what peers of this machine may take.")
@@ -21,17 +20,15 @@ def set_(changes: tuple[str, ...], home: Path | None) -> None:
     p2pllm set cpu_percent=50 upload_mbit=5
     p2pllm set hours=22-7 only_on_mains=true
     """
-    from p2pllm.settings import load_settings
-    from p2pllm.settings_file import LIVE, change_settings
+    from p2pllm.settings_file import LIVE
+    from p2pllm_peers.steering import change, tell_running
 
     if not changes:
         return _show()
-    values = change_settings(_pairs(changes))
+    values = change(_pairs(changes))
     for name, value in values.items():
         click.echo(f"{name} = {value}{'' if name in LIVE else '   from the next start of a peer'}")
-    live = {name: value for name, value in values.items() if name in LIVE}
-    for peer in _running(load_settings(**({} if home is None else {"home": home})).home) if live else ():
-        tell(peer, {"do": "set", "values": live})
+    for peer in tell_running(values, home):
         click.echo(f"'{peer.name}' in run {peer.run.run_id[:16]} goes by it now.")
     return None
 
@@ -42,7 +39,7 @@ def _pairs(changes: tuple[str, ...]) -> dict[str, str]:
         name, equals, value = change.partition("=")
         if not equals or not name.strip():
             raise UsageError(f"'{change}' is no setting; write NAME=VALUE, as cpu_percent=50.")
-        pairs[name.strip().replace("-", "_")] = value.strip()
+        pairs[name] = value
     return pairs
 
 
@@ -56,17 +53,13 @@ def _show() -> None:
     click.echo(f"They are in {settings_file()}, but for what the environment says.")
 
 
-def _running(home: Path) -> list[Any]:
-    from p2pllm_peers.folders import all_runs
-
-    return [peer for run in all_runs(home) for peer in run.peers() if peer.running()]
-
-
 @click.command(short_help="Compute nothing for a while.")
 @run_options
 @click.option("--for", "duration", help="For how long, as 90s, 30m, 2h or 1d; default: until `p2pllm resume`.")
 def pause(home: Path | None, run_prefix: str | None, name: str | None, duration: str | None) -> None:
     """Compute nothing for a while. What was gathered goes into the round under way; nobody waits for this peer."""
+    from p2pllm_peers.steering import tell
+
     seconds = None if duration is None else _seconds(duration)
     peer = find_peer(home, run_prefix, name)
     tell(peer, {"do": "pause", "seconds": seconds})
@@ -77,6 +70,8 @@ def pause(home: Path | None, run_prefix: str | None, name: str | None, duration:
 @run_options
 def resume(home: Path | None, run_prefix: str | None, name: str | None) -> None:
     """End a pause."""
+    from p2pllm_peers.steering import tell
+
     peer = find_peer(home, run_prefix, name)
     reason = tell(peer, {"do": "resume"})["paused"]
     click.echo(f"'{peer.name}' goes on{f' later; for now it pauses: {reason}' if reason else ''}.")

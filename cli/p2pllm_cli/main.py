@@ -13,7 +13,21 @@ import click
 
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError
-from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, metrics, model, peer, service, verify
+from p2pllm_cli import (
+    checkpoint,
+    dashboard,
+    disk,
+    explain,
+    guest,
+    lab,
+    local,
+    log,
+    metrics,
+    model,
+    peer,
+    service,
+    verify,
+)
 
 
 class _InOrder(click.Group):
@@ -41,6 +55,7 @@ for command in (
     peer.start,
     peer.join,
     local.status,
+    dashboard.dashboard,
     guest.pause,
     guest.resume,
     guest.set_,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from p2pllm.errors import DaemonError, UsageError
+from p2pllm.errors import UsageError
 
 if TYPE_CHECKING:
     from p2pllm.settings import PeerSettings
@@ -61,20 +61,6 @@ def settings_of(flags: dict[str, Any]) -> PeerSettings:
 
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     return load_settings(**given)
-
-
-def tell(peer: PeerFolder, request: dict[str, Any]) -> dict[str, Any]:
-    """What the peer's daemon answers. Raises DaemonError if it does not run, and with what it reports."""
-    from p2pllm_peers.control import ask
-
-    running = peer.running()
-    if not running:
-        state = "not running" if running is None else "still starting"
-        raise DaemonError(f"'{peer.name}' is {state} in run {peer.run.run_id[:16]}; look with `p2pllm status`.")
-    reply = ask(running["socket"], request)
-    if "error" in reply:
-        raise DaemonError(f"'{peer.name}' cannot do that: {reply['error']}")
-    return reply
 
 
 def home_folder(home: Path | None) -> Path:

@@ -1,0 +1,202 @@
+"""Feed: what pages show of one peer, asked from its daemon and read from its files once a second for all of them.
+
+Nothing is asked or read while no page is open. What does not live here: HTTP (`server`), columns (`history`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from p2pllm.errors import DaemonError
+from p2pllm_peers.control import ask
+from p2pllm_peers.dashboard.credits import CreditBook
+from p2pllm_peers.dashboard.history import THINNED, WHOLE, Columns, History, Row, columns
+from p2pllm_peers.exporter import RecordFile
+from p2pllm_peers.folders import PeerFolder
+
+POLL_S = 1.0
+
+ANSWER_S = 3.0
+"""How long a daemon may take to answer."""
+
+_SHOWN = (
+    "run_name",
+    "run_id",
+    "name",
+    "peer_id",
+    "phase",
+    "trouble",
+    "paused",
+    "round",
+    "rounds",
+    "recorded_round",
+    "samples",
+    "gathered",
+    "wanted",
+    "credit",
+    "limits",
+    "record",
+    "seconds",
+    "loss",
+    "validation_loss",
+    "tokens",
+    "tokens_per_s",
+    "swarm_tokens_per_s",
+    "bytes_sent",
+    "bytes_received",
+    "traffic",
+    "device",
+    "micro_batch",
+    "worker_restarts",
+    "network_restarts",
+    "uptime_s",
+    "peers",
+)
+"""What a page gets of a status: neither invite nor addresses."""
+
+_PRIVATE = {"limits": {}, "trouble": "", "paused": ""}
+"""What a public page shows instead: settings, and sentences that may name folders."""
+
+Status = dict[str, Any]
+Settings = Callable[[], list[dict[str, Any]]]
+
+
+class Page:
+    """What one open page has not got yet: the newest of everything, and the rounds that were added.
+
+    A page that takes it slowly misses statuses, but no round, unless more came than any page holds.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Any] = {}
+        self._rows: list[Row] = []
+        self._has_news = asyncio.Event()
+
+    def put(self, event: str, data: Any) -> None:
+        """Have something told; it takes the place of what waits under the same name."""
+        self._latest[event] = data
+        self._has_news.set()
+
+    def add(self, rows: list[Row]) -> None:
+        """Have new rounds told."""
+        self._rows = [*self._rows, *rows][-(WHOLE + THINNED) :]
+        self._has_news.set()
+
+    async def news(self, timeout: float) -> dict[str, Any]:
+        """Event -> data of what is new; empty after `timeout` seconds of nothing. Rounds come as columns."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._has_news.wait()
+        self._has_news.clear()
+        found, self._latest = self._latest, {}
+        rows, self._rows = self._rows, []
+        return found | ({"rounds": columns(rows)} if rows else {})
+
+
+class Feed:
+    """One peer for all pages that show it."""
+
+    def __init__(self, peer: PeerFolder, settings: Settings, public: bool = False, poll_s: float = POLL_S) -> None:
+        self._peer = peer
+        self._settings = settings
+        self._public = public
+        self._poll_s = poll_s
+        self._pages = set[Page]()
+        self._polling: asyncio.Task[None] | None = None
+        self._at_work = asyncio.Lock()
+        self._file = RecordFile(peer.path / "rounds.jsonl", self._on_anew)
+        self._history = History()
+        self._is_anew = False
+        self._looked = float("-inf")
+        self._book = CreditBook(peer)
+        self._uncounted = True  # there may be rounds that the book has not counted
+        self._known: dict[str, Any] = {"status": None, "credits": [], "links": [], "settings": []}
+
+    async def start(self) -> dict[str, Any]:
+        """All that a page begins with."""
+        if time.monotonic() - self._looked >= self._poll_s:  # so that opening pages asks no daemon more often
+            await self.look()
+        return {**self._known, "rounds": self.rounds()}
+
+    def rounds(self) -> Columns:
+        """The rounds that a page begins with."""
+        return columns(self._history.rows())
+
+    def open(self, after: int | None = None) -> Page:
+        """A page that is told from now on, beginning with how things are; after: the last round that it has."""
+        page = Page()
+        for event, data in self._known.items():
+            page.put(event, data)
+        if after is not None and (rows := self._history.rows(after)):
+            page.add(rows)
+        self._pages.add(page)
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll())
+        return page
+
+    def close(self, page: Page) -> None:
+        """A page is gone; with the last one goes the polling."""
+        self._pages.discard(page)
+        if not self._pages and self._polling is not None:
+            self._polling.cancel()
+            self._polling = None
+
+    async def _poll(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(self._poll_s)
+
+    async def look(self) -> None:
+        """Ask and read once, and tell all pages what is new."""
+        async with self._at_work:
+            status, rows = await asyncio.gather(asyncio.to_thread(self._ask), asyncio.to_thread(self._read))
+            self._looked = time.monotonic()
+            if self._is_anew:
+                self._is_anew = False
+                self._history.clear()
+            for row in rows:
+                self._history.add(row)
+            if rows:
+                self._uncounted = True
+                for page in self._pages:
+                    page.add(rows)
+            self._tell("status", status)
+            if self._uncounted and self._book.is_due:
+                self._uncounted = False
+                await asyncio.to_thread(self._book.update)
+                self._tell("credits", self._book.rows)
+            if not self._public:
+                self._tell("settings", await asyncio.to_thread(self._settings))
+
+    def _tell(self, event: str, data: Any) -> None:
+        if self._known[event] != data:
+            self._known[event] = data
+            for page in self._pages:
+                page.put(event, data)
+
+    def _ask(self) -> Status | None:
+        """The daemon's status; None if it does not run or answer, which may change at any time."""
+        running = self._peer.running()
+        if not running:
+            return None
+        try:
+            status = ask(running["socket"], {"do": "status"}, ANSWER_S)
+        except DaemonError:
+            return None
+        if "round" not in status:
+            return None  # an error, or a daemon that ends
+        shown = {name: status[name] for name in _SHOWN if name in status}
+        return shown | _PRIVATE if self._public else shown
+
+    def _read(self) -> list[Row]:
+        try:
+            return [Row.of(record) for record in self._file.news()]
+        except OSError:
+            return []  # comes the next time
+
+    def _on_anew(self) -> None:
+        self._is_anew = True

@@ -1,0 +1,85 @@
+"""The page of a real peer: what it shows, and its buttons."""
+
+from __future__ import annotations
+
+import http.cookiejar
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
+
+HARD_LIMIT_S = 60.0
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Poll until the condition gives something true, and return that."""
+    end = time.monotonic() + HARD_LIMIT_S
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {HARD_LIMIT_S:.0f} s: {what}"
+        time.sleep(0.1)
+    return found
+
+
+class Browser:
+    """Opens the printed address once, and has the cookie from then on."""
+
+    def __init__(self, url: str) -> None:
+        self.origin = url.partition("/?")[0]
+        jar = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
+        self._opener = urllib.request.build_opener(jar)
+        self.html = self._opener.open(url, timeout=20).read().decode()
+
+    def start(self) -> dict[str, Any]:
+        return json.loads(self._opener.open(self.origin + "/api/start", timeout=20).read())
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Origin": self.origin}
+        request = urllib.request.Request(self.origin + path, json.dumps(body).encode(), headers)  # noqa: S310
+        return json.loads(self._opener.open(request, timeout=20).read())
+
+
+def test_the_page_shows_a_peer_and_pauses_it(make_peer_env: Callable[[], Any]) -> None:
+    env = make_peer_env()
+    started = env.p2pllm("start", env.write_run(), "--detach")
+    assert started.returncode == 0, started.stderr
+    command = [sys.executable, "-u", "-m", "p2pllm_cli.main", "dashboard", "--no-open"]
+    page = subprocess.Popen(command, env=env.variables, cwd=env.folder, stdout=subprocess.PIPE, text=True)
+    try:
+        assert page.stdout is not None
+        found = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", page.stdout.readline())
+        assert found is not None
+        browser = Browser(found[0])
+        assert "<script" in browser.html and "/app.js" in browser.html
+        shown = until(lambda: len((found := browser.start())["rounds"]["round"]) > 2 and found, "rounds are shown")
+        assert shown["status"]["name"] == "founder"
+        until(lambda: browser.start()["credits"], "credits are shown")
+        assert browser.start()["credits"][0]["share"] == 1.0
+        assert browser.post("/api/pause", {"seconds": 3600})["ok"] is True
+        until(lambda: _status(env)["phase"] == "paused", "it pauses")
+        assert _status(env)["paused"].startswith("until ")
+        browser.post("/api/resume", {})
+        until(lambda: not _status(env)["paused"], "it goes on")
+        assert env.p2pllm("leave").returncode == 0
+        until(lambda: browser.start()["status"] is None, "the page outlives the daemon")
+        os.kill(page.pid, signal.SIGINT)
+        assert page.wait(20) == 0
+    finally:
+        page.kill()
+        page.wait()
+        page.stdout.close()
+        if _status(env)["phase"] != "stopped":
+            env.p2pllm("leave")
+
+
+def _status(env: Any) -> dict[str, Any]:
+    return json.loads(env.p2pllm("status", "--json").stdout.splitlines()[0])

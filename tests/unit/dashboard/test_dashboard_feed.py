@@ -1,0 +1,136 @@
+"""What pages are told, and what that costs the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from dashboard_samples import LIMIT_S, POLL_S, FakeDaemon, next_event, page_of, peer_id, record, status
+
+from p2pllm_peers.dashboard.feed import Feed, Page
+from p2pllm_peers.dashboard.history import PARTS, THINNED, WHOLE, Row
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[FakeDaemon]:
+    daemon = FakeDaemon(tmp_path)
+    await daemon.start()
+    yield daemon
+    await daemon.stop()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():  # noqa: ASYNC110 - the daemon is another party
+            await asyncio.sleep(0.005)
+
+
+async def test_a_page_begins_with_all_there_is(daemon: FakeDaemon) -> None:
+    daemon.append(record(1), record(2, 4, validation_loss=2.5), end='{"round": 3, "un')
+    async with page_of(daemon) as visitor:
+        found = await visitor.start()
+    assert found["shown"] == found["peers"][0]["id"] == "3d69353726da86d9/founder"
+    assert found["status"]["peers"][0]["peer"] == peer_id(1)
+    assert not {"invite", "losses"} & set(found["status"])
+    rounds = found["rounds"]
+    assert (rounds["round"], rounds["members"], rounds["validation_loss"]) == ([1, 2], [2, 4], [None, 2.5])
+    assert rounds["parts"]["apply"] == [0.334, 0.334] and set(rounds["parts"]) == set(PARTS)
+
+
+async def test_a_peer_that_is_not_there_is_refused(daemon: FakeDaemon) -> None:
+    async with page_of(daemon) as visitor:
+        for path in ("/api/start?peer=none", "/api/events?peer=../../etc"):
+            response = await visitor.get(path)
+            assert response.status == 400 and "no peer" in (await response.json())["error"]
+
+
+async def test_events_tell_what_is_new_and_survive_a_restart_of_the_daemon(daemon: FakeDaemon) -> None:
+    daemon.append(record(1))
+    async with page_of(daemon) as visitor, asyncio.timeout(LIMIT_S), visitor.events() as stream:
+        assert stream.headers["Content-Type"] == "text/event-stream"
+        assert await next_event(stream, "status") is None  # nobody has looked yet
+        daemon.append(record(2), end='{"half')
+        while (rounds := (await next_event(stream, "rounds"))["round"])[-1] != 2:
+            assert rounds == [1]
+        daemon.reply = status(phase="exchange")
+        while (await next_event(stream, "status") or {}).get("phase") != "exchange":
+            pass
+        await daemon.stop()
+        while await next_event(stream, "status") is not None:
+            pass
+        daemon.reply = status(round=6)
+        await daemon.start()
+        while (await next_event(stream, "status") or {}).get("round") != 6:
+            pass
+        daemon.append(end='"\n')
+        daemon.append(record(3))
+        assert (await next_event(stream, "rounds"))["round"] == [3]
+
+
+async def test_a_browser_that_comes_back_gets_what_it_missed(daemon: FakeDaemon) -> None:
+    daemon.append(*(record(round_) for round_ in range(1, 6)))
+    async with page_of(daemon) as visitor, asyncio.timeout(LIMIT_S):
+        await visitor.start()
+        async with visitor.events("?after=1", Last_Event_ID="3") as stream:
+            assert (await next_event(stream, "rounds"))["round"] == [4, 5]
+        async with visitor.events("?after=4") as stream:
+            assert (await next_event(stream, "rounds"))["round"] == [5]
+
+
+async def test_many_pages_cost_one_question_and_no_page_costs_none(daemon: FakeDaemon) -> None:
+    feed = Feed(daemon.peer, list, poll_s=POLL_S)
+    pages = [feed.open() for _ in range(50)]
+    polls = 0
+    look = feed.look
+
+    async def counted() -> None:
+        nonlocal polls
+        polls += 1
+        await look()
+
+    feed.look = counted  # type: ignore[method-assign]
+    await until(lambda: polls >= 5)
+    assert daemon.asked <= polls
+    for page in pages:
+        feed.close(page)
+    async with feed._at_work:  # what was under way has ended
+        asked = daemon.asked
+    await asyncio.sleep(5 * POLL_S)
+    assert daemon.asked <= asked + 1  # a question that was on its way when the last page was closed
+
+
+async def test_a_slow_page_gets_the_newest_status_and_every_round() -> None:
+    page = Page()
+    for number in range(1000):
+        page.put("status", {"round": number})
+        page.add([Row.of(record(number + 1))])
+    news = await page.news(1)
+    assert news["status"] == {"round": 999}
+    assert news["rounds"]["round"] == list(range(1, 1001))
+    assert await page.news(0.01) == {}
+    page.add([Row.of(record(number + 1)) for number in range(3 * (WHOLE + THINNED))])
+    assert len((await page.news(1))["rounds"]["round"]) == WHOLE + THINNED
+
+
+async def test_a_long_run_of_many_peers_stays_small(daemon: FakeDaemon) -> None:
+    members = 64
+    daemon.reply = status(members)
+    line = record(1, members).to_json()
+    with (daemon.peer.path / "rounds.jsonl").open("w") as file:
+        file.writelines(line.replace('"round":1,', f'"round":{round_},') + "\n" for round_ in range(1, 5001))
+    async with page_of(daemon) as visitor, asyncio.timeout(LIMIT_S):
+        response = await visitor.get("/api/start")
+        assert len(await response.read()) < 500_000
+        rounds = (await response.json())["rounds"]
+        assert rounds["round"][-WHOLE:] == list(range(5001 - WHOLE, 5001))
+        assert len(rounds["round"]) <= WHOLE + THINNED
+        async with visitor.events(f"?after={rounds['round'][-1]}") as stream:
+            await next_event(stream, "settings")  # the last of how things are
+            daemon.reply = status(members, round=7)
+            daemon.append(record(5001, members))
+            told = b""
+            while b'"round":[5001]' not in told or b'"round":7,' not in told:
+                told += await stream.content.readline()
+    assert len(told) < 20_000
