@@ -13,7 +13,7 @@ import click
 
 from p2pllm import __version__
 from p2pllm.errors import P2PLLMError
-from p2pllm_cli import checkpoint, disk, explain, guest, lab, local, log, model, peer, verify
+from p2pllm_cli import checkpoint, disk, doctor, explain, guest, lab, local, log, model, peer, verify
 
 
 class _InOrder(click.Group):
@@ -38,6 +38,7 @@ def cli() -> None:
 
 for command in (
     peer.new,
+    doctor.doctor,
     peer.start,
     peer.join,
     local.status,

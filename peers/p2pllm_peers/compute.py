@@ -56,6 +56,7 @@ class ComputeProcess:
         self.tokens = 0  # computed so far, those of dropped rounds included
         self.device = self.data_digest = ""
         self.micro_batch = 0
+        self.exit_code = 0  # of the last process that ended; -9: the kernel killed it
         self.own_steps: list[int] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settings = settings
@@ -251,6 +252,11 @@ class ComputeProcess:
         answer = await self._ask({"do": "evaluate"})
         return None if answer is None else float(answer["loss"])
 
+    async def memory(self) -> dict[str, int]:
+        """Bytes that the process had at most, as `training.device.memory_of` says; empty if it died."""
+        answer = await self._ask({"do": "memory"})
+        return {} if answer is None else {name: size for name, size in answer.items() if name != "event"}
+
     # -- the worker ----------------------------------------------------------------------------------------------------
 
     async def _ask(self, command: Event) -> Event | None:
@@ -334,6 +340,7 @@ class ComputeProcess:
         if code == -9 and not self._settings.micro_batch and self._job:
             # Nobody but the kernel's out-of-memory killer sends this uninvited.
             self._job["micro_batch"] = max(1, self.micro_batch // 2)
+        self.exit_code = code
         self._ready.clear()
         self._samples = 0
         if self._answer is not None and not self._answer.done():

@@ -6,8 +6,8 @@ object a line. The first line in is the job. Parameters come and updates go thro
 
     job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "runtime_dir"}
     in       {"do": "begin", "round", "run_id", "peer", "moments"}, {"do": "finish", "go_on"},
-             {"do": "hold", "held"}, {"do": "share", "share"}, {"do": "abandon" | "evaluate" | "exit"}
-    out      progress, ready, step, micro_batch, update, abandoned, validation, error
+             {"do": "hold", "held"}, {"do": "share", "share"}, {"do": "abandon" | "evaluate" | "memory" | "exit"}
+    out      progress, ready, step, micro_batch, update, abandoned, validation, memory, error
 
 When its standard input closes the daemon is gone, however it died: the worker then removes the sockets that the
 daemon could not remove, and ends at once.
@@ -173,6 +173,8 @@ class Worker:
                     self._pipe.emit("abandoned")
                 case "evaluate":
                     self._evaluate()
+                case "memory":
+                    self._tell_memory()
                 case "exit":
                     return self._keep()
 
@@ -228,6 +230,11 @@ class Worker:
         with self._work.holding(self._params):
             loss = validation_loss(self._model, windows, self._device, self._work.micro_batch)
         self._pipe.emit("validation", loss=loss)
+
+    def _tell_memory(self) -> None:
+        from p2pllm.training.device import memory_of
+
+        self._pipe.emit("memory", **memory_of(self._device))
 
     def _keep(self) -> None:
         """What is this peer's own, for its next session."""
