@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="What this machine would contribute to a run.")
 @click.argument("invite", required=False)
-@click.option("--run-file", type=click.Path(path_type=Path), help="A run file to judge for, as `p2pllm start` takes it.")
+@click.option("--run-file", type=click.Path(path_type=Path), help="A run file to judge for, as of `p2pllm start`.")
 @click.option("--seconds", type=click.FloatRange(0.5, 600), default=4.0, show_default=True, help="How long to compute.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
@@ -73,7 +74,7 @@ def _show(title: str, rows: list[Check], below: list[str]) -> None:
         for text in (title, *(f"{row.name}: {row.mark}: {row.text}" for row in rows), *below):
             say(text)
         return
-    columns = [Column(name, lambda row, name=name: row[name], left=True) for name in ("check", "mark", "found")]
+    columns = [Column(name, operator.itemgetter(name), left=True) for name in ("check", "mark", "found")]
     shown = table([{"check": row.name, "mark": row.mark, "found": row.text} for row in rows], columns)
     shown.columns[-1].no_wrap = False
     say(title)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from p2pllm.errors import NetworkError
 from p2pllm.network.messages import pack, unpack
-from p2pllm.network.transport import MAX_CALL_BYTES, Transport
+from p2pllm.network.transport import Transport
 
 LOOKBACK, SINK = "lookback", "sink"
 
@@ -33,7 +34,13 @@ EVERY_S = 5.0
 
 MAX_DIALS = 8
 
+SINK_BYTES, SINK_S = 8 << 20, 15.0
+"""Most bytes and seconds of one measurement of a line; MAX_SINKS at the same time."""
+
+MAX_SINKS = 2
+
 _VERSION = 1
+_PIECE = 1 << 15
 _MAX_BYTES = 512
 _GREETING = b"\x13/multistream/1.0.0\n"
 
@@ -76,11 +83,12 @@ class Lookback:
         self._dial = dial or greets
         self._clock = clock
         self._dialled: dict[str, float] = {}  # when, by host
+        self._sinks = 0
 
     async def start(self) -> None:
         """Answer from now on."""
         await self._transport.serve_call(LOOKBACK, self._answer)
-        await self._transport.serve_call(SINK, self._swallow)
+        await self._transport.serve_stream(SINK, self._swallow)
 
     async def _answer(self, peer: str, payload: bytes) -> bytes:
         try:
@@ -103,9 +111,21 @@ class Lookback:
         self._dialled[host] = now
         return True
 
-    async def _swallow(self, peer: str, payload: bytes) -> bytes:
-        """Take bytes whose sender measures its line with them."""
-        return b""
+    async def _swallow(self, peer: str, reader: StreamReader, writer: StreamWriter) -> None:
+        """Take bytes whose sender measures its line with them; one byte back for each piece."""
+        if self._sinks >= MAX_SINKS:
+            return
+        self._sinks += 1
+        try:
+            async with asyncio.timeout(SINK_S):
+                for _ in range(SINK_BYTES // _PIECE):
+                    await reader.readexactly(_PIECE)
+                    writer.write(b".")
+                    await writer.drain()
+        except (OSError, EOFError, TimeoutError):
+            return  # it has measured enough
+        finally:
+            self._sinks -= 1
 
 
 async def look_back(transport: Transport, peer: str, ports: Sequence[int], timeout: float) -> Seen:
@@ -121,20 +141,35 @@ async def look_back(transport: Transport, peer: str, ports: Sequence[int], timeo
     return Seen(peer, skew, trip, host, took)
 
 
-async def upload_mbit(transport: Transport, peer: str, seconds: float, most_bytes: int = 4 << 20) -> float:
-    """Send a peer bytes for some seconds; million bits a second that arrived. Raises NetworkError if none did."""
-    piece, sent = bytes(MAX_CALL_BYTES // 4), 0
+async def upload_mbit(transport: Transport, peer: str, seconds: float) -> float:
+    """Send a peer bytes for about so many seconds; million bits a second that arrived there.
+
+    A line that is measured for a moment is faster than it looks: connections begin slowly. Raises NetworkError if no
+    byte arrived.
+    """
+    reader, writer = await transport.open_stream(peer, SINK)
     begun = time.monotonic()
-    end = begun + seconds
+    sending = asyncio.create_task(_pour(writer))
+    arrived, ended = 0, begun
+    try:
+        async with asyncio.timeout(seconds):
+            while got := await reader.read(64):
+                arrived, ended = arrived + len(got) * _PIECE, time.monotonic()
+    except (OSError, TimeoutError):
+        pass  # what arrived until then counts
+    finally:
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        writer.transport.abort()
+    if not arrived:
+        raise NetworkError(f"Peer {peer[-8:]} took no bytes within {seconds:g} s.")
+    return arrived * 8 / 1e6 / max(ended - begun, 1e-6)
 
-    async def send() -> None:
-        nonlocal sent
-        while sent < most_bytes and time.monotonic() < end:
-            await transport.call(peer, SINK, piece, max(4 * seconds, 10.0))
-            sent += len(piece)
 
-    await asyncio.gather(*(send() for _ in range(4)))
-    return sent * 8 / 1e6 / max(time.monotonic() - begun, 1e-6)
+async def _pour(writer: StreamWriter) -> None:
+    for _ in range(SINK_BYTES // _PIECE):
+        writer.write(bytes(_PIECE))
+        await writer.drain()
 
 
 async def greets(host: str, port: int) -> bool:

@@ -1,4 +1,4 @@
-"""Examine: the whole of it, in the order in which a machine would find out: the run, the machine, a few seconds of work.
+"""Examine: the whole of it, in the order in which one would find out: the run, the machine, a few seconds of work.
 
 Everything that it writes lies in one private folder, which is removed, by the worker if the doctor is killed.
 """
@@ -31,6 +31,9 @@ from p2pllm_peers.pace import Pace
 Progress = Callable[[str], None]
 
 
+_NOT_ASKED = Outside(why_not="there was no invite")
+
+
 @dataclass(frozen=True)
 class _Target:
     """What the machine is judged for. run_id: "" for a run file. pace: of the run, if a peer told it."""
@@ -38,7 +41,7 @@ class _Target:
     draft: RunDraft
     tokenizer: bytes | None
     run_id: str = ""
-    outside: Outside = Outside(why_not="there was no invite")
+    outside: Outside = _NOT_ASKED
     pace: Pace | None = None
 
 
@@ -168,5 +171,3 @@ def _with_free(disk: DiskNeed, settings: PeerSettings, problem: str) -> DiskNeed
     return replace(
         disk, home_free_bytes=home_free, cache_free_bytes=cache_free, same_disk=home == cache, text_problem=problem
     )
-
-

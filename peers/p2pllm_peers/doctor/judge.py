@@ -1,4 +1,4 @@
-"""Judge: what follows from findings. Pure: whether the machine can take part, whether it helps, and what would help most.
+"""Judge: what follows from findings: whether the machine can take part, whether it helps, what would help most. Pure.
 
 What would help most is the first of these that applies: it cannot take part, memory, disk, clock, upload, reachability,
 compute, nothing.
@@ -51,7 +51,7 @@ def judge(found: Findings) -> Verdict:
 
 
 def memory_fit(found: Findings) -> str:
-    """"yes", "with micro-batch N", or "no"."""
+    """ "yes", "with micro-batch N", or "no"."""
     memory, compute = found.memory, found.compute
     if compute.failure or memory.needed_bytes > memory.free_bytes:
         return "no"
@@ -102,7 +102,7 @@ def _blocked(found: Findings) -> tuple[str, str, str] | None:
         )
     if outside.clock_skew_s is not None and _surely_off(found, WORST_CLOCK_S):
         return (
-            f"This machine's clock is {abs(outside.clock_skew_s):,.0f} s off, so that peers do not believe its records.",
+            f"This machine's clock is {abs(outside.clock_skew_s):,.0f} s off, so peers do not believe its records.",
             "clock",
             "Set the clock, or let the system keep it (NTP).",
         )
@@ -170,7 +170,7 @@ def _useless(found: Findings) -> str:
     """Why the swarm would not notice the machine; "" if it would."""
     share, seconds = share_of_swarm(found), upload_seconds(found)
     if seconds is not None and seconds > found.traffic.round_s:
-        return f"its line up needs {seconds:,.1f} s for a round of {found.traffic.round_s:,.1f} s, so it is always late."
+        return f"its line up needs {seconds:,.1f} s for a round of {found.traffic.round_s:,.1f} s, so it is late."
     if share is not None and share < LEAST_SHARE:
         return f"its {found.compute.tokens_per_s:,.0f} tokens/s are {share:.2%} of the swarm's."
     return ""

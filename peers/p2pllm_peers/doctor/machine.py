@@ -1,11 +1,10 @@
-"""Machine: what can be found out without computing and without the network: versions, arithmetic, memory, disk, text."""
+"""Machine: what is found out without computing and without the network: versions, arithmetic, memory, disk, text."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import itertools
-import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,7 +59,7 @@ def free_disk(path: Path) -> tuple[int, int]:
     path = path.absolute()
     while not path.exists():
         path = path.parent
-    return int(psutil.disk_usage(str(path)).free), os.stat(path).st_dev
+    return int(psutil.disk_usage(str(path)).free), path.stat().st_dev
 
 
 def find_text(draft: RunDraft, settings: PeerSettings) -> tuple[list[Document], str]:

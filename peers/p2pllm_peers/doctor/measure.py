@@ -128,7 +128,11 @@ class Bench:
             if compute.failed.done():
                 compute.failed.result()
             now = time.monotonic()
-            if self._steps and now >= self._steps[0][0] + seconds and (len(self._steps) > 1 or now > begun + 2 * seconds):
+            if (
+                self._steps
+                and now >= self._steps[0][0] + seconds
+                and (len(self._steps) > 1 or now > begun + 2 * seconds)
+            ):
                 return
             if not self._steps and now > begun + FIRST_STEP_S + seconds:
                 raise WorkerError(f"One step of this run takes longer than {FIRST_STEP_S + seconds:.0f} s here.")

@@ -46,7 +46,11 @@ def heading(found: Findings) -> str:
     run, outside = found.run, found.outside
     if not run.known:
         return f"This machine for the run file {run.name} ({run.strategy})"
-    now = f", round {outside.round} of {outside.rounds}, {outside.peers} peers" if outside.peers else ""
+    now = (
+        f", round {outside.round} of {outside.rounds}, {outside.peers} peer{'s' if outside.peers > 1 else ''}"
+        if outside.peers
+        else ""
+    )
     return f"This machine for run {run.name} {run.run_id[:16]} ({run.strategy}{now})"
 
 
@@ -149,7 +153,9 @@ def _clock(found: Findings) -> Check:
         return Check("clock", "-", f"not checked: {_why_not(found)}")
     off = abs(outside.clock_skew_s) - outside.clock_error_s
     mark = "no" if off > WORST_CLOCK_S else "weak" if off > WORST_CLOCK_S / 2 else "ok"
-    return Check("clock", mark, f"{outside.clock_skew_s:+,.2f} s off the peers', give or take {outside.clock_error_s:.2f}")
+    return Check(
+        "clock", mark, f"{outside.clock_skew_s:+,.2f} s off the peers', give or take {outside.clock_error_s:.2f}"
+    )
 
 
 def _reach(found: Findings) -> Check:
