@@ -66,7 +66,8 @@ async def _target(
 ) -> _Target:
     if invite is None:
         draft = draft or RunDraft()
-        return _Target(draft, await asyncio.to_thread(_tokenizer_of, draft))
+        line = replace(_NOT_ASKED, upload_mbit=settings.upload_mbit or None, upload_limited=bool(settings.upload_mbit))
+        return _Target(draft, await asyncio.to_thread(_tokenizer_of, draft), outside=line)
     load_lean()
     from p2pllm_peers.doctor.outside import ask_run  # loads hivemind's network, which the rest needs not
 
@@ -124,7 +125,9 @@ def _put_together(
     update = _update_bytes(draft, measured)
     members = (max(2, min(pace.peers + 1, draft.round.max_peers))) if pace else sizes.ASSUMED_PEERS
     swarm = pace.tokens_per_s if pace else (sizes.ASSUMED_PEERS - 1) * compute.tokens_per_s
-    round_s = sizes.round_seconds(draft, compute.tokens_per_s, swarm, pace.round_s if pace else 0.0)
+    mbit = target.outside.upload_mbit
+    sending_s = sizes.moved_a_round(draft, update, members) * 8 / 1e6 / mbit if mbit else 0.0
+    round_s = sizes.round_seconds(draft, compute.tokens_per_s, swarm, pace.round_s if pace else 0.0, sending_s)
     control = (pace.control_sent_per_s, pace.control_received_per_s) if pace else (0.0, 0.0)
     disk = sizes.disk_of(
         draft,

@@ -27,8 +27,8 @@ from p2pllm_peers.doctor.findings import Compute
 BUILD_S = 60.0
 """A model that is not built, and whose micro-batch is not found, after so long is too large for this machine."""
 
-FIRST_STEP_S = 20.0
-"""The same for one step."""
+STEPS_S = 20.0
+"""The same for two steps, beside the seconds that are measured."""
 
 MAX_KILLS = 3
 """After which the worker is given up; the micro-batch is halved each time."""
@@ -128,18 +128,18 @@ class Bench:
             if compute.failed.done():
                 compute.failed.result()
             now = time.monotonic()
-            if (
-                self._steps
-                and now >= self._steps[0][0] + seconds
-                and (len(self._steps) > 1 or now > begun + 2 * seconds)
-            ):
+            if self._has_enough(now, seconds):
                 return
-            if not self._steps and now > begun + FIRST_STEP_S + seconds:
-                raise WorkerError(f"One step of this run takes longer than {FIRST_STEP_S + seconds:.0f} s here.")
+            if now > begun + STEPS_S + seconds:
+                raise WorkerError(f"A step of this run takes longer than {(STEPS_S + seconds) / 2:.0f} s here.")
             self._event.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.25):
                     await self._event.wait()
+
+    def _has_enough(self, now: float, seconds: float) -> bool:
+        """From the first step to the last, so that what a first step does once does not count."""
+        return len(self._steps) > 1 and now >= self._steps[0][0] + seconds
 
     def _check_kills(self) -> None:
         if self._kills >= MAX_KILLS:

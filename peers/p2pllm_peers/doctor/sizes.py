@@ -71,20 +71,21 @@ def moved_a_round(draft: RunDraft, update: int, members: int) -> int:
     return 2 * (members - 1) * update // members
 
 
-def round_seconds(draft: RunDraft, own: float, swarm: float, now_s: float) -> float:
+def round_seconds(draft: RunDraft, own: float, swarm: float, now_s: float, sending_s: float = 0.0) -> float:
     """How long a round takes once this machine takes part.
 
     own, swarm: tokens a second of this machine, and of the others together. now_s: of a round without it, as measured;
     0: unknown. What a round takes beyond computing its samples stays, and computing is shared by one more. Where the
-    deadline ends it, it ends there.
+    deadline ends it, it ends there. sending_s: what a round's bytes take here on the way up; it counts where nothing
+    was measured, and with overlap only as far as it takes longer than computing.
     """
     tokens = draft.round.samples * draft.data.context_length
     if own + swarm <= 0:
         return now_s or draft.round.deadline_s
     computing = min(tokens / (own + swarm), draft.round.deadline_s)
     if not now_s or swarm <= 0:
-        return computing
-    return max(0.0, now_s - min(tokens / swarm, now_s)) + computing
+        return max(computing, sending_s) if draft.round.overlap else computing + sending_s
+    return now_s - min(tokens / swarm, now_s, draft.round.deadline_s) + computing
 
 
 def traffic_of(
