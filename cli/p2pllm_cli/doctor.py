@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def doctor(invite: str | None, run_file: Path | None, seconds: float, as_json: b
     leaves nothing behind. Exit code: 0 it can take part, 1 it cannot.
     """
     import asyncio
+    import logging
 
     from p2pllm.invite import Invite
     from p2pllm.manifest import load_draft
@@ -54,6 +56,9 @@ def doctor(invite: str | None, run_file: Path | None, seconds: float, as_json: b
     from p2pllm_peers.doctor.words import as_json as json_of
     from p2pllm_peers.doctor.words import checks, heading
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # a closed terminal is a Ctrl+C
+    logging.getLogger().addHandler(logging.NullHandler())  # what the library logs is for daemons
     with StartView() as view:
         progress = (lambda text: None) if as_json else view.progress
         found = asyncio.run(examine(settings, draft, known, seconds, progress))

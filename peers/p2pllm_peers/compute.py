@@ -56,6 +56,7 @@ class ComputeProcess:
         self.tokens = 0  # computed so far, those of dropped rounds included
         self.device = self.data_digest = ""
         self.micro_batch = 0
+        self.samples_per_s = 0.0  # as the worker found the micro-batch; 0 if it was given one
         self.exit_code = 0  # of the last process that ended; -9: the kernel killed it
         self.own_steps: list[int] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -310,6 +311,7 @@ class ComputeProcess:
             self._cannot_live(WorkerError(_OTHER_MODEL))
             return
         self.layout, self.micro_batch = layout, event["micro_batch"]
+        self.samples_per_s = event["samples_per_s"]
         self.device, self.data_digest = event["device"], event["data_digest"]
         self._remember()
         self._ready.set()

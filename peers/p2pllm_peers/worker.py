@@ -127,9 +127,10 @@ class Worker:
             digest = sources.text_digest(found, pipe.tokenising)
         self._work = work.inner_work(draft, self._model, self._corpus, self._device, job["micro_batch"] or 1)
         self._local = self._work if isinstance(self._work, work.Local) else None  # can go on while an update travels
+        samples_per_s = 0.0  # not measured
         if not job["micro_batch"]:
             pipe.emit("progress", text="finding the micro-batch that suits this device")
-            self._work.find_micro_batch()
+            samples_per_s = self._work.find_micro_batch()
         self._drawn_for = ("", "")
         self._moments: Path | None = None
         self._round: int | None = None
@@ -144,6 +145,7 @@ class Worker:
             layout=layout.to_json(),
             device=str(self._device),
             micro_batch=self._work.micro_batch,
+            samples_per_s=samples_per_s,
             data_digest=digest,
         )
         _stand_back(settings.nice)  # not while somebody waits for the start

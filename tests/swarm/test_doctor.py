@@ -53,25 +53,20 @@ def test_a_machine_is_examined_for_a_run(founder, peer_env) -> None:
     assert status["peers"] == [], "the doctor never became a member"
 
 
-def test_plain_lines_for_a_run_file(peer_env) -> None:
+def test_plain_lines_and_a_machine_without_the_text(peer_env) -> None:
     run_file = peer_env.write_run(("[round]", '[round]\nstrategy = "sparse_loco"'))
-    result = peer_env.p2pllm("doctor", "--run-file", run_file, "--seconds", 0.5, "--upload", 8, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
+    options = ("--seconds", 0.5, "--upload", 8, "--data", "/nowhere/text")
+    result = peer_env.p2pllm("doctor", "--run-file", run_file, *options, timeout=120)
+    assert result.returncode == 1, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     title = lines.index("This machine for the run file tiny (sparse_loco)")
     checks = dict(line.split(": ", 1) for line in lines[title + 1 : -2])
-    assert checks["speed"].startswith("ok: ") and "inner optimizer" in checks["memory"]
+    assert checks["text"].startswith("no: ") and "/nowhere/text" in checks["text"]
+    assert checks["speed"].startswith("ok: "), "it is measured all the same"
+    assert "inner optimizer" in checks["memory"] and "8.0 Mbit/s" in checks["line up"]
     assert checks["clock"].startswith("-: ") and checks["reachable"].startswith("-: ")
-    assert "8.0 Mbit/s" in checks["line up"]
-    assert lines[-2].startswith("It can take part") and lines[-1].startswith("What would help most: ")
-    assert "\x1b" not in result.stdout
-    check_untouched(peer_env)
-
-
-def test_text_that_is_not_here_keeps_a_machine_out(founder, peer_env) -> None:
-    result = peer_env.p2pllm("doctor", founder.invite, "--seconds", 0.5, "--data", "/nowhere/text", timeout=120)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "/nowhere/text" in result.stdout and "--data" in result.stdout.splitlines()[-1]
+    assert "/nowhere/text" in lines[-2] and lines[-1].startswith("What would help most: ") and "--data" in lines[-1]
+    assert "\x1b" not in result.stdout and result.stderr == ""
     check_untouched(peer_env)
 
 

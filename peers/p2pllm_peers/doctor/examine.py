@@ -25,7 +25,7 @@ from p2pllm.training.sources import documents
 from p2pllm.training.tokenizer import load_tokenizer
 from p2pllm_peers.doctor import machine, sizes
 from p2pllm_peers.doctor.findings import DiskNeed, Findings, Outside, Run
-from p2pllm_peers.doctor.measure import Measurement, encoded_size, measure
+from p2pllm_peers.doctor.measure import Bench, Measurement, encoded_size
 from p2pllm_peers.pace import Pace
 
 Progress = Callable[[str], None]
@@ -52,12 +52,16 @@ async def examine(
 
     seconds: of computing. Raises UsageError for what no machine can use, NetworkError if nobody of the run answers.
     """
-    folder = new_runtime_dir()
+    free, folder = machine.free_memory(), new_runtime_dir()
     prepare_runtime_dir(folder)
+    own = settings.model_copy(update={"cache": folder / "cache", "data_path": ""})
+    bench = Bench(own, folder, progress)
     try:
+        await bench.launch()
         target = await _target(draft, invite, settings, folder, progress)
-        return await _examine(target, settings, seconds, folder, progress)
+        return await _examine(target, settings, bench, seconds, folder, free, progress)
     finally:
+        await bench.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -86,10 +90,15 @@ def _tokenizer_of(draft: RunDraft) -> bytes | None:
 
 
 async def _examine(
-    target: _Target, settings: PeerSettings, seconds: float, folder: Path, progress: Progress
+    target: _Target,
+    settings: PeerSettings,
+    bench: Bench,
+    seconds: float,
+    folder: Path,
+    free: int,
+    progress: Progress,
 ) -> Findings:
     progress("looking at this machine")
-    free = machine.free_memory()
     versions = await asyncio.to_thread(machine.versions)
     arithmetic = await asyncio.to_thread(machine.arithmetic_problem)
     found, problem = await asyncio.to_thread(machine.find_text, target.draft, settings)
@@ -98,8 +107,7 @@ async def _examine(
     await asyncio.to_thread(machine.write_sample, shown, draft.data.context_length, sample)
     tokenizer = load_tokenizer(target.tokenizer)
     text_bytes = await asyncio.to_thread(machine.tokenised_bytes, found, sample, tokenizer)
-    own = settings.model_copy(update={"cache": folder / "cache", "data_path": "", "nice": 0})
-    measured = await measure(_on_sample(draft, sample), target.tokenizer, own, seconds, folder, progress)
+    measured = await bench.run(_on_sample(draft, sample), target.tokenizer, seconds)
     return _put_together(target, settings, measured, free, versions, arithmetic, text_bytes, problem)
 
 
@@ -164,7 +172,7 @@ def _update_bytes(draft: RunDraft, measured: Measurement) -> int:
     if draft.round.strategy == "sparse_loco" and measured.layout is not None:
         update = measured.update
         if update is None or update.size != measured.layout.size:
-            update = np.zeros(measured.layout.size, np.float32)
+            update = np.random.default_rng(0).standard_normal(measured.layout.size, np.float32)  # as long as a real one
         sparse = encoded_size(measured.layout, update)
     return sizes.update_bytes(draft, measured.compute.parameters, codec(draft.round.codec).bytes_for, sparse)
 

@@ -22,6 +22,8 @@ SLOW_SHARE = 0.05
 SLOW_TOKENS_PER_S = 200.0
 """The same where no swarm is known to compare with: a CPU below it is worth a word."""
 
+_MORE_MEMORY = "Free memory: close other programs, or choose another --device."
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -86,7 +88,7 @@ def _blocked(found: Findings) -> tuple[str, str, str] | None:
     if found.disk.text_problem:
         return found.disk.text_problem, "text", "The run's text on this machine; name its place with --data."
     if compute.failure:
-        what = "Free memory: close other programs, or choose another --device." if compute.killed else "Mend that."
+        what = _MORE_MEMORY if compute.killed else "A faster --device, or a run with a smaller model."
         return compute.failure, "memory" if compute.killed else "compute", what
     if memory.needed_bytes > memory.free_bytes:
         return (

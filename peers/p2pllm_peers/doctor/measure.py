@@ -49,14 +49,16 @@ class Measurement:
 
 
 class Bench:
-    """One worker, asked for a few seconds of work. Use `measure`."""
+    """One worker, asked for a few seconds of work: `launch`, `run`, and in any case `close`."""
 
     def __init__(self, settings: PeerSettings, folder: Path, progress: Callable[[str], None]) -> None:
+        """folder: the doctor's own, into which the worker may write; it removes it if the doctor is killed."""
+        self._folder = folder
         self.compute = ComputeProcess(settings, folder, self._changed, self._on_progress)
         self._progress = progress
         self._event = asyncio.Event()
         self._steps: list[tuple[float, int]] = []  # (when, tokens so far)
-        self._base = 0
+        self._base = self._a_sample = 0  # bytes before the model; tokens a sample
         self._kills = 0
         self._restarts = 0
 
@@ -70,35 +72,42 @@ class Bench:
         compute = self.compute
         if compute.restarts + 1 > self._restarts and compute.exit_code and not compute.ready:
             self._restarts = compute.restarts + 1
-            self._kills += compute.exit_code == -9
+            if compute.exit_code == -9:
+                self._kills += 1
+                self._progress("the system ended the compute process for want of memory; trying a smaller micro-batch")
         if compute.tokens and (not self._steps or self._steps[-1][1] != compute.tokens):
             self._steps.append((time.monotonic(), compute.tokens))
         self._event.set()
 
-    async def run(self, draft: RunDraft, tokenizer: bytes | None, seconds: float, folder: Path) -> Measurement:
+    async def launch(self) -> None:
+        """Start the process; it loads its libraries while the doctor finds out what to compute."""
+        await self.compute.launch()
+        _offer(self.compute.pid)
+
+    async def close(self) -> None:
+        """End the process; takes at most 2 seconds."""
+        await self.compute.close()
+
+    async def run(self, draft: RunDraft, tokenizer: bytes | None, seconds: float) -> Measurement:
         """Build, find the micro-batch, step for `seconds`. Raises UsageError for a draft that cannot be used."""
         compute = self.compute
         try:
-            await compute.launch()
-            self._take_first()
             await self._building(draft, tokenizer)
             found = compute.micro_batch
-            compute.belongs_to("0" * 64, "doctor", folder)
+            compute.belongs_to("0" * 64, "doctor", self._folder)
             self._progress(f"computing with micro-batch {found}")
-            await self._stepping(seconds)
+            await self._stepping(draft, seconds)
             memory = await compute.memory()
             got = await compute.finish()
         except UsageError:
             raise
         except WorkerError as error:
-            return Measurement(Compute(device=compute.device, killed=self._kills, failure=self._why(error)))
+            layout: Layout | None = getattr(compute, "layout", None)  # of a model that was built, at least
+            size = 0 if layout is None else layout.size
+            failed = Compute(compute.device, killed=self._kills, parameters=size, failure=self._why(error))
+            return Measurement(failed, layout)
         update = None if got is None else np.array(got.vector, FLOAT)
         return Measurement(self._found(found, memory), compute.layout, update)
-
-    def _take_first(self) -> None:
-        """If memory runs out, the system shall take the worker."""
-        with contextlib.suppress(OSError):  # Linux has this
-            Path(f"/proc/{self.compute.pid}/oom_score_adj").write_text("1000")
 
     async def _building(self, draft: RunDraft, tokenizer: bytes | None) -> None:
         """Until the worker is ready, however often it must be started."""
@@ -118,8 +127,13 @@ class Bench:
         finally:
             building.cancel()
 
-    async def _stepping(self, seconds: float) -> None:
+    async def _stepping(self, draft: RunDraft, seconds: float) -> None:
+        """Steps of a round for about so long, unless a single one would take longer than all of that."""
         compute = self.compute
+        samples = compute.micro_batch if draft.round.strategy == "sync" else draft.optimizer.batch
+        self._a_sample = draft.data.context_length
+        if compute.samples_per_s and samples / compute.samples_per_s > max(seconds, 2.0):
+            return  # what a micro-batch took must do
         np.copyto(compute.params, SharedState.initial(compute.layout, compute.params).params)
         await compute.begin(0)
         begun = time.monotonic()
@@ -141,6 +155,14 @@ class Bench:
         """From the first step to the last, so that what a first step does once does not count."""
         return len(self._steps) > 1 and now >= self._steps[0][0] + seconds
 
+    def _speed(self) -> tuple[float, float]:
+        """(tokens, the seconds in which they were computed): of the steps, or of a micro-batch if there are none."""
+        if len(self._steps) > 1:
+            (begun, before), (ended, after) = self._steps[0], self._steps[-1]
+            return after - before, ended - begun
+        compute = self.compute
+        return compute.micro_batch * self._a_sample, compute.micro_batch / max(compute.samples_per_s, 1e-9)
+
     def _check_kills(self) -> None:
         if self._kills >= MAX_KILLS:
             raise WorkerError("killed")
@@ -154,15 +176,15 @@ class Bench:
         )
 
     def _found(self, first_micro_batch: int, memory: dict[str, int]) -> Compute:
-        (begun, before), (ended, tokens) = self._steps[0], self._steps[-1]
         compute = self.compute
+        tokens, measured_s = self._speed()
         return Compute(
             device=compute.device,
             micro_batch=compute.micro_batch,
             micro_batch_reduced=compute.micro_batch < first_micro_batch,
             killed=self._kills,
-            tokens_per_s=(tokens - before) / (ended - begun) if ended > begun else 0.0,
-            measured_s=ended - begun,
+            tokens_per_s=tokens / max(measured_s, 1e-9),
+            measured_s=measured_s,
             parameters=compute.layout.size,
             worker_base_bytes=self._base,
             worker_peak_bytes=memory.get("host_peak", 0),
@@ -171,24 +193,10 @@ class Bench:
         )
 
 
-async def measure(
-    draft: RunDraft,
-    tokenizer: bytes | None,
-    settings: PeerSettings,
-    seconds: float,
-    folder: Path,
-    progress: Callable[[str], None],
-) -> Measurement:
-    """Compute for about `seconds`, and end the worker.
-
-    folder: the doctor's own, into which the worker may write, and which it removes if the doctor is killed. Raises
-    UsageError for a draft that no machine can use.
-    """
-    bench = Bench(settings, folder, progress)
-    try:
-        return await bench.run(draft, tokenizer, seconds, folder)
-    finally:
-        await bench.compute.close()
+def _offer(pid: int | None) -> None:
+    """If memory runs out, the system shall take this process, and not the doctor or what else runs here."""
+    with contextlib.suppress(OSError):  # Linux has this
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def encoded_size(layout: Layout, update: np.ndarray) -> int:

@@ -130,6 +130,8 @@ def _upload(found: Findings) -> Check:
 
 def _disk(found: Findings) -> Check:
     disk = found.disk
+    if not found.compute.parameters:
+        return Check("disk", "-", f"not known without a model; {size(disk.home_free_bytes)} free")
     parts = (
         ("states", disk.snapshots_bytes),
         ("aggregates", disk.aggregates_bytes),
