@@ -20,7 +20,7 @@ from p2pllm.errors import NetworkError
 from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.network.addresses import port_of
-from p2pllm.network.lookback import Seen, look_back, upload_mbit
+from p2pllm.network.lookback import EVERY_S, Seen, look_back, upload_mbit
 from p2pllm.network.node import Node
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.doctor.findings import Outside
@@ -34,6 +34,10 @@ MOST_ASKED = 3
 """Peers of the run whose clocks are compared, and who dial back."""
 
 UPLOAD_S = 1.5
+"""How long the line up is measured."""
+
+ROUTER_S = 1.0 + EVERY_S
+"""After a first failure, how long a router is given to open a port; peers do not dial again any sooner."""
 
 Progress = Callable[[str], None]
 
@@ -80,16 +84,17 @@ async def _start(identity: Identity, invite: Invite, settings: PeerSettings, fol
 
 async def _ask_peers(node: Node, invite: Invite, settings: PeerSettings) -> tuple[Outside, Pace | None]:
     peers = await _peers(node, invite)
-    ports = list(dict.fromkeys(port for address in node.addresses() if (port := port_of(address))))
-    views = await asyncio.gather(*(_quietly(look_back(node, peer, ports, ASK_S)) for peer in peers))
-    seen = [view for view in views if view is not None]
+    seen = await _views(node, peers)
+    if settings.nat and any(view.took for view in seen) and not any(any(view.took.values()) for view in seen):
+        await asyncio.sleep(ROUTER_S)  # a router that opens a port when asked to takes seconds for it
+        seen = await _views(node, peers) or seen
     paces = await asyncio.gather(*(_quietly(ask_pace(node, peer, ASK_S)) for peer in peers))
     told = [pace for pace in paces if pace is not None]
     pace = max(told, key=lambda pace: (pace.round, pace.peers), default=None)
     mbit = settings.upload_mbit or (await _quietly(upload_mbit(node, seen[0].peer, UPLOAD_S)) if seen else None)
     relayed = any("/p2p-circuit" in address for address in node.addresses())
     outside = replace(
-        view_of(seen, relayed=relayed, port=settings.listen_port or (ports[0] if ports else 0)),
+        view_of(seen, relayed=relayed, port=next(iter(_ports(node)), settings.listen_port)),
         asked=len(peers),
         upload_mbit=mbit,
         upload_limited=bool(settings.upload_mbit),
@@ -97,6 +102,17 @@ async def _ask_peers(node: Node, invite: Invite, settings: PeerSettings) -> tupl
     if pace is not None:
         outside = replace(outside, peers=pace.peers, round=pace.round, swarm_tokens_per_s=pace.tokens_per_s)
     return outside, pace
+
+
+async def _views(node: Node, peers: list[str]) -> list[Seen]:
+    """How we look to each of these peers that tells."""
+    views = await asyncio.gather(*(_quietly(look_back(node, peer, _ports(node), ASK_S)) for peer in peers))
+    return [view for view in views if view is not None]
+
+
+def _ports(node: Node) -> list[int]:
+    """Where we listen, and where the router listens for us."""
+    return list(dict.fromkeys(port for address in node.addresses() if (port := port_of(address))))
 
 
 async def _peers(node: Node, invite: Invite) -> list[str]:
