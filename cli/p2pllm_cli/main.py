@@ -17,6 +17,7 @@ from p2pllm_cli import (
     checkpoint,
     dashboard,
     disk,
+    doctor,
     explain,
     guest,
     lab,
@@ -52,6 +53,7 @@ def cli() -> None:
 
 for command in (
     peer.new,
+    doctor.doctor,
     peer.start,
     peer.join,
     local.status,

@@ -241,6 +241,12 @@ class Control:
         request = pb.ConnectRequest(peer=peer_id.to_bytes(), addrs=list(addresses))
         await self._ask_once(pb.Request(type=pb.Request.CONNECT, connect=request), peer_id)
 
+    async def remote_addresses(self, peer_id: PeerID) -> list[bytes]:
+        """Binary multiaddresses of the other ends of our connections with a peer. Raises NetworkError."""
+        response = await self._ask_once(pb.Request(type=pb.Request.LIST_PEERS))
+        wanted = peer_id.to_bytes()
+        return [bytes(address) for info in response.peers if info.id == wanted for address in info.addrs]
+
     async def _ask_once(self, request: Message, peer: PeerID | None = None) -> Any:
         _, writer, response = await self._ask(request, peer)
         writer.close()

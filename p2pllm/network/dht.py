@@ -181,6 +181,8 @@ class Directory:
         self._clock = clock
         self.status: Callable[[], bytes] = lambda: b""
         """What our record says of us, beside where we are: where we are in the run."""
+        self.member = True
+        """False: we only look, announce nothing and store nothing."""
         self._dht: DHTNode | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -194,8 +196,10 @@ class Directory:
             cache_locally=False,  # a lookup shall see who came since the last one
             cache_nearest=0,
             cache_on_store=False,
+            client_mode=not self.member,
         )
-        self._spawn(self._announce_forever())
+        if self.member:
+            self._spawn(self._announce_forever())
 
     async def detach(self, *, alive: bool) -> None:
         """Stop announcing; with a living p2pd also stop answering."""

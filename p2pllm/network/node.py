@@ -18,7 +18,7 @@ from hivemind.p2p import PeerID
 
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import Identity, is_peer_id
-from p2pllm.network.addresses import MAX_ADDRESS_BYTES, MAX_ADDRESSES, split
+from p2pllm.network.addresses import MAX_ADDRESS_BYTES, MAX_ADDRESSES, split, to_text
 from p2pllm.network.book import AddressBook
 from p2pllm.network.calls import METHOD as CALLS
 from p2pllm.network.calls import Calls
@@ -74,12 +74,14 @@ class Node:
         *,
         relays: Iterable[str] = (),
         progress: Progress | None = None,
+        member: bool = True,
     ) -> Self:
         """Start p2pd and return once it answers.
 
         identity: with its key file. run_id: 64 hex digits. runtime_dir: private folder of the sockets, at
         most 90 bytes. relays: addresses of peers that relay for us behind a NAT, those of the invite.
-        progress: called with phrases while p2pd starts. Raises SettingsError (address or folder cannot be
+        progress: called with phrases while p2pd starts. member: False for who only looks: it is in no
+        directory and keeps nobody's records. Raises SettingsError (address or folder cannot be
         used) and NetworkError (port in use, p2pd does not start).
         """
         if identity.path is None:
@@ -87,6 +89,7 @@ class Node:
         options = P2pdOptions.of(settings, identity.path, runtime_dir, tuple(relays))
         self = cls(identity, run_id, options)
         self.traffic.pacer.mbit, self.traffic.intake.mbit = settings.upload_mbit, settings.download_mbit
+        self.directory.member = member
         await self._supervisor.start(progress)
         return self
 
@@ -117,6 +120,15 @@ class Node:
     def addresses(self) -> list[str]:
         """Where others can reach us, each ending in /p2p/ID; at most 8, loopback last. Refreshed every 2 s."""
         return [text for text in self._supervisor.addresses if len(text) <= MAX_ADDRESS_BYTES][:MAX_ADDRESSES]
+
+    async def seen_at(self, peer: str) -> list[str]:
+        """Multiaddresses from which a connected peer is connected with us. Raises NetworkError."""
+        control = await self._supervisor.up()
+        found = []
+        for raw in await control.remote_addresses(_peer(peer)):
+            with contextlib.suppress(ValueError):  # of a kind that we do not know
+                found.append(to_text(raw))
+        return found
 
     def learn(self, peer: str, addresses: Iterable[str]) -> None:
         """Remember where a peer can be reached. Addresses are checked when they are used."""

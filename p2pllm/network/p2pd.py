@@ -113,7 +113,7 @@ class P2pd:
             path.unlink(missing_ok=True)
 
     async def _spawn(self) -> None:
-        binary = _binary()
+        binary = p2pd_file()
         try:
             self._process = await asyncio.create_subprocess_exec(
                 str(binary),
@@ -180,7 +180,7 @@ class P2pd:
         return f"p2pd did not start: {said}."
 
 
-def _binary() -> Path:
+def p2pd_file() -> Path:
     """Where hivemind keeps p2pd, found without importing hivemind."""
     spec = importlib.util.find_spec("hivemind")
     if spec is None or spec.origin is None:

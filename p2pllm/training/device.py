@@ -6,7 +6,10 @@ What does not live here: what is computed (`inner`, `evaluate`, `generate`).
 from __future__ import annotations
 
 import contextlib
+import resource
+import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -67,6 +70,25 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def memory_of(device: torch.device) -> dict[str, int]:
+    """Bytes: the most that this process has had in memory so far; on CUDA also the device's, free and in all."""
+    found = {"host_peak": _host_peak()}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        peak = torch.cuda.max_memory_reserved(device)
+        found |= {"device_peak": peak, "device_free": free, "device_total": total}
+    return found
+
+
+def _host_peak() -> int:
+    status = Path("/proc/self/status")  # Linux; the figure below also holds what the process was before its exec
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def synchronize(device: torch.device) -> None:

@@ -63,6 +63,7 @@ class SampleGradients:
         micro_batch: samples computed at once; it is halved when memory runs out; read the attribute.
         """
         self.micro_batch = micro_batch
+        self.samples_per_s = 0.0  # with the micro-batch that `find_micro_batch` found
         self.samples = 0
         self._model = model
         self._corpus = corpus
@@ -94,7 +95,7 @@ class SampleGradients:
             if 2 * seconds >= target_seconds:  # the next size would take about twice as long
                 break
             size *= 2
-        self.micro_batch = best
+        self.micro_batch, self.samples_per_s = best, best_rate
         return best
 
     def _add(self, round: int, step: int, count: int) -> StepResult:  # noqa: A002 - the design's word

@@ -43,8 +43,8 @@ class InnerWork(Protocol):
         """Whose samples to draw."""
         ...
 
-    def find_micro_batch(self) -> None:
-        """Measure and set the micro-batch that this machine computes fastest."""
+    def find_micro_batch(self) -> float:
+        """Measure and set the micro-batch that this machine computes fastest; returns samples a second."""
         ...
 
     def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
@@ -100,9 +100,10 @@ class Gradients:
         """See InnerWork."""
         self._accumulator.run_id, self._accumulator.peer = run_id, peer
 
-    def find_micro_batch(self) -> None:
+    def find_micro_batch(self) -> float:
         """See InnerWork."""
         self._accumulator.find_micro_batch(limit=self._largest)
+        return self._accumulator.samples_per_s
 
     def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
         """See InnerWork."""
@@ -165,9 +166,10 @@ class Local:
         """See InnerWork."""
         self._steps.run_id, self._steps.peer = run_id, peer
 
-    def find_micro_batch(self) -> None:
+    def find_micro_batch(self) -> float:
         """See InnerWork."""
         self._steps.find_micro_batch(limit=self._section.batch)
+        return self._steps.samples_per_s
 
     def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
         """See InnerWork."""

@@ -56,6 +56,8 @@ class ComputeProcess:
         self.tokens = 0  # computed so far, those of dropped rounds included
         self.device = self.data_digest = ""
         self.micro_batch = 0
+        self.samples_per_s = 0.0  # as the worker found the micro-batch; 0 if it was given one
+        self.exit_code = 0  # of the last process that ended; -9: the kernel killed it
         self.own_steps: list[int] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settings = settings
@@ -251,6 +253,11 @@ class ComputeProcess:
         answer = await self._ask({"do": "evaluate"})
         return None if answer is None else float(answer["loss"])
 
+    async def memory(self) -> dict[str, int]:
+        """Bytes that the process had at most, as `training.device.memory_of` says; empty if it died."""
+        answer = await self._ask({"do": "memory"})
+        return {} if answer is None else {name: size for name, size in answer.items() if name != "event"}
+
     # -- the worker ----------------------------------------------------------------------------------------------------
 
     async def _ask(self, command: Event) -> Event | None:
@@ -304,6 +311,7 @@ class ComputeProcess:
             self._cannot_live(VersionError(_OTHER_MODEL))
             return
         self.layout, self.micro_batch = layout, event["micro_batch"]
+        self.samples_per_s = event["samples_per_s"]
         self.device, self.data_digest = event["device"], event["data_digest"]
         self._remember()
         self._ready.set()
@@ -333,6 +341,7 @@ class ComputeProcess:
         """The worker ended, asked or not; whether another one may do better. code: its exit code."""
         if code == KILLED and not self._settings.micro_batch and self._job:
             self._job["micro_batch"] = max(1, self.micro_batch // 2)
+        self.exit_code = code
         self._ready.clear()
         self._samples = 0
         if self._answer is not None and not self._answer.done():

@@ -23,6 +23,7 @@ from p2pllm.errors import StateError
 from p2pllm.invite import MAX_ADDRESSES, Invite
 from p2pllm.metrics import JsonlSink, RoundRecord
 from p2pllm.network.bulk import Blob, BulkServer
+from p2pllm.network.lookback import Lookback
 from p2pllm.network.membership import Membership
 from p2pllm.network.node import Node
 from p2pllm.rounds import plan
@@ -44,6 +45,7 @@ from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
 from p2pllm_peers.guest import Guest
 from p2pllm_peers.meter import Meter
+from p2pllm_peers.pace import Pace, Paces, serve_pace
 from p2pllm_peers.throttle import Throttle
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class Participant:
         self._records = JsonlSink(folder.path / "rounds.jsonl")
         self._losses: deque[float] = deque(maxlen=SHOWN_LOSSES)
         self._last: RoundRecord | None = None
+        self._paces = Paces()
         self._validation_loss: float | None = None
         self._started = time.time()
         self._membership: Membership | None = None
@@ -115,6 +118,7 @@ class Participant:
         node.directory.status, membership.on_announced = self.view.own_bytes, self.view.hear_announced
         node.on_reconnect = membership.push  # else some peers would hear of us only by their own next probe
         await serve_manifest(node, self._sealed)
+        await Lookback(node).start()
         await membership.start(addresses)
         self._following = asyncio.create_task(self._follow_membership(membership))
         await asyncio.to_thread(codec(self._manifest.round.codec).encode, _NOTHING)  # loads what it needs
@@ -123,6 +127,7 @@ class Participant:
         await self._votes.start()
         await self._exchange.start()
         await BulkServer(node, self._serve).start()
+        await serve_pace(node, self._pace)
         await self._hear_the_swarm(bool(addresses or membership.known()), progress)
 
     async def _follow_membership(self, membership: Membership) -> None:
@@ -207,6 +212,7 @@ class Participant:
         except OSError as error:
             log.error("round %d is not recorded in %s: %s", record.round, self.folder.path, error.strerror)
         self._last = record
+        self._paces.add(record)
         self._losses.append(record.loss)
         if record.validation_loss is not None:
             self._validation_loss = record.validation_loss
@@ -309,6 +315,9 @@ class Participant:
                 for peer, status in sorted(others.items())
             ],
         }
+
+    def _pace(self) -> Pace:
+        return self._paces.of(self.status(), (self.folder.path / "log").stat().st_size)
 
     async def stop(self) -> None:
         """Say goodbye and close the files: all that was committed is in them."""

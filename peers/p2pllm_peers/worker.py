@@ -6,8 +6,8 @@ object a line. The first line in is the job. Parameters come and updates go thro
 
     job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "runtime_dir"}
     in       {"do": "begin", "round", "run_id", "peer", "moments"}, {"do": "finish", "go_on"},
-             {"do": "hold", "held"}, {"do": "share", "share"}, {"do": "abandon" | "evaluate" | "exit"}
-    out      progress, ready, step, micro_batch, update, abandoned, validation, error
+             {"do": "hold", "held"}, {"do": "share", "share"}, {"do": "abandon" | "evaluate" | "memory" | "exit"}
+    out      progress, ready, step, micro_batch, update, abandoned, validation, memory, error
 
 When its standard input closes the daemon is gone, however it died: the worker then removes the sockets that the
 daemon could not remove, and ends at once.
@@ -129,9 +129,10 @@ class Worker:
             digest = sources.text_digest(found, pipe.tokenising)
         self._work = work.inner_work(draft, self._model, self._corpus, self._device, job["micro_batch"] or 1)
         self._local = self._work if isinstance(self._work, work.Local) else None  # can go on while an update travels
+        samples_per_s = 0.0  # not measured
         if not job["micro_batch"]:
             pipe.emit("progress", text="finding the micro-batch that suits this device")
-            self._work.find_micro_batch()
+            samples_per_s = self._work.find_micro_batch()
         self._drawn_for = ("", "")
         self._moments: Path | None = None
         self._round: int | None = None
@@ -146,6 +147,7 @@ class Worker:
             layout=layout.to_json(),
             device=str(self._device),
             micro_batch=self._work.micro_batch,
+            samples_per_s=samples_per_s,
             data_digest=digest,
         )
         _stand_back(settings.nice, settings.io_idle)  # not while somebody waits for the start
@@ -175,6 +177,8 @@ class Worker:
                     self._pipe.emit("abandoned")
                 case "evaluate":
                     self._evaluate()
+                case "memory":
+                    self._tell_memory()
                 case "exit":
                     return self._keep()
 
@@ -230,6 +234,11 @@ class Worker:
         with self._work.holding(self._params):
             loss = validation_loss(self._model, windows, self._device, self._work.micro_batch)
         self._pipe.emit("validation", loss=loss)
+
+    def _tell_memory(self) -> None:
+        from p2pllm.training.device import memory_of
+
+        self._pipe.emit("memory", **memory_of(self._device))
 
     def _keep(self) -> None:
         """What is this peer's own, for its next session."""

@@ -35,6 +35,7 @@ MAX_PAUSE_S = 366 * 86400.0
 _FILES = {
     "/": ("index.html", "text/html"),
     "/app.js": ("app.js", "text/javascript"),
+    "/charts.js": ("charts.js", "text/javascript"),
     "/style.css": ("style.css", "text/css"),
 }
 

@@ -1,0 +1,149 @@
+// Charts of the dashboard, drawn as SVG from columns of numbers. What does not live here: where the numbers come from.
+
+const SVG = "http://www.w3.org/2000/svg";
+const PARTS = ["compute", "roster", "exchange", "vote", "apply", "validation"];
+const SHOWN_ROUNDS = 24;
+const MOST_POINTS = 600;
+
+function shape(name, attributes, text = "") {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (text) made.textContent = text;
+  return made;
+}
+
+function ticks(low, high, count) {
+  const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= raw);
+  const found = [];
+  for (let at = Math.ceil(low / step) * step; at <= high + step / 1e6; at += step) found.push(+at.toFixed(10));
+  return found;
+}
+
+// The newest rounds as bars, a part of a round a colour, seconds to the right.
+export function drawRounds(svg, rounds) {
+  const first = Math.max(0, rounds.round.length - SHOWN_ROUNDS), left = 52, width = 600 - left - 8;
+  const longest = Math.max(0.1, ...rounds.round_s.slice(first));
+  const height = 232 / Math.max(1, rounds.round.length - first);
+  const shapes = ticks(0, longest, 5).flatMap((s) => {
+    const x = left + (s / longest) * width;
+    return [shape("line", { x1: x, x2: x, y1: 0, y2: 236, class: "grid" }),
+      shape("text", { x, y: 252, "text-anchor": "middle" }, `${s} s`)];
+  });
+  for (let row = rounds.round.length - 1; row >= first; row--) {
+    const y = (rounds.round.length - 1 - row) * height;
+    let x = left;
+    const whole = shape("g", {});
+    for (const part of PARTS) {
+      const seconds = rounds.parts[part]?.[row] || 0, wide = Math.min((seconds / longest) * width, left + width - x);
+      if (wide > 0.2) {
+        whole.append(shape("rect", { x, y, width: wide, height: Math.max(2, height - 2), class: css(part) }));
+      }
+      x += Math.max(0, wide);
+    }
+    whole.append(shape("title", {}, said(rounds, row)));
+    shapes.push(whole);
+    if (height >= 9 || row === rounds.round.length - 1) {
+      const again = rounds.attempts[row] > 1 ? "!" : "";
+      shapes.push(shape("text", { x: left - 6, y: y + height / 2 + 3, "text-anchor": "end" }, `${rounds.round[row]}${again}`));
+    }
+  }
+  svg.replaceChildren(...shapes);
+}
+
+function said(rounds, row) {
+  const parts = PARTS.filter((part) => rounds.parts[part]?.[row] > 0)
+    .map((part) => `${part} ${rounds.parts[part][row].toFixed(2)} s`);
+  const again = rounds.attempts[row] > 1 ? `, ${rounds.attempts[row]} attempts` : "";
+  return `round ${rounds.round[row]}: ${rounds.round_s[row].toFixed(2)} s, ${rounds.members[row]} members, `
+    + `${rounds.samples[row]} samples${again}: ${parts.join(", ")}`;
+}
+
+function css(part) {
+  return part === "validation" ? "other" : part;
+}
+
+export function legend(element) {
+  const keys = PARTS.flatMap((part) => {
+    const key = document.createElement("span");
+    key.className = `key ${css(part)}`;
+    return [key, ` ${part} `];
+  });
+  element.replaceChildren(...keys, " seconds; the rest of a round was idle; ! took several attempts");
+}
+
+// Training and validation loss by round.
+export function drawLoss(svg, rounds, output) {
+  const n = rounds.round.length, left = 44, right = 8, bottom = 232;
+  if (!n) return svg.replaceChildren(shape("text", { x: 300, y: 130, "text-anchor": "middle" }, "no round yet"));
+  const all = [...rounds.loss, ...rounds.validation_loss].filter((value) => value !== null);
+  const low = Math.min(...all), high = Math.max(...all), from = rounds.round[0], to = rounds.round[n - 1];
+  const x = (round) => left + ((round - from) / Math.max(1, to - from)) * (600 - left - right);
+  const y = (loss) => 8 + ((high - loss) / (high - low || 1)) * (bottom - 16);
+  const shapes = [];
+  for (const loss of ticks(low, high, 5)) {
+    shapes.push(shape("line", { x1: left, x2: 600 - right, y1: y(loss), y2: y(loss), class: "grid" }));
+    shapes.push(shape("text", { x: left - 6, y: y(loss) + 4, "text-anchor": "end" }, String(loss)));
+  }
+  for (const round of ticks(from, to, 6).filter(Number.isInteger)) {
+    shapes.push(shape("text", { x: x(round), y: 252, "text-anchor": "middle" }, String(round)));
+  }
+  const step = Math.max(1, Math.ceil(n / MOST_POINTS));
+  const line = (values) => rounds.round.map((round, row) => [round, values[row], row])
+    .filter(([, value, row]) => value !== null && (row % step === 0 || row === n - 1))
+    .map(([round, value], at) => `${at ? "L" : "M"}${x(round).toFixed(1)} ${y(value).toFixed(1)}`).join("");
+  const held = rounds.validation_loss.map((value, row) => (value === null ? null : [row, value])).filter(Boolean);
+  shapes.push(shape("path", { d: line(rounds.loss), class: "training" }));
+  shapes.push(shape("path", {
+    d: held.map(([row, value], at) => `${at ? "L" : "M"}${x(rounds.round[row]).toFixed(1)} ${y(value).toFixed(1)}`).join(""),
+    class: "validation" }));
+  const at = shape("line", { y1: 8, y2: bottom, class: "at", visibility: "hidden" });
+  svg.replaceChildren(...shapes, at);
+  svg.onpointermove = (event) => {
+    const box = svg.getBoundingClientRect(), wanted = ((event.clientX - box.left) / box.width) * 600;
+    let row = 0;
+    while (row < n - 1 && x(rounds.round[row]) < wanted) row++;
+    at.setAttribute("x1", x(rounds.round[row]));
+    at.setAttribute("x2", x(rounds.round[row]));
+    at.setAttribute("visibility", "visible");
+    const validation = rounds.validation_loss[row];
+    output.textContent = `· round ${rounds.round[row]}: ${rounds.loss[row].toFixed(4)}`
+      + (validation === null ? "" : `, validation ${validation.toFixed(4)}`);
+  };
+  svg.onpointerleave = () => {
+    at.setAttribute("visibility", "hidden");
+    output.textContent = "";
+  };
+}
+
+// Peers in a circle; a line between two of them is as wide as the exchange between them is fast.
+export function drawLinks(svg, peers, links, me) {
+  const place = new Map(), radius = 125;
+  peers.forEach((peer, at) => {
+    const turn = (2 * Math.PI * at) / Math.max(1, peers.length) - Math.PI / 2;
+    place.set(peer.peer, [300 + 1.6 * radius * Math.cos(turn), 160 + radius * Math.sin(turn), turn]);
+  });
+  const fastest = Math.max(0.001, ...links.map((link) => link.mbit));
+  const lines = links.filter((link) => place.has(link.from) && place.has(link.to)).map((link) => {
+    const [x1, y1] = place.get(link.from), [x2, y2] = place.get(link.to);
+    const made = shape("line", { x1, y1, x2, y2, class: "link", "stroke-width": 1 + (7 * link.mbit) / fastest });
+    made.append(shape("title", {}, `${short(link.from)} to ${short(link.to)}: ${link.mbit.toFixed(1)} Mbit/s`));
+    return made;
+  });
+  const nodes = peers.map((peer) => {
+    const [cx, cy] = place.get(peer.peer);
+    const kind = peer.peer === me ? "me" : peer.phase === "collecting" || peer.phase === "exchange" ? "busy" : "";
+    const made = shape("circle", { cx, cy, r: peers.length > 24 ? 5 : 9, class: `node ${kind}` });
+    made.append(shape("title", {}, `${short(peer.peer)}: ${peer.phase}, ${Math.round(peer.tokens_per_s)} tokens/s`));
+    return made;
+  });
+  const names = peers.length > 24 ? [] : peers.map((peer) => {
+    const [x, y, turn] = place.get(peer.peer);
+    return shape("text", { x: x + 22 * Math.cos(turn), y: y + 4 + 18 * Math.sin(turn), class: "name" }, short(peer.peer));
+  });
+  svg.replaceChildren(...lines, ...nodes, ...names);
+}
+
+export function short(peer) {
+  return peer.slice(-8);
+}
