@@ -108,8 +108,10 @@ function drawStatus() {
     "tokens/s of this peer": whole(status.tokens_per_s),
     peers: String(1 + status.peers.length),
     "samples of this peer": `${whole(credit.samples)}${share}`,
-    "sent, received": `${size(status.bytes_sent)}, ${size(status.bytes_received)}`,
-    device: `${status.device || "–"}, micro-batch ${status.micro_batch}`,
+    sent: size(status.bytes_sent),
+    received: size(status.bytes_received),
+    device: status.device || "–",
+    "micro-batch": String(status.micro_batch),
   });
   return undefined;
 }
@@ -260,5 +262,6 @@ $("peers-here").onchange = (event) => {
 $("pause-hour").onclick = () => post("pause", { seconds: 3600 });
 $("pause").onclick = () => post("pause", { seconds: null });
 $("resume").onclick = () => post("resume", {});
+addEventListener("resize", () => state.rounds && changed("status", "rounds"));
 legend($("parts"));
 begin();

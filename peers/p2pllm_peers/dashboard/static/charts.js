@@ -12,6 +12,13 @@ function shape(name, attributes, text = "") {
   return made;
 }
 
+// One unit of a chart is one pixel of the page, so that its words are as large as others. Returns its width.
+function fit(svg, height) {
+  const width = Math.max(260, Math.round(svg.clientWidth) || 600);
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  return width;
+}
+
 function ticks(low, high, count) {
   const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= raw);
@@ -22,7 +29,7 @@ function ticks(low, high, count) {
 
 // The newest rounds as bars, a part of a round a colour, seconds to the right.
 export function drawRounds(svg, rounds) {
-  const first = Math.max(0, rounds.round.length - SHOWN_ROUNDS), left = 52, width = 600 - left - 8;
+  const first = Math.max(0, rounds.round.length - SHOWN_ROUNDS), left = 52, width = fit(svg, 260) - left - 16;
   const longest = Math.max(0.1, ...rounds.round_s.slice(first));
   const height = 232 / Math.max(1, rounds.round.length - first);
   const shapes = ticks(0, longest, 5).flatMap((s) => {
@@ -69,20 +76,20 @@ export function legend(element) {
     key.className = `key ${css(part)}`;
     return [key, ` ${part} `];
   });
-  element.replaceChildren(...keys, " seconds; the rest of a round was idle; ! took several attempts");
+  element.replaceChildren(...keys, "; the rest of a round was idle, ! marks one of several attempts");
 }
 
 // Training and validation loss by round.
 export function drawLoss(svg, rounds, output) {
-  const n = rounds.round.length, left = 44, right = 8, bottom = 232;
-  if (!n) return svg.replaceChildren(shape("text", { x: 300, y: 130, "text-anchor": "middle" }, "no round yet"));
+  const n = rounds.round.length, width = fit(svg, 260), left = 44, right = 12, bottom = 232;
+  if (!n) return svg.replaceChildren(shape("text", { x: width / 2, y: 130, "text-anchor": "middle" }, "no round yet"));
   const all = [...rounds.loss, ...rounds.validation_loss].filter((value) => value !== null);
   const low = Math.min(...all), high = Math.max(...all), from = rounds.round[0], to = rounds.round[n - 1];
-  const x = (round) => left + ((round - from) / Math.max(1, to - from)) * (600 - left - right);
+  const x = (round) => left + ((round - from) / Math.max(1, to - from)) * (width - left - right);
   const y = (loss) => 8 + ((high - loss) / (high - low || 1)) * (bottom - 16);
   const shapes = [];
   for (const loss of ticks(low, high, 5)) {
-    shapes.push(shape("line", { x1: left, x2: 600 - right, y1: y(loss), y2: y(loss), class: "grid" }));
+    shapes.push(shape("line", { x1: left, x2: width - right, y1: y(loss), y2: y(loss), class: "grid" }));
     shapes.push(shape("text", { x: left - 6, y: y(loss) + 4, "text-anchor": "end" }, String(loss)));
   }
   for (const round of ticks(from, to, 6).filter(Number.isInteger)) {
@@ -100,7 +107,7 @@ export function drawLoss(svg, rounds, output) {
   const at = shape("line", { y1: 8, y2: bottom, class: "at", visibility: "hidden" });
   svg.replaceChildren(...shapes, at);
   svg.onpointermove = (event) => {
-    const box = svg.getBoundingClientRect(), wanted = ((event.clientX - box.left) / box.width) * 600;
+    const box = svg.getBoundingClientRect(), wanted = ((event.clientX - box.left) / box.width) * width;
     let row = 0;
     while (row < n - 1 && x(rounds.round[row]) < wanted) row++;
     at.setAttribute("x1", x(rounds.round[row]));
@@ -118,10 +125,10 @@ export function drawLoss(svg, rounds, output) {
 
 // Peers in a circle; a line between two of them is as wide as the exchange between them is fast.
 export function drawLinks(svg, peers, links, me) {
-  const place = new Map(), radius = 125;
+  const place = new Map(), radius = 125, middle = fit(svg, 320) / 2, across = Math.min(200, middle - 50);
   peers.forEach((peer, at) => {
     const turn = (2 * Math.PI * at) / Math.max(1, peers.length) - Math.PI / 2;
-    place.set(peer.peer, [300 + 1.6 * radius * Math.cos(turn), 160 + radius * Math.sin(turn), turn]);
+    place.set(peer.peer, [middle + across * Math.cos(turn), 160 + radius * Math.sin(turn), turn]);
   });
   const fastest = Math.max(0.001, ...links.map((link) => link.mbit));
   const lines = links.filter((link) => place.has(link.from) && place.has(link.to)).map((link) => {
