@@ -170,9 +170,10 @@ class Bench:
     def _why(self, error: WorkerError) -> str:
         if not self._kills:
             return str(error)
+        times = "once" if self._kills == 1 else f"{self._kills} times"
         return (
-            f"The system ended the compute process {self._kills} times for want of memory (signal 9), with smaller and "
-            f"smaller micro-batches; this run's model does not fit here."
+            f"The system ended the compute process {times} for want of memory (signal 9), so this run's model does not "
+            f"fit here."
         )
 
     def _found(self, first_micro_batch: int, memory: dict[str, int]) -> Compute:

@@ -11,7 +11,7 @@ import contextlib
 import ipaddress
 import statistics
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from p2pllm.errors import NetworkError
 from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.network.addresses import port_of
+from p2pllm.network.dht import MemberRecord
 from p2pllm.network.lookback import EVERY_S, Seen, look_back, upload_mbit
 from p2pllm.network.node import Node
 from p2pllm.settings import PeerSettings
@@ -32,6 +33,9 @@ ASK_S = 5.0
 
 MOST_ASKED = 3
 """Peers of the run whose clocks are compared, and who dial back."""
+
+LOOKUPS = 5
+"""How often the directory is asked for members, until it knows any."""
 
 UPLOAD_S = 1.5
 """How long the line up is measured."""
@@ -120,11 +124,20 @@ async def _peers(node: Node, invite: Invite) -> list[str]:
     named = list(dict.fromkeys(address.rpartition("/p2p/")[2] for address in invite.addresses))
     for peer in named:
         node.learn(peer, [address for address in invite.addresses if address.endswith(peer)])
-    for record in await node.directory.members():
+    for record in await _records(node):
         if record.peer not in named:
             node.learn(record.peer, record.addresses)
             named.append(record.peer)
     return [peer for peer in named if peer != node.peer_id][:MOST_ASKED]
+
+
+async def _records(node: Node) -> Sequence[MemberRecord]:
+    """What the directory knows; it has yet to hear of the peer that we just met, so not always at once."""
+    for _ in range(LOOKUPS):
+        if found := await node.directory.members():
+            return found
+        await asyncio.sleep(0.3)
+    return ()
 
 
 def view_of(seen: list[Seen], *, relayed: bool, port: int) -> Outside:
