@@ -207,7 +207,8 @@ class Control:
         """Open a stream to another peer. Raises NetworkError; without a time-out of its own."""
         request = pb.StreamOpenRequest(peer=peer_id.to_bytes(), proto=[proto])
         reader, writer, response = await self._ask(pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id)
-        count(reader, writer, self._traffic.of(proto), len(framed(response)))
+        link = self._traffic.with_(peer_id.to_base58())
+        count(reader, writer, self._traffic.of(proto), len(framed(response)), link)
         return reader, writer
 
     async def serve_stream(self, proto: str, handler: PeerStreamHandler) -> None:
@@ -222,8 +223,10 @@ class Control:
             async with asyncio.timeout(_HANDSHAKE_S):
                 info: Any = await read_message(reader, pb.StreamInfo())
             handler = self._streams[info.proto]
-            count(reader, writer, self._traffic.of(info.proto), len(framed(info)))
-            await handler(PeerID(info.peer), reader, writer)
+            peer = PeerID(info.peer)
+            link = self._traffic.with_(peer.to_base58())
+            count(reader, writer, self._traffic.of(info.proto), len(framed(info)), link)
+            await handler(peer, reader, writer)
         except (OSError, IncompleteReadError, DecodeError, TimeoutError, NetworkError, KeyError) as error:
             log.debug("an incoming stream ended: %r", error)
         except Exception:

@@ -22,6 +22,9 @@ READ_LIMIT = 4 << 20
 WRITE_LIMIT = 1 << 20
 """Bytes; `drain` waits while more than this lies unsent."""
 
+MAX_PEERS = 256
+"""Peers whose bytes are counted for themselves."""
+
 _CANCEL_S = 0.5
 """A handler that does not end when it is cancelled is left behind."""
 
@@ -42,12 +45,13 @@ class Moved:
 class Traffic:
     """Payload bytes since the node was started, without the framing of p2pd and TCP.
 
-    calls: all calls, the DHT's among them. streams: all others, by protocol. pacer, intake: of what these send
-    and receive together.
+    calls: all calls, the DHT's among them. streams: all others, by protocol. peers: these again, by peer, of the peers
+    that were met last. pacer, intake: of what they send and receive together.
     """
 
     calls: Moved = field(default_factory=Moved)
     streams: dict[str, Moved] = field(default_factory=dict)
+    peers: dict[str, Moved] = field(default_factory=dict)
     pacer: Pacer = field(default_factory=lambda: Pacer(0.0))
     intake: Pacer = field(default_factory=lambda: Pacer(0.0))
 
@@ -56,6 +60,14 @@ class Traffic:
         if proto.endswith("/calls"):
             return self.calls
         return self.streams.setdefault(proto, Moved(pacer=self.pacer, intake=self.intake))
+
+    def with_(self, peer: str) -> Moved:
+        """The streams with one peer."""
+        moved = self.peers.pop(peer, None) or Moved()
+        self.peers[peer] = moved
+        if len(self.peers) > MAX_PEERS:
+            del self.peers[next(iter(self.peers))]
+        return moved
 
     @property
     def sent(self) -> int:
@@ -72,6 +84,7 @@ class CountedReader(StreamReader):
     """A StreamReader that counts what arrives, and reads no faster than this machine may receive."""
 
     moved: Moved | None = None
+    link: Moved | None = None  # the same of this peer's streams
     uncounted = 0
     transport: asyncio.Transport | None = None
     rests_until = 0.0  # by the loop's clock
@@ -93,6 +106,8 @@ class CountedReader(StreamReader):
         if self.moved is None:
             return
         self.moved.received += count
+        if self.link is not None:
+            self.link.received += count
         if self.moved.intake is not None and self.moved.intake.mbit:
             self.rests_until = asyncio.get_running_loop().time() + self.moved.intake.owe(count)
 
@@ -111,6 +126,7 @@ class CountedWriter(StreamWriter):
     """A StreamWriter that counts what is written."""
 
     moved: Moved | None = None
+    link: Moved | None = None
     unpaced = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -119,6 +135,8 @@ class CountedWriter(StreamWriter):
         self.unpaced += size
         if self.moved is not None:
             self.moved.sent += size
+        if self.link is not None:
+            self.link.sent += size
         super().write(data)
 
     def writelines(self, data: Iterable[bytes | bytearray | memoryview]) -> None:
@@ -163,11 +181,15 @@ def held(writer: StreamWriter) -> Iterator[None]:
             transport.resume_reading()
 
 
-def count(reader: StreamReader, writer: StreamWriter, moved: Moved, handshake: int) -> None:
-    """Start counting. handshake: bytes read so far that are not payload; payload may have come along with them."""
+def count(reader: StreamReader, writer: StreamWriter, moved: Moved, handshake: int, link: Moved | None = None) -> None:
+    """Start counting. handshake: bytes read so far that are not payload; payload may have come along with them.
+
+    link: where the bytes count a second time.
+    """
     if isinstance(reader, CountedReader) and isinstance(writer, CountedWriter):
         moved.received += reader.uncounted - handshake
         reader.moved = writer.moved = moved
+        reader.link = writer.link = link
 
 
 class _Protocol(StreamReaderProtocol):

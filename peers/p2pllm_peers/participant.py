@@ -44,6 +44,7 @@ from p2pllm_peers.devices import Devices
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
 from p2pllm_peers.guest import Guest
+from p2pllm_peers.links import Links
 from p2pllm_peers.meter import Meter
 from p2pllm_peers.pace import Pace, Paces, serve_pace
 from p2pllm_peers.throttle import Throttle
@@ -87,6 +88,7 @@ class Participant:
         self._losses: deque[float] = deque(maxlen=SHOWN_LOSSES)
         self._last: RoundRecord | None = None
         self._paces = Paces()
+        self._links = Links()
         self._validation_loss: float | None = None
         self._started = time.time()
         self._membership: Membership | None = None
@@ -213,6 +215,7 @@ class Participant:
             log.error("round %d is not recorded in %s: %s", record.round, self.folder.path, error.strerror)
         self._last = record
         self._paces.add(record)
+        self._links.note(record, self._node.traffic.peers)
         self._losses.append(record.loss)
         if record.validation_loss is not None:
             self._validation_loss = record.validation_loss
@@ -298,6 +301,7 @@ class Participant:
             "bytes_sent": self._node.traffic.sent,
             "bytes_received": self._node.traffic.received,
             "traffic": self.traffic(),
+            "links": self._links.rows(),
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
             "worker_restarts": self._compute.restarts,

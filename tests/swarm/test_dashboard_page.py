@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.cookiejar
 import json
 import os
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import PROGRAM, browser
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
@@ -48,7 +51,9 @@ class Browser:
         return json.loads(self._opener.open(request, timeout=20).read())
 
 
-def test_the_page_shows_a_peer_and_pauses_it(make_peer_env: Callable[[], Any]) -> None:
+@pytest.fixture(scope="module")
+def shown(make_peer_env: Callable[[], Any]) -> Iterator[tuple[Any, str]]:
+    """A founder in the background, and the address of its page."""
     env = make_peer_env()
     started = env.p2pllm("start", env.write_run(), "--detach")
     assert started.returncode == 0, started.stderr
@@ -58,19 +63,7 @@ def test_the_page_shows_a_peer_and_pauses_it(make_peer_env: Callable[[], Any]) -
         assert page.stdout is not None
         found = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", page.stdout.readline())
         assert found is not None
-        browser = Browser(found[0])
-        assert "<script" in browser.html and "/app.js" in browser.html
-        shown = until(lambda: len((found := browser.start())["rounds"]["round"]) > 2 and found, "rounds are shown")
-        assert shown["status"]["name"] == "founder"
-        until(lambda: browser.start()["credits"], "credits are shown")
-        assert browser.start()["credits"][0]["share"] == 1.0
-        assert browser.post("/api/pause", {"seconds": 3600})["ok"] is True
-        until(lambda: _status(env)["phase"] == "paused", "it pauses")
-        assert _status(env)["paused"].startswith("until ")
-        browser.post("/api/resume", {})
-        until(lambda: not _status(env)["paused"], "it goes on")
-        assert env.p2pllm("leave").returncode == 0
-        until(lambda: browser.start()["status"] is None, "the page outlives the daemon")
+        yield env, found[0]
         os.kill(page.pid, signal.SIGINT)
         assert page.wait(20) == 0
     finally:
@@ -79,6 +72,43 @@ def test_the_page_shows_a_peer_and_pauses_it(make_peer_env: Callable[[], Any]) -
         page.stdout.close()
         if _status(env)["phase"] != "stopped":
             env.p2pllm("leave")
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium on this machine")
+async def test_a_click_pauses_the_daemon(shown: tuple[Any, str], tmp_path: Path) -> None:
+    env, url = shown
+    async with browser(tmp_path) as tab:
+        await tab.ask("Page.navigate", url=url)
+        await tab.until("document.getElementById('connection').textContent === 'live'")
+        await tab.until("document.querySelectorAll('#rounds rect').length > 2")
+        assert await tab.run("document.querySelectorAll('#peers tr').length") == 1
+        assert "token" not in await tab.run("location.href")
+        for button, phase in (("pause", "paused"), ("resume", "collecting")):
+            await tab.run(f"document.getElementById('{button}').click()")
+            await asyncio.to_thread(until, lambda phase=phase: _status(env)["phase"] == phase, f"it is {phase}")
+        for width in (360, 1600):
+            await tab.ask(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+            )
+            assert await tab.run("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
+        assert tab.complaints == []
+
+
+def test_the_page_shows_a_peer_and_pauses_it(shown: tuple[Any, str]) -> None:
+    env, url = shown
+    page = Browser(url)
+    assert "<script" in page.html and "/app.js" in page.html
+    seen = until(lambda: len((found := page.start())["rounds"]["round"]) > 2 and found, "rounds are shown")
+    assert seen["status"]["name"] == "founder"
+    until(lambda: page.start()["credits"], "credits are shown")
+    assert page.start()["credits"][0]["share"] == 1.0
+    assert page.post("/api/pause", {"seconds": 3600})["ok"] is True
+    until(lambda: _status(env)["phase"] == "paused", "it pauses")
+    assert _status(env)["paused"].startswith("until ")
+    page.post("/api/resume", {})
+    until(lambda: not _status(env)["paused"], "it goes on")
+    assert env.p2pllm("leave").returncode == 0
+    until(lambda: page.start()["status"] is None, "the page outlives the daemon")
 
 
 def _status(env: Any) -> dict[str, Any]:

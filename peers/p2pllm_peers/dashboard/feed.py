@@ -49,6 +49,7 @@ _SHOWN = (
     "bytes_sent",
     "bytes_received",
     "traffic",
+    "links",
     "device",
     "micro_batch",
     "worker_restarts",
@@ -164,6 +165,7 @@ class Feed:
                 self._uncounted = True
                 for page in self._pages:
                     page.add(rows)
+            self._tell("links", _links(status))
             self._tell("status", status)
             if self._uncounted and self._book.is_due:
                 self._uncounted = False
@@ -200,3 +202,9 @@ class Feed:
 
     def _on_anew(self) -> None:
         self._is_anew = True
+
+
+def _links(status: Status | None) -> list[dict[str, Any]]:
+    """This peer's links as a page draws them; taken out of the status, which comes more often."""
+    found = status.pop("links", []) if status is not None else []
+    return [{"from": status["peer_id"], "to": link["peer"], **link} for link in found] if status is not None else []

@@ -49,6 +49,7 @@ STATUS: dict[str, Any] = {
         "state_sent": 100,
         "state_received": 210,
     },
+    "links": [{"peer": "12D3KooWBBBB", "bytes": 352_140, "mbit": 3.25}],
     "device": "cpu",
     "micro_batch": 4,
     "worker_restarts": 2,
