@@ -94,7 +94,7 @@ def test_run_that_is_stopped(stopped) -> None:
     assert stopped.p2pllm("status").stdout == f"run {run_id} as 'founder': stopped\n"
     assert json.loads(stopped.p2pllm_here("status", "--json").stdout)["phase"] == "stopped"
     stopped.refuses(1, ["'founder' is not running", run_id], "leave")
-    assert "building the model" in stopped.p2pllm_here("logs", "-n", "1000").stdout
+    assert "starting the network" in stopped.p2pllm_here("logs", "-n", "1000").stdout
     assert stopped.p2pllm_here("logs", "-n", "0").stdout == ""
     assert stopped.p2pllm_here("generate", "--tokens", "5", "--prompt", "little").stdout.startswith("little")
 

@@ -141,7 +141,6 @@ def test_killed_view_takes_its_daemon_along(peer_env) -> None:
 
 
 STRATEGIES = {
-    "sync": [],
     "diloco": [
         ("[round]", '[round]\nstrategy = "diloco"\ncodec = "int8"\noverlap = true\nfragments = 2'),
         ("[data]", '[optimizer]\ntype = "muon"\n\n[data]'),
@@ -154,7 +153,7 @@ STRATEGIES = {
 def test_a_swarm_without_terminals_trains_to_its_last_round(peer_env, strategy: str) -> None:
     out = peer_env.folder / "out"
     run_file = peer_env.write_run(*STRATEGIES[strategy])
-    peer_env.variables["P2PLLM_DEVICE"] = "cpu" if strategy == "sync" else "cpu,cpu"  # two workers a peer
+    peer_env.variables["P2PLLM_DEVICE"] = "cpu,cpu"  # two workers a peer
     run = peer_env.p2pllm("swarm", run_file, "--peers", 2, "--rounds", 5, "--out", out, timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((out / "report.json").read_text())
