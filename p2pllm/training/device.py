@@ -17,10 +17,12 @@ from p2pllm.errors import SettingsError
 
 
 def choose_device(setting: str) -> torch.device:
-    """The device that the setting names; "auto" is the first of CUDA, MPS and CPU that this machine has.
+    """The device that the setting names, the first if it names several; "auto" is the best that this machine has, the
+    first of CUDA, MPS and CPU.
 
     Raises SettingsError if it names one that is not here.
     """
+    setting = setting.partition(",")[0]
     if setting == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(name)

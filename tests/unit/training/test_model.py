@@ -132,7 +132,7 @@ def test_a_manifest_that_makes_no_model_is_one_sentence(
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cpu") == choose_device("cpu,cuda:7") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
