@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +57,8 @@ def dashboard(
 
 def _address(host: str | None, public: bool) -> str:
     """Where to listen. Raises UsageError for an address that others reach without --public."""
+    import ipaddress
+
     if host is None:
         return "0.0.0.0" if public else "127.0.0.1"  # noqa: S104 - public is what was asked for
     try:

@@ -135,7 +135,7 @@ class Feed:
         if after is not None and (rows := self._history.rows(after)):
             page.add(rows)
         self._pages.add(page)
-        if self._polling is None:
+        if self._polling is None or self._polling.done():
             self._polling = asyncio.create_task(self._poll())
         return page
 

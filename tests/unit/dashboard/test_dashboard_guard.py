@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from dashboard_samples import FakeDaemon, Visitor, page_of
 
+from p2pllm.errors import UsageError
+from p2pllm_cli.main import cli
+from p2pllm_peers.folders import PeerFolder
+
 
 @pytest.fixture
 async def daemon(tmp_path: Path) -> AsyncIterator[FakeDaemon]:
@@ -136,3 +140,24 @@ async def test_settings_go_to_the_file_and_to_running_peers(
     assert (rows["cpu_percent"]["value"], rows["cpu_percent"]["kind"]) == (50.0, "number")
     assert (rows["only_on_mains"]["value"], rows["hours"]["kind"]) == (True, "text")
     assert "home" not in rows
+
+
+def test_the_command_listens_for_others_only_when_told(tmp_path: Path) -> None:
+    for arguments, sentence in [
+        (["--host", "0.0.0.0"], "--public"),
+        (["--host", "192.0.2.1"], "--public"),
+        (["--host", "my-machine"], "no IP address"),
+        (["--home", str(tmp_path)], "no run yet"),
+    ]:
+        with pytest.raises(UsageError, match=sentence):
+            cli.main(["dashboard", *arguments], standalone_mode=False)
+
+
+async def test_a_public_page_without_peers_names_no_folder(daemon: FakeDaemon) -> None:
+    def nobody() -> list[PeerFolder]:
+        raise UsageError(f"There is none in {daemon.folder}.")
+
+    async with page_of(daemon, public=True) as visitor:
+        visitor.dashboard._peers = nobody
+        response = await visitor.get("/api/start")
+        assert response.status == 400 and str(daemon.folder) not in await response.text()
