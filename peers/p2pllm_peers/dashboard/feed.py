@@ -23,6 +23,9 @@ POLL_S = 1.0
 ANSWER_S = 3.0
 """How long a daemon may take to answer."""
 
+_AGAIN = 10
+"""Rounds that a page gets again when it opens its events."""
+
 _SHOWN = (
     "run_name",
     "run_id",
@@ -128,11 +131,16 @@ class Feed:
         return columns(self._history.rows())
 
     def open(self, after: int | None = None) -> Page:
-        """A page that is told from now on, beginning with how things are; after: the last round that it has."""
+        """A page that is told from now on, beginning with how things are.
+
+        after: the last round that it has. A page that does not say so gets the newest few again, since some may have been
+        added after its `start`.
+        """
         page = Page()
         for event, data in self._known.items():
             page.put(event, data)
-        if after is not None and (rows := self._history.rows(after)):
+        rows = self._history.rows()[-_AGAIN:] if after is None else self._history.rows(after)
+        if rows:
             page.add(rows)
         self._pages.add(page)
         if self._polling is None or self._polling.done():

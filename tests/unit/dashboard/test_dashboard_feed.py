@@ -75,6 +75,8 @@ async def test_a_browser_that_comes_back_gets_what_it_missed(daemon: FakeDaemon)
         await visitor.start()
         async with visitor.events("?after=1", Last_Event_ID="3") as stream:
             assert (await next_event(stream, "rounds"))["round"] == [4, 5]
+        async with visitor.events() as stream:
+            assert (await next_event(stream, "rounds"))["round"] == [1, 2, 3, 4, 5]
         async with visitor.events("?after=4") as stream:
             assert (await next_event(stream, "rounds"))["round"] == [5]
 
