@@ -133,7 +133,7 @@ class Feed:
     def open(self, after: int | None = None) -> Page:
         """A page that is told from now on, beginning with how things are.
 
-        after: the last round that it has. A page that does not say so gets the newest few again, since some may have been
+        after: the last round that it has. A page that does not say so gets the newest few again: some may have been
         added after its `start`.
         """
         page = Page()
