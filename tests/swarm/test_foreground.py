@@ -119,7 +119,7 @@ def test_a_second_ctrl_c_ends_even_a_daemon_that_hangs(peer_env, terminal) -> No
 
 def test_ctrl_c_while_it_starts(peer_env, terminal) -> None:
     screen = terminal("start", peer_env.write_run())
-    screen.read_until("building the model")
+    screen.read_until("starting p2pd")
     began = screen.interrupt()
     assert screen.wait(20) == 130
     assert time.monotonic() - began < 10
