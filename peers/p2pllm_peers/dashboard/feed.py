@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from p2pllm_peers.dashboard.credits import CreditBook
 from p2pllm_peers.dashboard.history import THINNED, WHOLE, Columns, History, Row, columns
 from p2pllm_peers.exporter import RecordFile
 from p2pllm_peers.folders import PeerFolder
+
+log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 
@@ -111,7 +114,7 @@ class Feed:
         self._poll_s = poll_s
         self._pages = set[Page]()
         self._polling: asyncio.Task[None] | None = None
-        self._at_work = asyncio.Lock()
+        self._at_work, self._opening = asyncio.Lock(), asyncio.Lock()
         self._file = RecordFile(peer.path / "rounds.jsonl", self._on_anew)
         self._history = History()
         self._is_anew = False
@@ -122,8 +125,9 @@ class Feed:
 
     async def start(self) -> dict[str, Any]:
         """All that a page begins with."""
-        if time.monotonic() - self._looked >= self._poll_s:  # so that opening pages asks no daemon more often
-            await self.look()
+        async with self._opening:
+            if time.monotonic() - self._looked >= self._poll_s:  # so that opening pages asks no daemon more often
+                await self.look()
         return {**self._known, "rounds": self.rounds()}
 
     def rounds(self) -> Columns:
@@ -156,7 +160,10 @@ class Feed:
 
     async def _poll(self) -> None:
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception:
+                log.exception("a look at %s failed; the page goes on with the next", self._peer.path)
             await asyncio.sleep(self._poll_s)
 
     async def look(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -203,7 +204,19 @@ def _done(note: str) -> web.Response:
 
 
 def _packed(data: Any) -> str:
-    return json.dumps(data, separators=(",", ":"))
+    """As JSON, which knows no NaN: a loss that is none is null."""
+    try:
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(data), separators=(",", ":"))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def peer_key(peer: PeerFolder) -> str:

@@ -136,3 +136,29 @@ async def test_a_long_run_of_many_peers_stays_small(daemon: FakeDaemon) -> None:
             while b'"round":[5001]' not in told or b'"round":7,' not in told:
                 told += await stream.content.readline()
     assert len(told) < 20_000
+
+
+async def test_a_loss_that_is_no_number_is_null(daemon: FakeDaemon) -> None:
+    daemon.append(record(1, validation_loss=float("nan")))
+    daemon.reply["loss"] = float("inf")
+    async with page_of(daemon) as visitor:
+        found = await visitor.start()
+    assert found["rounds"]["validation_loss"] == [None] and found["status"]["loss"] is None
+
+
+async def test_a_look_that_fails_is_not_the_last(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = 0
+
+    async def look(self: Feed) -> None:
+        nonlocal looks
+        looks += 1
+        raise RuntimeError("something that nobody foresaw")
+
+    monkeypatch.setattr(Feed, "look", look)
+    feed = Feed(daemon.peer, list, poll_s=POLL_S)
+    page = feed.open()
+    await until(lambda: looks > 2)
+    feed.close(page)
+    assert "something that nobody foresaw" in caplog.text

@@ -54,18 +54,19 @@ function listen() {
   });
 }
 
+// Rounds may come again, and other ones in their place when the swarm follows another branch.
 function append(rounds, more) {
-  const last = rounds.round.at(-1) ?? 0;
-  const fresh = more.round.map((round, row) => (round > last ? row : -1)).filter((row) => row >= 0);
+  const known = rounds.round.findIndex((round) => round >= more.round[0]);
+  const kept = known < 0 ? rounds.round.length : known;
   for (const [name, column] of Object.entries(more)) {
     if (name === "parts") {
-      for (const [part, values] of Object.entries(column)) push(rounds.parts[part] ??= [], values, fresh);
-    } else push(rounds[name], column, fresh);
+      for (const [part, values] of Object.entries(column)) push(rounds.parts[part] ??= [], kept, values);
+    } else push(rounds[name], kept, column);
   }
 }
 
-function push(column, values, rows) {
-  for (const row of rows) column.push(values[row]);
+function push(column, kept, values) {
+  column.splice(kept, column.length, ...values);
   if (column.length > MOST_ROWS) column.splice(0, column.length - MOST_ROWS);
 }
 
@@ -102,8 +103,8 @@ function drawStatus() {
   const credit = status.credit ?? { samples: 0, all: 0 };
   const share = credit.all ? ` (${((100 * credit.samples) / credit.all).toFixed(1)} %)` : "";
   numbers({
-    "loss, nats/token": status.loss === null ? "–" : status.loss.toFixed(4),
-    "validation loss": status.validation_loss === null ? "–" : status.validation_loss.toFixed(4),
+    "loss, nats/token": status.loss?.toFixed(4) ?? "–",
+    "validation loss": status.validation_loss?.toFixed(4) ?? "–",
     "tokens/s of the swarm": whole(status.swarm_tokens_per_s),
     "tokens/s of this peer": whole(status.tokens_per_s),
     peers: String(1 + status.peers.length),
@@ -163,7 +164,7 @@ function drawSwarm() {
   const peers = everybody(), me = state.status?.peer_id;
   drawLinks($("links"), peers, state.links, me);
   $("links-say").textContent = state.links.length
-    ? "how fast this peer exchanged with each of the others lately; it knows no other links"
+    ? "bytes both ways with each of the others since the round before, by the time of the exchange; no peer knows others' links"
     : "no exchange was measured yet; what each peer is doing is in its colour";
   $("peers").replaceChildren(...peers.map((peer) => {
     const row = document.createElement("tr");

@@ -113,9 +113,9 @@ export function drawLoss(svg, rounds, output) {
     at.setAttribute("x1", x(rounds.round[row]));
     at.setAttribute("x2", x(rounds.round[row]));
     at.setAttribute("visibility", "visible");
-    const validation = rounds.validation_loss[row];
-    output.textContent = `· round ${rounds.round[row]}: ${rounds.loss[row].toFixed(4)}`
-      + (validation === null ? "" : `, validation ${validation.toFixed(4)}`);
+    const validation = rounds.validation_loss[row]?.toFixed(4);
+    output.textContent = `· round ${rounds.round[row]}: ${rounds.loss[row]?.toFixed(4) ?? "no number"}`
+      + (validation ? `, validation ${validation}` : "");
   };
   svg.onpointerleave = () => {
     at.setAttribute("visibility", "hidden");
