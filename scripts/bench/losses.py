@@ -98,6 +98,8 @@ WAYS: dict[str, Way] = {
     "sparse_loco, overlap": Way("sparse_loco", overlap=True),
     "diloco fp32, muon": Way("diloco", changes={**PLAIN, "optimizer": {"type": "muon"}}),
     "sparse_loco, muon": Way("sparse_loco", changes={"optimizer": {"type": "muon"}}),
+    **{f"diloco fp32, H {steps}": Way("diloco", steps=steps, changes=PLAIN) for steps in (10, 5)},
+    **{f"sparse_loco, H {steps}": Way("sparse_loco", steps=steps) for steps in (10, 5)},
 }
 
 
@@ -124,11 +126,6 @@ SEARCH: dict[str, Way] = {
         )
     },
     **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (2e-3, 4e-3)},
-    **{
-        f"{strategy}, rate 0.002, {steps} steps": _with(strategy, 2e-3, outer, steps=steps)
-        for steps in (10, 5)
-        for strategy, outer in (("diloco", PLAIN["outer"]), ("sparse_loco", None))
-    },
     "sparse_loco, rate 0.002, error decay 0.9": _with("sparse_loco", 2e-3, decay=0.9),
     "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),
 }
