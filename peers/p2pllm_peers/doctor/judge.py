@@ -88,7 +88,7 @@ def _blocked(found: Findings) -> tuple[str, str, str] | None:
     if found.disk.text_problem:
         return found.disk.text_problem, "text", "The run's text on this machine; name its place with --data."
     if compute.failure:
-        what = _MORE_MEMORY if compute.killed else "A faster --device, or a run with a smaller model."
+        what = _MORE_MEMORY if compute.killed else "A faster --device, fewer other programs, or a run with a smaller model."
         return compute.failure, "memory" if compute.killed else "compute", what
     if memory.needed_bytes > memory.free_bytes:
         return (
