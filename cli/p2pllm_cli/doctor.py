@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import signal
 from pathlib import Path
@@ -44,11 +45,13 @@ def doctor(invite: str | None, run_file: Path | None, seconds: float, as_json: b
     from p2pllm.invite import Invite
     from p2pllm.manifest import load_draft
 
-    if invite and run_file:
+    if invite is not None and run_file is not None:
         raise UsageError("Give an invite or --run-file, not both.")
+    if math.isnan(seconds):  # which is neither less nor more than the bounds
+        raise UsageError("--seconds is no number.")
     settings = settings_of(flags)
-    known = Invite.decode(invite) if invite else None
-    draft = load_draft(run_file) if run_file else None
+    known = None if invite is None else Invite.decode(invite)
+    draft = None if run_file is None else load_draft(run_file)
 
     from p2pllm_cli.view import StartView
     from p2pllm_peers.doctor.examine import examine

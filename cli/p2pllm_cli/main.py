@@ -5,8 +5,6 @@ Everything heavy is imported inside a command, so that `p2pllm --help` answers a
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 
 import click
@@ -97,10 +95,6 @@ def main() -> None:
         if sys.stderr.isatty():
             click.echo(f"More about it: p2pllm explain {explain.page_of(error)}", err=True)
         code = error.exit_code
-    except BrokenPipeError:
-        # The reader of our output went away, as `| head` does; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
     except OSError as error:
         click.echo(f"p2pllm: {error.filename or 'A file'} cannot be used: {error.strerror}.", err=True)
         code = 1

@@ -42,6 +42,7 @@ MAX_SINKS = 2
 _VERSION = 1
 _PIECE = 1 << 15
 _MAX_BYTES = 512
+_MAX_TIME_S = 1e12
 _GREETING = b"\x13/multistream/1.0.0\n"
 
 
@@ -203,8 +204,9 @@ async def _asked(
     reply = await transport.call(peer, LOOKBACK, pack([_VERSION, ports]), timeout)
     with contextlib.suppress(ValueError, TypeError):
         version, now, host, took = unpack(reply, _MAX_BYTES)
-        if version == _VERSION and isinstance(now, float) and isinstance(host, str) and len(took) <= MAX_PORTS:
-            return now, host, {int(port): bool(answer) for port, answer in took}
+        is_time = isinstance(now, float) and 0 <= now < _MAX_TIME_S  # and not NaN
+        if version == _VERSION and is_time and str.isprintable(host) and len(took) <= MAX_PORTS:
+            return now, host, {port: bool(answer) for port, answer in took if port in ports}
     raise NetworkError(f"Peer {peer[-8:]} sent something that is no answer to how we look from there.")
 
 

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import json
 import logging
+import math
 import mmap
 import os
 import time
@@ -249,9 +250,12 @@ class ComputeProcess:
         await self._worker.park()
 
     async def evaluate(self) -> float | None:
-        """Validation loss of the parameters as they are now, nats a token; None if the worker died."""
+        """Validation loss of the parameters as they are now, nats a token; None if the worker died.
+
+        None, too, where it is no number, as no JSON that a peer writes or answers could hold it.
+        """
         answer = await self._ask({"do": "evaluate"})
-        return None if answer is None else float(answer["loss"])
+        return None if answer is None or not math.isfinite(answer["loss"]) else float(answer["loss"])
 
     async def memory(self) -> dict[str, int]:
         """Bytes that the process had at most, as `training.device.memory_of` says; empty if it died."""

@@ -79,19 +79,6 @@ def test_nobody_answers(peer_env) -> None:
     check_untouched(peer_env)
 
 
-@pytest.mark.parametrize(
-    ("words", "arguments"),
-    [
-        (["not an invite"], ["doctor", "hello"]),
-        (["invite", "--run-file"], ["doctor", "p2pllm:aa", "--run-file", "run.toml"]),
-        (["missing.toml"], ["doctor", "--run-file", "missing.toml"]),
-    ],
-)
-def test_what_cannot_be_used(peer_env, words: list[str], arguments: list[str]) -> None:
-    peer_env.refuses(2, words, *arguments)
-    check_untouched(peer_env)
-
-
 def test_a_model_that_cannot_be_built(peer_env) -> None:
     run_file = peer_env.write_run(('"llama"', '"lama"'))
     result = peer_env.p2pllm("doctor", "--run-file", run_file, timeout=60)

@@ -50,8 +50,11 @@ async def examine(
 ) -> Findings:
     """Everything about this machine and a run: that of the invite, else of the draft, else the default one.
 
-    seconds: of computing. Raises UsageError for what no machine can use, NetworkError if nobody of the run answers.
+    seconds: of computing. Raises UsageError for what no machine can use, NoRoomError where nothing can be kept,
+    NetworkError if nobody of the run answers.
     """
+    machine.check_writable(settings.home)
+    machine.check_writable(settings.cache)
     free, folder = machine.free_memory(), new_runtime_dir()
     prepare_runtime_dir(folder)
     own = settings.model_copy(update={"cache": folder / "cache", "data_path": ""})

@@ -95,7 +95,8 @@ class Outside:
     """The run as its peers tell it, and this machine as they see it. None: not checked.
 
     how: "direct" (a peer dialled us back), "relay" (others come through one), "outgoing" (we dial, nobody dials us).
-    scope: where the peer is that saw us, "internet", "local network" or "this machine".
+    scope: where the peer is that saw us, "internet", "local network" or "this machine"; "" if none sees an address of
+    ours, as through a relay.
     """
 
     asked: int = 0

@@ -23,6 +23,7 @@ SLOW_TOKENS_PER_S = 200.0
 """The same where no swarm is known to compare with: a CPU below it is worth a word."""
 
 _MORE_MEMORY = "Free memory: close other programs, or choose another --device."
+_LESS_WORK = "A faster --device, fewer other programs, or a run with a smaller model."
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def _blocked(found: Findings) -> tuple[str, str, str] | None:
     if found.disk.text_problem:
         return found.disk.text_problem, "text", "The run's text on this machine; name its place with --data."
     if compute.failure:
-        what = _MORE_MEMORY if compute.killed else "A faster --device, or a run with a smaller model."
-        return compute.failure, "memory" if compute.killed else "compute", what
+        most, what = ("memory", _MORE_MEMORY) if compute.killed else ("compute", _LESS_WORK)
+        return compute.failure, most, what
     if memory.needed_bytes > memory.free_bytes:
         return (
             f"A peer of this run needs {_gb(memory.needed_bytes)} of memory, and {_gb(memory.free_bytes)} are free.",

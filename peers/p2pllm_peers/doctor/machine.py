@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import itertools
+import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ import psutil
 from blake3 import blake3
 
 from p2pllm import __version__
-from p2pllm.errors import DataError, P2PLLMError, StateError
+from p2pllm.errors import DataError, NoRoomError, P2PLLMError, StateError
 from p2pllm.manifest import RunDraft
 from p2pllm.network.p2pd import p2pd_file
 from p2pllm.settings import PeerSettings
@@ -54,12 +55,28 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def check_writable(path: Path) -> None:
+    """Raises NoRoomError if this user can keep no files in that folder."""
+    there = _existing(path)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise NoRoomError(
+            f"Nothing can be written to {there}; mend that, or choose another folder, with --home for runs and "
+            f"P2PLLM_CACHE for tokenised text."
+        )
+
+
 def free_disk(path: Path) -> tuple[int, int]:
     """(bytes free, device number) of where `path` lies or would lie."""
+    there = _existing(path)
+    return int(psutil.disk_usage(str(there)).free), there.stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    """The path, or what there is of it."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
-    return int(psutil.disk_usage(str(path)).free), path.stat().st_dev
+    return path
 
 
 def find_text(draft: RunDraft, settings: PeerSettings) -> tuple[list[Document], str]:

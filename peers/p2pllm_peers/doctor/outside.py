@@ -153,7 +153,7 @@ def view_of(seen: list[Seen], *, relayed: bool, port: int) -> Outside:
         clock_skew_s=-statistics.median(view.skew_s for view in seen),
         clock_error_s=exact.round_trip_s / 2,
         how=how,
-        scope=_SCOPES[_width(shown[0].host)],
+        scope=_SCOPES[_width(shown[0].host)] if shown[0].host else "",
         seen_as=shown[0].host,
         port=shown[1],
         why_not="" if how else "the run's peers dialled nobody back just now",

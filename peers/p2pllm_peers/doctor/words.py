@@ -169,6 +169,8 @@ def _reach(found: Findings) -> Check:
             "reachable", "ok", f"a peer dialled back {outside.seen_as} port {outside.port} ({outside.scope}): open"
         )
     shut = f"no connection to {outside.seen_as} port {outside.port} from outside ({outside.scope})"
+    if not outside.seen_as:
+        shut = "the peers that were asked see no address of it"
     if outside.how == "relay":
         return Check("reachable", "weak", f"behind NAT, through a relay; {shut}")
     return Check("reachable", "weak", f"outgoing only; {shut}")

@@ -25,6 +25,21 @@ def mistype(invite: str) -> str:
 
 
 @pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (["not an invite"], [""]),
+        (["not both"], ["p2pllm:aa", "--run-file", "run.toml"]),
+        (["missing.toml"], ["--run-file", "missing.toml"]),
+        (["--seconds"], ["--seconds", "nan"]),
+    ],
+    ids=["an empty variable", "both", "no file", "no number"],
+)
+def test_what_the_doctor_cannot_use(empty, words: list[str], arguments: list[str]) -> None:
+    empty.refuses(2, words, "doctor", *arguments)
+    empty.keeps_nothing()
+
+
+@pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (mistype, ["mistyped", "copy"]),

@@ -213,6 +213,7 @@ def test_home_inside_a_file(machine) -> None:
     path = machine.write_run()
     machine.refuses(1, [str(path / "home")], "start", path, "--home", path / "home", "--detach")
     machine.refuses(2, ["is a file", "--home"], "status", "--home", path)
+    machine.refuses(1, [str(path), "--home"], "doctor", "--home", path / "home")
     machine.keeps_nothing()
 
 
@@ -233,6 +234,7 @@ def tmpfs(path: Path, options: str) -> Iterator[None]:
 def test_home_that_cannot_be_written(machine) -> None:
     with tmpfs(machine.home, "ro,size=64k"):
         machine.refuses(1, [str(machine.home), "Read-only"], "join", an_invite(), "--detach")
+        machine.refuses(1, [str(machine.home), "--home"], "doctor")
         machine.keeps_nothing()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -109,7 +110,17 @@ async def test_strange_questions_are_refused(question: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"", pack([1, "now", "", []]), pack([2, 1.0, "", []]), pack([1, 1.0, "", [[1, 2]] * 9])]
+    "answer",
+    [
+        b"",
+        pack([1, "now", "", []]),
+        pack([1, math.nan, "", []]),
+        pack([1, 1e300, "", []]),
+        pack([2, 1.0, "", []]),
+        pack([1, 1.0, 7, []]),
+        pack([1, 1.0, "\x1b[2J", []]),
+        pack([1, 1.0, "", [[1, 2]] * 9]),
+    ],
 )
 @virtual
 async def test_strange_answers_are_refused(answer: bytes) -> None:
@@ -121,6 +132,17 @@ async def test_strange_answers_are_refused(answer: bytes) -> None:
     await teller.host.serve_call(LOOKBACK, answering)
     with pytest.raises(NetworkError, match="no answer"):
         await look_back(teller.us, teller.host.peer_id, [4001], 5.0)
+
+
+@virtual
+async def test_an_answer_tells_of_the_ports_that_were_asked_for_alone() -> None:
+    teller = Teller([HOME])
+
+    async def answering(peer: str, payload: bytes) -> bytes:
+        return pack([1, 1.0, "198.51.100.7", [[4001, True], [22, True], [math.inf, True]]])
+
+    await teller.host.serve_call(LOOKBACK, answering)
+    assert (await look_back(teller.us, teller.host.peer_id, [4001], 5.0)).took == {4001: True}
 
 
 @virtual

@@ -64,6 +64,9 @@ async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDr
                 await heard.wait()
         update = await second.finish()
         assert update is not None and update.samples > 0 and second.micro_batch > 0
+        assert await second.evaluate() == pytest.approx(np.log(257), rel=0.2)
+        second.params[:] = np.nan
+        assert await second.evaluate() is None, "a loss that is no number is none"
 
 
 @pytest.mark.parametrize(("shape", "said"), [((8, 1), "another number of them"), (None, "version of transformers")])

@@ -189,3 +189,7 @@ def test_views_of_several_peers_come_to_one() -> None:
     untested = view_of([seen("8.8.8.8")], relayed=False, port=4001)
     assert untested.how is None and untested.why_not and untested.clock_skew_s == 0
     assert view_of([], relayed=False, port=0).why_not
+    hidden = view_of([seen("")], relayed=True, port=4001)  # it is met through a relay
+    assert (hidden.how, hidden.scope) == ("relay", "")
+    reach = next(check for check in checks(replace(FIT, outside=hidden)) if check.name == "reachable")
+    assert reach.text == "behind NAT, through a relay; the peers that were asked see no address of it"
