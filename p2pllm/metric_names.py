@@ -43,7 +43,10 @@ def _live(name: str, unit: str, meaning: str, read: str | Callable[[Status], Val
     def values(reading: Reading) -> Values:
         if reading.status is None:
             return {}
-        return _known(reading.status.get(read)) if isinstance(read, str) else read(reading.status)
+        try:
+            return _known(reading.status.get(read)) if isinstance(read, str) else read(reading.status)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return {}  # a daemon of another version tells it otherwise, and the other peers are to be seen all the same
 
     return Metric(name, unit, meaning, values, labels)
 

@@ -84,15 +84,19 @@ class Manager(ABC):
     def install(self, peer: PeerFolder) -> str:
         """Have the peer started from now on; returns what is still to be done by hand, or nothing.
 
-        Raises DaemonError, with what the system says; then nothing is left of it.
+        Raises DaemonError, with what the system says; then all is as it was.
         """
         path = self.file(peer)
         path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes() if path.exists() else None
         write_whole(path, self.content(peer))
         try:
             return self.enable(peer)
         except DaemonError:
-            path.unlink(missing_ok=True)
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_whole(path, before)
             raise
 
     def remove(self, peer: PeerFolder) -> None:

@@ -92,9 +92,11 @@ def test_a_peer_that_does_not_run_is_down_and_keeps_what_it_recorded() -> None:
 
 
 def test_a_daemon_that_has_nothing_yet_or_is_of_another_version_is_only_up() -> None:
-    found = exported(Reading("3d69", "new", {"device": None, "uptime_s": None}, Tally()))
+    strange = {"device": None, "uptime_s": None, "credit": {"complete": True}, "peers": [{}], "round": 3, "traffic": []}
+    found = exported(Reading("3d69", "new", strange, Tally()))
     totals = {metric.name for metric in METRICS if metric.name.startswith("p2pllm_recorded") and not metric.labels}
-    assert set(found) == {"p2pllm_up", "p2pllm_peer_info", "p2pllm_failed_attempts_total"} | totals
+    told = {"p2pllm_round", "p2pllm_members"}
+    assert set(found) - told == {"p2pllm_up", "p2pllm_peer_info", "p2pllm_failed_attempts_total"} | totals
 
 
 def test_names_say_kind_and_unit() -> None:

@@ -59,11 +59,15 @@ def test_it_comes_and_goes(kind: type[Manager], peer: PeerFolder) -> None:
 
 
 @pytest.mark.parametrize(("kind", "word"), [(Systemd, "daemon-reload"), (Systemd, "enable"), (Launchd, "bootstrap")])
-def test_a_system_that_refuses_leaves_nothing(kind: type[Manager], word: str, peer: PeerFolder) -> None:
+def test_a_system_that_refuses_leaves_all_as_it_was(kind: type[Manager], word: str, peer: PeerFolder) -> None:
     manager = kind(System(refuses=word))
     with pytest.raises(DaemonError, match=r"Failed to connect to bus; use `p2pllm join --detach` instead\."):
         manager.install(peer)
     assert not manager.file(peer).exists()
+    manager.file(peer).write_bytes(b"the one before")
+    with pytest.raises(DaemonError):
+        manager.install(peer)
+    assert manager.file(peer).read_bytes() == b"the one before"
 
 
 def test_what_only_root_may_is_left_to_the_user(peer: PeerFolder) -> None:
