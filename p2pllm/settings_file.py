@@ -27,6 +27,8 @@ LIVE = frozenset(
         "only_on_mains",
         "only_when_idle",
         "max_celsius",
+        "nice",
+        "io_idle",
     }
 )
 """Settings that a running peer takes at once; the others count from its next start."""

@@ -28,8 +28,10 @@ def set_(changes: tuple[str, ...], home: Path | None) -> None:
     values = change(_pairs(changes))
     for name, value in values.items():
         click.echo(f"{name} = {value}{'' if name in LIVE else '   from the next start of a peer'}")
-    for peer in tell_running(values, home):
+    for peer, later in tell_running(values, home).items():
         click.echo(f"'{peer.name}' in run {peer.run.run_id[:16]} goes by it now.")
+        for sentence in later:
+            click.echo(f"    But {sentence}")
     return None
 
 

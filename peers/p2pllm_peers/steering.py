@@ -32,11 +32,12 @@ def change(changes: dict[str, str]) -> dict[str, Any]:
     return change_settings({name.strip().replace("-", "_"): value.strip() for name, value in changes.items()})
 
 
-def tell_running(values: dict[str, Any], home: Path | None) -> list[PeerFolder]:
-    """Have the running peers of this machine go by those values that they can take at once; returns who does."""
+def tell_running(values: dict[str, Any], home: Path | None) -> dict[PeerFolder, list[str]]:
+    """Have the running peers of this machine go by those values that they can take at once.
+
+    Returns who does, each with a sentence for whatever has to wait for its next start all the same.
+    """
     live = {name: value for name, value in values.items() if name in LIVE}
     folder = load_settings(**({} if home is None else {"home": home})).home
     peers = [peer for run in all_runs(folder) for peer in run.peers() if peer.running()] if live else []
-    for peer in peers:
-        tell(peer, {"do": "set", "values": live})
-    return peers
+    return {peer: tell(peer, {"do": "set", "values": live}).get("later", []) for peer in peers}
