@@ -11,6 +11,7 @@ import datetime
 import difflib
 import ipaddress
 import os
+import re
 import secrets
 import tempfile
 import tomllib
@@ -203,8 +204,9 @@ def _times(hours: str) -> tuple[datetime.time, datetime.time]:
 
 
 def _time(moment: str) -> datetime.time:
-    hour, _, minute = moment.strip().partition(":")
-    return datetime.time(int(hour), int(minute or 0))
+    if not (found := re.fullmatch(r"([0-9]{1,2})(?::([0-9]{2}))?", moment.strip())):
+        raise ValueError("no time of the day")
+    return datetime.time(int(found[1]), int(found[2] or 0))
 
 
 def new_runtime_dir() -> Path:

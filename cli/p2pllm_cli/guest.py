@@ -41,6 +41,8 @@ def _pairs(changes: tuple[str, ...]) -> dict[str, str]:
         name, equals, value = change.partition("=")
         if not equals or not name.strip():
             raise UsageError(f"'{change}' is no setting; write NAME=VALUE, as cpu_percent=50.")
+        if name in pairs:
+            raise UsageError(f"'{name}' is given twice; once is enough.")
         pairs[name] = value
     return pairs
 

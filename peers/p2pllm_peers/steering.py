@@ -13,6 +13,7 @@ from p2pllm.settings import load_settings
 from p2pllm.settings_file import LIVE, change_settings
 from p2pllm_peers.control import ask
 from p2pllm_peers.folders import PeerFolder, all_runs
+from p2pllm_peers.sense import check
 
 
 def tell(peer: PeerFolder, request: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def tell(peer: PeerFolder, request: dict[str, Any]) -> dict[str, Any]:
 
 def change(changes: dict[str, str]) -> dict[str, Any]:
     """Change the settings file; returns the values as TOML has them. Raises SettingsError; then nothing has changed."""
-    return change_settings({name.strip().replace("-", "_"): value.strip() for name, value in changes.items()})
+    given = {name.strip().replace("-", "_"): value.strip() for name, value in changes.items()}
+    return change_settings(given, check)
 
 
 def tell_running(values: dict[str, Any], home: Path | None) -> dict[PeerFolder, list[str]]:
