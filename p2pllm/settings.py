@@ -92,7 +92,7 @@ class PeerSettings(BaseSettings):
     )
     hours: str = Field("", description="when the peer may compute, local time, as 22-7 or 22:30-07:00; empty = always")
     only_on_mains: bool = Field(False, description="compute only while the machine is not on battery")
-    only_when_idle: bool = Field(False, description="compute only when nobody has typed for five minutes")
+    only_when_idle: bool = Field(False, description="compute only when nobody has used this machine for five minutes")
     max_celsius: float = Field(
         0.0, ge=0, le=150, description="pause while a sensor of the machine shows more than this; 0 = never"
     )
