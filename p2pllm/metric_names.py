@@ -64,7 +64,7 @@ def _round(
 
 
 def _total(name: str, unit: str, meaning: str, read: Callable[[Tally], float | Values], *labels: str) -> Metric:
-    """Of all rounds in the peer's rounds.jsonl, so that no restart sets it back."""
+    """Of all rounds in the peer's rounds.jsonl and what was put away of it, so that no restart sets it back."""
 
     def values(reading: Reading) -> Values:
         found = read(reading.tally)

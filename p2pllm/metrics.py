@@ -10,8 +10,9 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -53,18 +54,47 @@ class RoundRecord:
         return _reader().validate_json(line)
 
 
-class JsonlSink:
-    """Appends records to a file; a reader may follow it."""
+FILE_BYTES, KEPT_FILES = 16_000_000, 4
+"""Size at which a file of records is put away, and how many older ones are kept: tens of thousands of rounds."""
 
-    def __init__(self, path: Path) -> None:
-        torn = _is_torn(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        if torn:  # a killed process left half a line, which must not swallow the next one
-            self._file.write("\n")
+
+def record_files(path: Path) -> list[Path]:
+    """The files in which the records of `path` may be, the newest first; not each of them need be there."""
+    return [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, KEPT_FILES + 1))]
+
+
+class JsonlSink:
+    """Appends records to a file; a reader may follow it. A full one is put away as path.1, and so on."""
+
+    def __init__(self, path: Path, file_bytes: int = FILE_BYTES) -> None:
+        self._path, self._file_bytes = path, file_bytes
+        self._file = self._opened()
 
     def write(self, record: RoundRecord) -> None:
-        """Append one record as one line."""
+        """Append one record as one line. Raises OSError."""
+        if self._file.tell() >= self._file_bytes:
+            self._put_away()
         self._file.write(record.to_json() + "\n")
+
+    def _opened(self) -> TextIO:
+        torn = _is_torn(self._path)
+        file = self._path.open("a", encoding="utf-8", buffering=1)
+        if torn:  # a killed process left half a line, which must not swallow the next one
+            file.write("\n")
+        return file
+
+    def _put_away(self) -> None:
+        """Go on in a new file. If the disk does not let us the old one takes records as before."""
+        try:
+            if self._path.exists():  # else it was put away before, and only the new one could not be made
+                files = record_files(self._path)
+                for newer, older in reversed(list(pairwise(files))):
+                    if newer.exists():
+                        newer.replace(older)
+            full, self._file = self._file, self._opened()
+        except OSError:
+            return
+        full.close()
 
     def close(self) -> None:
         """Flush and close the file."""

@@ -11,6 +11,7 @@ import datetime
 import difflib
 import ipaddress
 import os
+import re
 import secrets
 import tempfile
 import tomllib
@@ -91,7 +92,7 @@ class PeerSettings(BaseSettings):
     )
     hours: str = Field("", description="when the peer may compute, local time, as 22-7 or 22:30-07:00; empty = always")
     only_on_mains: bool = Field(False, description="compute only while the machine is not on battery")
-    only_when_idle: bool = Field(False, description="compute only when nobody has typed for five minutes")
+    only_when_idle: bool = Field(False, description="compute only when nobody has used this machine for five minutes")
     max_celsius: float = Field(
         0.0, ge=0, le=150, description="pause while a sensor of the machine shows more than this; 0 = never"
     )
@@ -203,8 +204,9 @@ def _times(hours: str) -> tuple[datetime.time, datetime.time]:
 
 
 def _time(moment: str) -> datetime.time:
-    hour, _, minute = moment.strip().partition(":")
-    return datetime.time(int(hour), int(minute or 0))
+    if not (found := re.fullmatch(r"([0-9]{1,2})(?::([0-9]{2}))?", moment.strip())):
+        raise ValueError("no time of the day")
+    return datetime.time(int(found[1]), int(found[2] or 0))
 
 
 def new_runtime_dir() -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,24 @@ LIVE = frozenset(
         "only_on_mains",
         "only_when_idle",
         "max_celsius",
+        "nice",
+        "io_idle",
     }
 )
 """Settings that a running peer takes at once; the others count from its next start."""
 
 
-def change_settings(changes: dict[str, str]) -> dict[str, Any]:
+def change_settings(
+    changes: dict[str, str], check: Callable[[PeerSettings, set[str]], None] = lambda settings, changed: None
+) -> dict[str, Any]:
     """Check new values, given as text, and write them to the settings file; returns them as TOML has them.
 
-    Raises SettingsError for a name or a value that is not valid, and for a file that cannot be read or written; then
-    nothing has changed.
+    check: gets all settings as they would be, and the names of the new ones; raises SettingsError if they make no
+    sense. Raises SettingsError for that, for a name or a value that is not valid, and for a file that cannot be read or
+    written; then nothing has changed.
     """
     settings = load_settings(**changes)
+    check(settings, set(changes))
     values = {name: _plain(getattr(settings, name)) for name in changes}
     path = settings_file()
     try:

@@ -28,8 +28,10 @@ def set_(changes: tuple[str, ...], home: Path | None) -> None:
     values = change(_pairs(changes))
     for name, value in values.items():
         click.echo(f"{name} = {value}{'' if name in LIVE else '   from the next start of a peer'}")
-    for peer in tell_running(values, home):
+    for peer, later in tell_running(values, home).items():
         click.echo(f"'{peer.name}' in run {peer.run.run_id[:16]} goes by it now.")
+        for sentence in later:
+            click.echo(f"    But {sentence}")
     return None
 
 
@@ -39,6 +41,8 @@ def _pairs(changes: tuple[str, ...]) -> dict[str, str]:
         name, equals, value = change.partition("=")
         if not equals or not name.strip():
             raise UsageError(f"'{change}' is no setting; write NAME=VALUE, as cpu_percent=50.")
+        if name in pairs:
+            raise UsageError(f"'{name}' is given twice; once is enough.")
         pairs[name] = value
     return pairs
 

@@ -80,9 +80,17 @@ def _round_row(round_: int, record: Record | None) -> Row:
 
 def _measured(path: Path, wanted: set[bytes]) -> dict[str, Row]:
     """What this peer measured in rounds that it took part in, by the digest of their records."""
+    from p2pllm.metrics import record_files
+
     found = dict[str, Row]()
-    if not path.exists():
-        return found
+    for file in record_files(path):
+        if len(found) < len(wanted) and file.exists():
+            _measured_in(file, wanted, found)
+    return found
+
+
+def _measured_in(path: Path, wanted: set[bytes], found: dict[str, Row]) -> None:
+    """Add what one file has."""
     with path.open("rb") as file:
         for line in file:  # parsed only where it is one of those that we look for: a file may have many
             match = _DIGEST.search(line)
@@ -94,7 +102,6 @@ def _measured(path: Path, wanted: set[bytes]) -> dict[str, Row]:
                 found[match[1].decode()] = {"bytes": moved, **{key: values[key] for key in ("round_s", "unix_time")}}
             except (ValueError, KeyError, TypeError):
                 continue  # half a line of a killed daemon
-    return found
 
 
 @click.command(name="credits", short_help="Who contributed what, from signed claims.")

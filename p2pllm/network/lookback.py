@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import time
 from asyncio import StreamReader, StreamWriter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -38,6 +39,9 @@ SINK_BYTES, SINK_S = 8 << 20, 15.0
 """Most bytes and seconds of one measurement of a line; MAX_SINKS at the same time."""
 
 MAX_SINKS = 2
+
+WINDOW_S, PEER_BYTES, ALL_BYTES = 60.0, 2 * SINK_BYTES, 8 * SINK_BYTES
+"""Most bytes that measurements bring within any such span, of one peer and of all, so that nobody fills our line."""
 
 _VERSION = 1
 _PIECE = 1 << 15
@@ -69,6 +73,33 @@ class Seen:
     took: dict[int, bool] = field(default_factory=dict)
 
 
+class Allowance:
+    """How many bytes peers may still send us to measure their lines."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """clock: seconds, never going back."""
+        self._clock = clock
+        self._taken = deque[tuple[float, str, int]]()  # when, by whom, bytes; not more than ALL_BYTES in all
+        self._of = Counter[str]()
+        self._all = 0
+
+    def take(self, peer: str, size: int) -> bool:
+        """Whether the peer may send so many bytes more; they count then, whether they come or not."""
+        now = self._clock()
+        while self._taken and now - self._taken[0][0] >= WINDOW_S:
+            _, other, freed = self._taken.popleft()
+            self._all -= freed
+            self._of[other] -= freed
+            if not self._of[other]:
+                del self._of[other]
+        if self._of[peer] + size > PEER_BYTES or self._all + size > ALL_BYTES:
+            return False
+        self._taken.append((now, peer, size))
+        self._of[peer] += size
+        self._all += size
+        return True
+
+
 class Lookback:
     """The answering side; every member of a run has one."""
 
@@ -85,6 +116,7 @@ class Lookback:
         self._clock = clock
         self._dialled: dict[str, float] = {}  # when, by host
         self._sinks = 0
+        self._allowance = Allowance(clock)
 
     async def start(self) -> None:
         """Answer from now on."""
@@ -120,6 +152,8 @@ class Lookback:
         try:
             async with asyncio.timeout(SINK_S):
                 for _ in range(SINK_BYTES // _PIECE):
+                    if not self._allowance.take(peer, _PIECE):
+                        return
                     await reader.readexactly(_PIECE)
                     writer.write(b".")
                     await writer.drain()

@@ -41,8 +41,7 @@ def commands_of(participant: Participant, leave: Callable[[], None]) -> dict[str
         return {"paused": participant.guest.resume()}
 
     async def change(request: dict[str, Any]) -> Reply:
-        participant.set(dict(request["values"]))
-        return {"set": True}
+        return {"set": True, "later": participant.set(dict(request["values"]))}
 
     commands: dict[str, Handler] = {
         "status": status,

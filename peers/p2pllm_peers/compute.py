@@ -26,6 +26,7 @@ from p2pllm.manifest import RunDraft
 from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
 from p2pllm.state import FLOAT, Layout, moments_of
+from p2pllm_peers.priority import stand_back
 from p2pllm_peers.speed import Speed
 from p2pllm_peers.worker_process import KILLED, Event, KeptWorker, shared_file
 
@@ -244,6 +245,14 @@ class ComputeProcess:
         with contextlib.suppress(WorkerError):  # it died; it is told when it is back
             await self._worker.send({"do": "share", "share": share})
 
+    def stand_back(self, nice: int, io_idle: bool) -> bool:
+        """Go by these settings; False if the system lets only the next process have that niceness."""
+        self._settings = self._settings.model_copy(update={"nice": nice, "io_idle": io_idle})
+        return self._stood_back() if self.ready else True  # it is told when it is ready
+
+    def _stood_back(self) -> bool:
+        return self.pid is None or stand_back(self.pid, self._settings.nice, self._settings.io_idle)
+
     async def park(self) -> None:
         """See Compute: the process ends, and keeps what is this peer's own."""
         self._begun = None
@@ -318,6 +327,7 @@ class ComputeProcess:
         self.samples_per_s = event["samples_per_s"]
         self.device, self.data_digest = event["device"], event["data_digest"]
         self._remember()
+        self._stood_back()  # not before: somebody waits for the start
         self._ready.set()
         self._on_change()
 

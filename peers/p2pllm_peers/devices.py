@@ -179,6 +179,11 @@ class Devices:
         """Compute in so much of the time, 0 to 1, and rest in between."""
         await self._each_of(lambda process: process.share(share))
 
+    def stand_back(self, nice: int, io_idle: bool) -> bool:
+        """See ComputeProcess."""
+        outcomes = [process.stand_back(nice, io_idle) for process in self._all]
+        return all(outcomes)
+
     async def park(self) -> None:
         """See Compute."""
         await self._each_of(lambda process: process.park())

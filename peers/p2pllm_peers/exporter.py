@@ -6,15 +6,17 @@ numbers are called (`p2pllm.metric_names`), and the formats of the tools (`p2pll
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from p2pllm.errors import DaemonError, UsageError
 from p2pllm.identity import Identity
-from p2pllm.metrics import RoundRecord
+from p2pllm.metrics import RoundRecord, record_files
 from p2pllm.sinks import PrometheusCollector, RecordSink, WandbSink
 from p2pllm.tally import Reading, Status, Tally
 from p2pllm_peers.control import ask
@@ -27,11 +29,11 @@ ANSWER_S = 2.0
 ASKED_AT_ONCE = 8
 
 _KEPT = 64
-"""Bytes before our place in a file by which we see that it is still the same file."""
+"""At least so many bytes before our place, and the whole last line, show that a file is still the same."""
 
 
 class RecordFile:
-    """Follows one peer's rounds.jsonl, which may not exist yet, grow, end in half a line, or begin anew."""
+    """Follows one peer's rounds.jsonl, which may not exist yet, grow, be put away, end in half a line or begin anew."""
 
     def __init__(self, path: Path, on_anew: Callable[[], None] = lambda: None) -> None:
         """on_anew: called when the file is another one than before, so that its records come from the beginning."""
@@ -42,25 +44,43 @@ class RecordFile:
 
     def news(self) -> Iterator[RoundRecord]:
         """The records that were added since the last time. Raises OSError if the file cannot be read."""
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return self._begin_anew()
-        with file:
-            if not self._goes_on(file):
+        with ExitStack() as opened:
+            files = self._files(opened)
+            if not files or (self._before and not self._goes_on(files[0])):
                 self._begin_anew()
-            file.seek(self._place)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return None  # being written; after a crash it gets an end, and is no record
-                self._place += len(line)
-                self._before = line[-_KEPT:]
-                try:
-                    record = RoundRecord.from_json(line)
-                except ValueError:
-                    continue  # half a line of a killed daemon
-                yield record
-        return None
+            for file in files:
+                if file is not files[0]:
+                    self._place, self._before = 0, b""
+                file.seek(self._place)
+                yield from self._records(file)
+
+    def _files(self, opened: ExitStack) -> list[BinaryIO]:
+        """From the one where we are, or if that is gone from the oldest, to the newest.
+
+        They are opened the other way round: one that is put away meanwhile is seen twice then, and not missed.
+        """
+        found = dict[int, BinaryIO]()
+        for path in record_files(self._path):
+            try:
+                file = opened.enter_context(path.open("rb"))
+            except FileNotFoundError:
+                continue
+            found.setdefault(os.fstat(file.fileno()).st_ino, file)
+            if self._before and self._goes_on(file):
+                break
+        return list(reversed(found.values()))
+
+    def _records(self, file: BinaryIO) -> Iterator[RoundRecord]:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # being written; after a crash it gets an end, and is no record
+            self._place += len(line)
+            self._before = (self._before + line)[-max(_KEPT, len(line)) :]
+            try:
+                record = RoundRecord.from_json(line)
+            except ValueError:
+                continue  # half a line of a killed daemon
+            yield record
 
     def _goes_on(self, file: BinaryIO) -> bool:
         file.seek(self._place - len(self._before))

@@ -5,7 +5,7 @@
     <home>/runs/<run id>/<name>/daemon.json         the running daemon: process id and socket
     <home>/runs/<run id>/<name>/daemon.lock         held while the daemon lives
     <home>/runs/<run id>/<name>/{log,aggregates/,state/}       the run's rounds and states, see `rounds.disk`
-    <home>/runs/<run id>/<name>/{daemon.log,rounds.jsonl,peers.json,worker.json}
+    <home>/runs/<run id>/<name>/{daemon.log,rounds.jsonl[.1 to .4],peers.json,worker.json}
 
 One machine may hold several peers of one run under different names: `start` makes the peer "founder", `join`
 makes "volunteer", and `--name` any other.

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -22,14 +22,12 @@ import psutil
 
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.folders import write_whole
+from p2pllm_peers.presence import AWAY_S, Desktop, terminals_idle_s
 
 log = logging.getLogger("p2pllm.guest")
 
 LOOK_S = 5.0
 """How often the machine is looked at."""
-
-IDLE_S = 300.0
-"""Nobody has typed for this long: the machine's user is away."""
 
 COOLER_C = 5.0
 """A machine that was too hot goes on when it is this much cooler, or it would start and stop all the time."""
@@ -40,14 +38,14 @@ class Machine:
     """What a machine shows of itself. None: it does not tell."""
 
     on_mains: bool | None = None
-    idle_s: float | None = None  # since somebody typed at it
+    idle_s: float | None = None  # since somebody used its terminals, or its desktop
     celsius: float | None = None  # its hottest sensor
 
     @classmethod
     def now(cls) -> Machine:
         """Look at this machine; takes a few milliseconds."""
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-        return cls(battery.power_plugged if battery else None, _idle_s(), _hottest())
+        return cls(battery.power_plugged if battery else None, terminals_idle_s(), _hottest())
 
 
 def why_not(settings: PeerSettings, now: datetime, machine: Machine, *, was_hot: bool, moved: float) -> str:
@@ -62,7 +60,7 @@ def why_not(settings: PeerSettings, now: datetime, machine: Machine, *, was_hot:
         return f"outside of its hours, {settings.hours}"
     if settings.only_on_mains and machine.on_mains is False:
         return "the machine runs on battery"
-    if settings.only_when_idle and machine.idle_s is not None and machine.idle_s < IDLE_S:
+    if settings.only_when_idle and machine.idle_s is not None and machine.idle_s < AWAY_S:
         return "somebody uses the machine"
     limit = settings.max_celsius - (COOLER_C if was_hot else 0.0)
     if settings.max_celsius and machine.celsius is not None and machine.celsius > limit:
@@ -81,6 +79,7 @@ class Guest:
         resume: Callable[[], Awaitable[None]],
         moved: Callable[[datetime], float],
         look: Callable[[], Machine] = Machine.now,
+        desktop: Desktop | None = None,
     ) -> None:
         """file: keeps a pause that the user wants over a restart. pause: called with the reason.
 
@@ -90,6 +89,7 @@ class Guest:
         self._file = file
         self._pause, self._resume = pause, resume
         self._moved, self._look = moved, look
+        self._desktop = desktop or Desktop(lambda: self.settings.only_when_idle)
         self._until = _recall(file)
         self._reason = ""
         self._changed = asyncio.Event()
@@ -114,6 +114,11 @@ class Guest:
 
     async def run(self) -> None:
         """Look at the machine and at what the user wants, for good."""
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._desktop.run())
+            both.create_task(self._mind())
+
+    async def _mind(self) -> None:
         while True:
             reason = self._why_not()
             if reason != self._reason:
@@ -137,7 +142,9 @@ class Guest:
         """What it shows, if any setting asks for that."""
         asked = self.settings.only_on_mains or self.settings.only_when_idle or self.settings.max_celsius
         try:
-            return self._look() if asked else Machine()
+            seen = self._look() if asked else Machine()
+            told = [idle for idle in (seen.idle_s, self._desktop.idle_s) if idle is not None]
+            return replace(seen, idle_s=min(told, default=None))
         except (OSError, psutil.Error, ValueError) as error:  # a driver that fails is no reason to pause
             log.debug("the machine cannot be looked at: %s", error)
             return Machine()
@@ -158,15 +165,3 @@ def _hottest() -> float | None:
         readings = [sensor.current for sensors in psutil.sensors_temperatures().values() for sensor in sensors]
         return max((reading for reading in readings if 0 < reading < 150), default=None)  # some sensors tell nonsense
     return None
-
-
-def _idle_s() -> float | None:
-    """Since somebody typed on a terminal, or moved a mouse where the system counts that as one; as `w` tells it."""
-    newest = 0.0
-    for folder, pattern in (("/dev/pts", "[0-9]*"), ("/dev", "tty[0-9]*"), ("/dev", "ttys[0-9]*")):
-        for terminal in Path(folder).glob(pattern):
-            with contextlib.suppress(OSError):
-                status = terminal.stat()
-                if status.st_uid or folder == "/dev/pts":  # consoles that nobody has logged in at are root's
-                    newest = max(newest, status.st_atime)
-    return max(0.0, time.time() - newest) if newest else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2pllm.errors import DaemonError, P2PLLMError, StateError
+from p2pllm.metrics import record_files
 from p2pllm_peers.folders import PeerFolder, RunFolder, all_runs
 
 
@@ -42,9 +43,10 @@ def size_of(path: Path) -> int:
 
 def last_round(peer: PeerFolder) -> int | None:
     """The last round that a peer recorded; None if there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        with (peer.path / "rounds.jsonl").open("rb") as lines:
-            return int(json.loads(deque(lines, maxlen=1)[0])["round"])
+    for path in record_files(peer.path / "rounds.jsonl"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            with path.open("rb") as lines:
+                return int(json.loads(deque(lines, maxlen=1)[0])["round"])
     return None
 
 

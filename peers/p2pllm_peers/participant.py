@@ -59,6 +59,10 @@ ANNOUNCED_S = 60.0
 
 SHOWN_LOSSES = 200
 
+NOT_BEFORE_THE_NEXT_START = (
+    "the system lets nobody but root raise the priority of what runs, so nice counts from its next start."
+)
+
 _NOTHING = np.zeros(0, np.float32)
 
 Progress = Callable[[str], None]
@@ -221,11 +225,17 @@ class Participant:
             self._validation_loss = record.validation_loss
         self.view.say(tokens_per_s=self._compute.tokens_per_s)
 
-    def set(self, values: dict[str, Any]) -> None:
-        """Go by these settings from now on. Raises SettingsError if they are not valid; then nothing has changed."""
+    def set(self, values: dict[str, Any]) -> list[str]:
+        """Go by these settings from now on; returns a sentence for each that has to wait for the next start.
+
+        Raises SettingsError if they are not valid; then nothing has changed.
+        """
         self._settings = settings = with_changes(self._settings, values)
         self.guest.change(settings)
         self._limit(settings)
+        if not {"nice", "io_idle"} & set(values) or self._compute.stand_back(settings.nice, settings.io_idle):
+            return []
+        return [NOT_BEFORE_THE_NEXT_START]
 
     def _limit(self, settings: PeerSettings) -> None:
         self._throttle.cpu_percent, self._throttle.duty_percent = settings.cpu_percent, settings.duty_percent

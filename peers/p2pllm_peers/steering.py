@@ -13,6 +13,7 @@ from p2pllm.settings import load_settings
 from p2pllm.settings_file import LIVE, change_settings
 from p2pllm_peers.control import ask
 from p2pllm_peers.folders import PeerFolder, all_runs
+from p2pllm_peers.sense import check
 
 
 def tell(peer: PeerFolder, request: dict[str, Any]) -> dict[str, Any]:
@@ -29,14 +30,16 @@ def tell(peer: PeerFolder, request: dict[str, Any]) -> dict[str, Any]:
 
 def change(changes: dict[str, str]) -> dict[str, Any]:
     """Change the settings file; returns the values as TOML has them. Raises SettingsError; then nothing has changed."""
-    return change_settings({name.strip().replace("-", "_"): value.strip() for name, value in changes.items()})
+    given = {name.strip().replace("-", "_"): value.strip() for name, value in changes.items()}
+    return change_settings(given, check)
 
 
-def tell_running(values: dict[str, Any], home: Path | None) -> list[PeerFolder]:
-    """Have the running peers of this machine go by those values that they can take at once; returns who does."""
+def tell_running(values: dict[str, Any], home: Path | None) -> dict[PeerFolder, list[str]]:
+    """Have the running peers of this machine go by those values that they can take at once.
+
+    Returns who does, each with a sentence for whatever has to wait for its next start all the same.
+    """
     live = {name: value for name, value in values.items() if name in LIVE}
     folder = load_settings(**({} if home is None else {"home": home})).home
     peers = [peer for run in all_runs(folder) for peer in run.peers() if peer.running()] if live else []
-    for peer in peers:
-        tell(peer, {"do": "set", "values": live})
-    return peers
+    return {peer: tell(peer, {"do": "set", "values": live}).get("later", []) for peer in peers}

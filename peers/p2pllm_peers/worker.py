@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import psutil
 
 from p2pllm.errors import P2PLLMError, WorkerError
 from p2pllm.manifest import RunDraft
@@ -150,7 +149,6 @@ class Worker:
             samples_per_s=samples_per_s,
             data_digest=digest,
         )
-        _stand_back(settings.nice, settings.io_idle)  # not while somebody waits for the start
 
     def run(self) -> None:
         """Obey commands; between them compute, if a round is under way."""
@@ -245,19 +243,6 @@ class Worker:
         if self._moments is not None:
             with contextlib.suppress(P2PLLMError):  # worth some steps of warm-up, and no failed end
                 self._work.save(self._moments)
-
-
-def _stand_back(nice: int, io_idle: bool) -> None:
-    """Leave the CPU and the disk to whoever else wants them, the daemon's heartbeats included."""
-    if io_idle and hasattr(psutil, "IOPRIO_CLASS_IDLE"):
-        with contextlib.suppress(psutil.Error):
-            psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
-    threads = Path("/proc/self/task")  # Linux has a niceness for each
-    for thread in [int(entry.name) for entry in threads.iterdir()] if threads.is_dir() else [0]:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.setpriority(os.PRIO_PROCESS, thread, max(nice, os.getpriority(os.PRIO_PROCESS, thread)))
-    with contextlib.suppress(OSError):  # not on macOS, and not where the kernel does not group by session
-        Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def _map(handle: int, size: int, fresh: bool) -> tuple[np.ndarray, np.ndarray]:

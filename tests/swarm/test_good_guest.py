@@ -99,6 +99,19 @@ def test_the_limit_of_processor_time_is_held(pair: Pair) -> None:
     until(lambda: pair.cores("volunteer", 3) > 0.5, "it computes freely again")
 
 
+def test_the_priority_of_a_worker_changes_while_it_computes(pair: Pair) -> None:
+    def niceness() -> set[int]:
+        return {max(process.nice() for process in pair.processes(name)) for name in ("founder", "volunteer")}
+
+    least = max(10, psutil.Process().nice())
+    until(lambda: niceness() == {least}, "the workers stand back")
+    higher = min(19, least + 4)
+    assert pair.run("set", f"nice={higher}").count("goes by it now") == 2
+    assert niceness() == {higher}
+    shown = pair.run("set", "nice=10")
+    assert niceness() == ({higher} if "next start" in shown else {least})
+
+
 def test_a_daemon_is_small(pair: Pair) -> None:
     for name in ("founder", "volunteer"):
         daemon, *children = pair.processes(name)

@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from p2pllm.metrics import JsonlSink, RoundRecord
+import pytest
+
+from p2pllm.metrics import KEPT_FILES, JsonlSink, RoundRecord, record_files
 
 RECORD = RoundRecord(
     round=3,
@@ -52,3 +54,42 @@ def test_half_a_line_swallows_no_record(tmp_path: Path) -> None:
     sink.close()
     first, torn, last = path.read_text().splitlines()
     assert (first, torn, last) == ('{"round":1}', '{"rou', RECORD.to_json())
+
+
+def numbered(round_: int) -> RoundRecord:
+    return replace(RECORD, round=round_)
+
+
+def test_full_files_are_put_away_and_a_bounded_number_stays(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    size = len(RECORD.to_json())
+    sink = JsonlSink(path, file_bytes=3 * size)
+    for round_ in range(1, 101):
+        sink.write(numbered(round_))
+        assert path.stat().st_size > 0, "the newest is always in the first file"
+        if round_ == 50:  # a restart in between
+            sink.close()
+            sink = JsonlSink(path, file_bytes=3 * size)
+    sink.close()
+    assert sorted(tmp_path.iterdir()) == sorted(record_files(path)) and len(record_files(path)) == KEPT_FILES + 1
+    assert all(file.stat().st_size <= 5 * size for file in record_files(path))
+    found = [json.loads(line)["round"] for file in reversed(record_files(path)) for line in file.open()]
+    assert found == list(range(101 - len(found), 101))
+
+
+def test_a_disk_that_makes_no_new_file_loses_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rounds.jsonl"
+    sink = JsonlSink(path, file_bytes=1)
+    sink.write(numbered(1))
+    with monkeypatch.context() as full:
+        full.setattr(JsonlSink, "_opened", refuses)
+        sink.write(numbered(2))
+        sink.write(numbered(3))
+    sink.write(numbered(4))
+    sink.close()
+    found = [file.read_text().count("\n") for file in record_files(path) if file.exists()]
+    assert found == [1, 3]
+
+
+def refuses(sink: JsonlSink) -> None:
+    raise OSError(28, "No space left on device")

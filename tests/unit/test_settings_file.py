@@ -63,9 +63,9 @@ def test_a_damaged_file_is_not_overwritten(file: Path):
 
 
 def test_a_running_peer_takes_what_it_can(file: Path):
-    settings = load_settings(nice=3, cpu_percent=80)
-    changed = with_changes(settings, {"cpu_percent": 40, "nice": 9, "hours": "1-2"})
-    assert (changed.cpu_percent, changed.nice, changed.hours) == (40, 3, "1-2")
+    settings = load_settings(threads=3, cpu_percent=80)
+    changed = with_changes(settings, {"cpu_percent": 40, "threads": 9, "hours": "1-2", "nice": 4})
+    assert (changed.cpu_percent, changed.threads, changed.hours, changed.nice) == (40, 3, "1-2", 4)
     assert with_changes(settings, {}) == settings
     with pytest.raises(SettingsError, match="cpu_percent"):
         with_changes(settings, {"cpu_percent": 0})

@@ -165,7 +165,9 @@ class Dashboard:
         told = await asyncio.to_thread(steering.tell_running, changed, self._home)
         _, peer = await self._chosen(request)
         await self._feed(peer).look()
-        return _done(f"{', '.join(changed)} saved; {len(told)} running peers go by it now.")
+        later = dict.fromkeys(sentence for sentences in told.values() for sentence in sentences)
+        note = f"{', '.join(changed)} saved; {len(told)} running peers go by it now."
+        return _done(" ".join([note, *(f"But {sentence}" for sentence in later)]))
 
 
 async def _stream(page: Page, response: web.StreamResponse) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from p2pllm.errors import P2PLLMError, RunError
 from p2pllm.manifest import RunDraft
+from p2pllm.metrics import record_files
 from p2pllm.settings import PeerSettings
 from p2pllm.settings_file import with_changes
 from p2pllm_peers.control import ask, watch
@@ -126,7 +127,8 @@ class SwarmPeer:
 
     def records(self) -> list[dict[str, Any]]:
         """The rounds that it committed, as it recorded them on this disk."""
-        return read_lines(self.folder.path / "rounds.jsonl") if self.folder is not None else []
+        files = record_files(self.folder.path / "rounds.jsonl") if self.folder is not None else []
+        return [row for file in reversed(files) for row in read_lines(file)]
 
     def kill(self) -> None:
         """All its processes die at once, as when the power fails."""
@@ -183,9 +185,10 @@ class SwarmPeer:
         """Append what it recorded and logged on this disk to out/records/NAME.jsonl and out/logs/NAME.log."""
         if self.folder is None:
             return
-        for source, target in (("rounds.jsonl", f"records/{self.name}.jsonl"), ("daemon.log", f"logs/{self.name}.log")):
+        records = [(file, f"records/{self.name}.jsonl") for file in record_files(self.folder.path / "rounds.jsonl")]
+        for source, target in (*reversed(records), (self.folder.path / "daemon.log", f"logs/{self.name}.log")):
             with contextlib.suppress(FileNotFoundError):
-                content = (self.folder.path / source).read_bytes()
+                content = source.read_bytes()
                 (out / target).parent.mkdir(exist_ok=True)
                 with (out / target).open("ab") as file:
                     file.write(content if content.endswith(b"\n") else content + b"\n")  # a torn line stays alone

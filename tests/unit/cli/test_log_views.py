@@ -73,7 +73,9 @@ def make_peer(home: Path, swarm: MemorySwarm, name: str, number: int) -> PeerFol
         disk.aggregates.put(body.aggregate, source.disk.aggregates.get(body.aggregate) or b"")
     disk.close()
     lines = [record.to_json() for record in source.records if record.round != MISSED]
-    (peer.path / "rounds.jsonl").write_text("\n".join([lines[0][:50], *lines, '{"record_digest":"' + "5a" * 32]))
+    half = len(lines) // 2  # the older ones have been put away
+    (peer.path / "rounds.jsonl.1").write_text("\n".join([lines[0][:50], *lines[:half], ""]))
+    (peer.path / "rounds.jsonl").write_text("\n".join([*lines[half:], '{"record_digest":"' + "5a" * 32]))
     return peer
 
 

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from p2pllm.errors import UsageError
 from p2pllm.metric_names import METRICS
-from p2pllm.metrics import JsonlSink, RoundRecord
+from p2pllm.metrics import JsonlSink, RoundRecord, record_files
 from p2pllm.tally import Reading
 from p2pllm_peers import exporter
 from p2pllm_peers.control import ControlServer
@@ -252,3 +252,69 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path: Path) -> None:
 def test_an_address_that_is_not_ours_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="choose others with --host"):
         MetricsServer(tmp_path, "203.0.113.9", 0)  # an address for documentation, which nobody has
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 11])
+def test_records_are_told_once_over_files_that_are_put_away(followed: Followed, every: int) -> None:
+    sink = JsonlSink(followed.path, file_bytes=3 * len(record(10).to_json()))
+    told = list[int]()
+    for round_ in range(1, 41):
+        sink.write(record(round_, unix_time=float(round_)))
+        if round_ % every == 0:
+            told += followed.news()
+    told += followed.news()
+    sink.close()
+    assert told == list(range(1, 41)) and followed.anew == 0
+
+
+def late_rounds(path: Path) -> list[int]:
+    """What all files have, the oldest first."""
+    texts = [file.read_text() for file in reversed(record_files(path)) if file.exists()]
+    return [RoundRecord.from_json(line).round for text in texts for line in text.splitlines()]
+
+
+def test_who_comes_late_gets_all_that_is_kept(followed: Followed) -> None:
+    sink = JsonlSink(followed.path, file_bytes=1)
+    for round_ in range(1, 10):
+        sink.write(record(round_))
+    sink.close()
+    assert followed.news() == late_rounds(followed.path) == [5, 6, 7, 8, 9]
+
+
+def test_who_was_away_for_longer_than_files_are_kept_begins_anew(followed: Followed) -> None:
+    sink = JsonlSink(followed.path, file_bytes=1)
+    sink.write(record(1))
+    assert followed.news() == [1]
+    for round_ in range(2, 10):
+        sink.write(record(round_))
+    sink.close()
+    assert followed.news() == [5, 6, 7, 8, 9] and followed.anew == 1
+
+
+def test_a_file_that_is_put_away_while_files_are_opened(followed: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = JsonlSink(followed.path, file_bytes=1)
+    for round_ in range(1, 4):
+        sink.write(record(round_))
+    opened, once = Path.open, [True]
+
+    def opening(path: Path, *arguments: Any, **options: Any) -> Any:
+        file = opened(path, *arguments, **options)
+        if path == followed.path and once:
+            once.clear()
+            sink.write(record(4))
+        return file
+
+    with monkeypatch.context() as racing:
+        racing.setattr(Path, "open", opening)
+        assert followed.news() == [1, 2, 3]
+    sink.close()
+    assert followed.news() == [4] and followed.anew == 0
+
+
+def test_the_time_between_putting_away_and_the_first_record(followed: Followed) -> None:
+    followed.add(lines(1, 2))
+    assert followed.news() == [1, 2]
+    followed.path.rename(record_files(followed.path)[1])
+    assert followed.news() == [] and followed.anew == 0
+    followed.add(lines(3))
+    assert followed.news() == [3] and followed.anew == 0

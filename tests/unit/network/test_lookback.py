@@ -11,13 +11,17 @@ import pytest
 
 from p2pllm.errors import NetworkError
 from p2pllm.network.lookback import (
+    ALL_BYTES,
     EVERY_S,
     LOOKBACK,
     MAX_DIALS,
     MAX_SINKS,
+    PEER_BYTES,
     SINK,
     SINK_BYTES,
     SINK_S,
+    WINDOW_S,
+    Allowance,
     Lookback,
     greets,
     host_of,
@@ -175,6 +179,36 @@ async def test_few_lines_are_measured_at_once() -> None:
     assert await upload_mbit(teller.us, teller.host.peer_id, 5.0) > 0, "who sends nothing is not waited for"
     for _, writer in held:
         writer.close()
+
+
+@virtual
+async def test_nobody_fills_our_line_with_measurements() -> None:
+    teller = Teller([HOME], latency_s=0.01)
+    await teller.lookback.start()
+    sender, us = teller.us, teller.host.peer_id
+    for _ in range(PEER_BYTES // SINK_BYTES):
+        assert await upload_mbit(sender, us, 5.0) > 0
+    with pytest.raises(NetworkError, match="took no bytes"):
+        await upload_mbit(sender, us, 5.0)
+    teller.now += WINDOW_S - 1
+    with pytest.raises(NetworkError, match="took no bytes"):
+        await upload_mbit(sender, us, 5.0)
+    teller.now += 1
+    assert await upload_mbit(sender, us, 5.0) > 0
+
+
+def test_an_allowance_is_of_each_peer_and_of_all_and_comes_back() -> None:
+    now = [0.0]
+    allowance = Allowance(lambda: now[0])
+    piece, some = PEER_BYTES // 16, ALL_BYTES // PEER_BYTES
+    for peer in range(some):
+        assert sum(allowance.take(str(peer), piece) for _ in range(99)) == 16
+    assert not any(allowance.take(f"another {number}", piece) for number in range(1000)), "new names help nobody"
+    now[0] = WINDOW_S - 0.1
+    assert not allowance.take("0", piece)
+    now[0] = WINDOW_S
+    assert allowance.take("0", piece) and len(allowance._of) <= 2, "nothing is remembered for longer"
+    assert sum(allowance.take("0", 1 << 15) for _ in range(10_000)) * (1 << 15) <= PEER_BYTES - piece
 
 
 async def test_only_what_greets_as_libp2p_does_is_taken_for_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -62,6 +63,10 @@ async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDr
             while not second.samples:
                 heard.clear()
                 await heard.wait()
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert second.pid is not None and os.getpriority(os.PRIO_PROCESS, second.pid) == max(10, own)
+        assert second.stand_back(12, io_idle=False), "while it computes"
+        assert os.getpriority(os.PRIO_PROCESS, second.pid) == max(12, own)
         update = await second.finish()
         assert update is not None and update.samples > 0 and second.micro_batch > 0
         assert await second.evaluate() == pytest.approx(np.log(257), rel=0.2)

@@ -10,7 +10,8 @@ import pytest
 
 from p2pllm.errors import SettingsError
 from p2pllm.settings import load_settings
-from p2pllm_peers.guest import COOLER_C, IDLE_S, Guest, Machine, why_not
+from p2pllm_peers.guest import COOLER_C, Guest, Machine, why_not
+from p2pllm_peers.presence import AWAY_S, Desktop
 
 NIGHT, NOON = datetime.datetime(2026, 1, 1, 3), datetime.datetime(2026, 1, 1, 12)
 
@@ -26,8 +27,8 @@ NIGHT, NOON = datetime.datetime(2026, 1, 1, 3), datetime.datetime(2026, 1, 1, 12
         ({"only_on_mains": True}, NOON, Machine(on_mains=False), "battery"),
         ({"only_on_mains": True}, NOON, Machine(on_mains=True), ""),
         ({"only_on_mains": True}, NOON, Machine(on_mains=None), ""),
-        ({"only_when_idle": True}, NOON, Machine(idle_s=IDLE_S - 1), "somebody"),
-        ({"only_when_idle": True}, NOON, Machine(idle_s=IDLE_S + 1), ""),
+        ({"only_when_idle": True}, NOON, Machine(idle_s=AWAY_S - 1), "somebody"),
+        ({"only_when_idle": True}, NOON, Machine(idle_s=AWAY_S + 1), ""),
         ({"max_celsius": 80}, NOON, Machine(celsius=81.0), "hot"),
         ({"max_celsius": 80}, NOON, Machine(celsius=79.0), ""),
         ({"monthly_gb": 2.4}, NOON, Machine(), "2.4 GB of this month"),
@@ -123,3 +124,24 @@ def test_this_machine_can_be_looked_at():
     seen = Machine.now()
     assert seen.idle_s is None or seen.idle_s >= 0
     assert seen.celsius is None or 0 < seen.celsius < 150
+
+
+async def test_a_desktop_in_use_is_use_whatever_the_terminals_say(tmp_path: Path):
+    shown = ["no"]
+
+    async def ask(command: list[str]) -> str:
+        if "list-sessions" in command:
+            return "2 1000 ann seat0 tty2\n"
+        return f"Class=user\nType=wayland\nState=active\nRemote=no\nIdleHint={shown[0]}\nIdleSinceHint=1\n"
+
+    peer, settings = Peer(), load_settings(only_when_idle=True)
+    desktop = Desktop(lambda: True, ask)
+    away = Machine(idle_s=AWAY_S * 2)
+    guest = Guest(settings, tmp_path / "p", peer.pause, peer.resume, nothing, lambda: away, desktop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.platform", "linux")
+        await desktop.look()
+        assert "somebody" in guest.resume()
+        shown[0] = "yes"
+        await desktop.look()
+        assert guest.resume() == ""

@@ -35,6 +35,9 @@ def peer(tmp_path: Path) -> PeerFolder:
 def test_what_is_known_of_a_run(peer: PeerFolder):
     assert run_name(peer.run) == "mine" and last_round(peer) == 7
     assert 5000 < size_of(peer.path) < size_of(peer.run.path) < 10_000
+    away = (peer.path / "rounds.jsonl").rename(peer.path / "rounds.jsonl.1")
+    assert last_round(peer) == 7, "it was put away just now"
+    away.unlink()
     (peer.path / "rounds.jsonl").write_bytes(b"not json\n")
     (peer.run.path / "manifest.json").write_bytes(b"{")
     assert run_name(peer.run) == "" and last_round(peer) is None

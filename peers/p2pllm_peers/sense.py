@@ -1,0 +1,142 @@
+"""Sense: new settings that are valid one by one, but do nothing, or stop a peer for good, with the others or here.
+
+Each rule looks only at what a change touches, so that an old line in the settings file never stands in the way of
+another. What does not live here: the bounds of a single setting (`p2pllm.settings`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from p2pllm.errors import SettingsError
+from p2pllm.network.pacing import ON_THE_LINE
+from p2pllm.settings import PeerSettings, settings_file
+from p2pllm_peers.folders import PeerFolder, all_runs
+
+LEAST_CELSIUS = 30.0
+"""A machine at work is never cooler."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a change must fit on this machine. Sizes in bytes; 0: not known."""
+
+    has_sensors: bool = True
+    round_bytes: float = 0.0  # that one round of the busiest running peer moves on the line
+    kept_bytes: int = 0  # of the largest aggregate that a running peer keeps to replay
+
+    @classmethod
+    def now(cls, home: Path) -> Here:
+        """Look at this machine and its running peers."""
+        peers = [peer for run in all_runs(home) for peer in run.peers() if peer.running()]
+        return cls(
+            any(getattr(psutil, "sensors_temperatures", dict)().values()),
+            max(map(_round_bytes, peers), default=0.0),
+            max((_size(file) for peer in peers for file in (peer.path / "aggregates").glob("*")), default=0),
+        )
+
+
+def check(settings: PeerSettings, changed: Collection[str], here: Here | None = None) -> None:
+    """Raise SettingsError for the first thing that makes no sense. changed: the settings that are new."""
+    looked = here or Here.now(settings.home)
+    for names, wrong in (*_pairs(settings), *_folders(settings), *_machine(settings, looked), *_overruled(settings)):
+        if wrong and set(names) & set(changed):
+            raise SettingsError(f"{wrong}; nothing was changed.")
+
+
+Rule = tuple[tuple[str, ...], str]
+"""The settings that it is about, and what is wrong, if anything is."""
+
+
+def _pairs(settings: PeerSettings) -> Iterable[Rule]:
+    gpus = settings.device == "auto" or "cuda" in settings.device
+    yield (
+        ("gpu_memory_gb", "device"),
+        f"gpu_memory_gb = {settings.gpu_memory_gb:g} limits CUDA devices, and device = {settings.device} is none; "
+        "set gpu_memory_gb=0 or another device"
+        if settings.gpu_memory_gb and not gpus
+        else "",
+    )
+    ported = [address for address in settings.announce if "/p2p-circuit" not in address]
+    yield (
+        ("announce", "listen_port"),
+        f"announce names the fixed address {ported[0]}, but listen_port = 0 takes another port at each start; set "
+        "listen_port, too"
+        if ported and not settings.listen_port
+        else "",
+    )
+    yield (
+        ("max_celsius",),
+        f"max_celsius = {settings.max_celsius:g} would pause for good, as a machine at work is warmer; set "
+        f"{LEAST_CELSIUS:g} or more, or 0 for no limit"
+        if 0 < settings.max_celsius < LEAST_CELSIUS
+        else "",
+    )
+
+
+def _folders(settings: PeerSettings) -> Iterable[Rule]:
+    for name in ("home", "cache"):
+        path = getattr(settings, name)
+        relative = not path.is_absolute()
+        yield (name,), f"{name} = {path} is no absolute path, so it would depend on where a peer starts" * relative
+        yield (name,), f"{name} = {path} is a file, not a folder" * (path.exists() and not path.is_dir())
+    missing = bool(settings.data_path) and not Path(settings.data_path).exists()
+    yield ("data_path",), f"data_path = {settings.data_path} does not exist on this machine" * missing
+
+
+def _machine(settings: PeerSettings, here: Here) -> Iterable[Rule]:
+    blind = bool(settings.max_celsius) and not here.has_sensors
+    yield ("max_celsius",), "max_celsius has no effect here: this machine shows no sensor of temperature" * blind
+    month = settings.monthly_gb * 1e9
+    yield (
+        ("monthly_gb",),
+        f"monthly_gb = {settings.monthly_gb:g} is less than one round of a running peer moves, "
+        f"{here.round_bytes / 1e9:.3g} GB; set more, or 0 for no limit"
+        if 0 < month < here.round_bytes
+        else "",
+    )
+    yield (
+        ("disk_gb",),
+        f"disk_gb = {settings.disk_gb:g} is less than a running peer keeps of one round, {here.kept_bytes / 1e9:.3g} GB"
+        if settings.disk_gb * 1e9 < here.kept_bytes
+        else "",
+    )
+
+
+def _overruled(settings: PeerSettings) -> Iterable[Rule]:
+    """The environment is stronger than the file that is to be changed."""
+    for name in PeerSettings.model_fields:
+        variable = f"P2PLLM_{name.upper()}"
+        given = next((value for key, value in os.environ.items() if key.upper() == variable), None)
+        if given is not None and getattr(_taken(name, given), name, None) != getattr(settings, name):
+            yield (name,), f"The environment variable {variable} is stronger than {settings_file()}; unset it first"
+
+
+def _taken(name: str, value: str) -> PeerSettings | None:
+    with contextlib.suppress(ValueError):
+        values: dict[str, Any] = {name: value}
+        return PeerSettings(**values)
+    return None
+
+
+def _round_bytes(peer: PeerFolder) -> float:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        with (peer.path / "rounds.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 20)))
+            last = json.loads(file.read().splitlines()[-1])
+        return float((last["bytes_sent"] + last["bytes_received"]) * ON_THE_LINE)
+    return 0.0
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):  # it has just gone
+        return path.stat().st_size
+    return 0
