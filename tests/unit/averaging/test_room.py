@@ -23,6 +23,10 @@ def test_the_memory_of_a_vector_that_is_gone_is_used_again() -> None:
     assert again.ctypes.data == address
     again[:] = 2
     assert (again == 2).all()
+    del again
+    smaller = room.take(900)
+    assert smaller.shape == (900,)
+    assert smaller.ctypes.data == address
 
 
 @pytest.mark.parametrize(
