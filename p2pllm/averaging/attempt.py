@@ -35,13 +35,14 @@ ACCEPTED, FINISHED, MISMATCH, REFUSED = b"A", b"F", b"M", b"R"
 
 
 class Attempt:
-    """One attempt at one all-reduce; `run` once, then `close`."""
+    """One attempt at one all-reduce; `run` once, then `close`. room: for the mean, float32 (group.size,)."""
 
     def __init__(
         self,
         transport: Transport,
         group: Group,
         vector: Floats,
+        room: Floats,
         *,
         part_elements: int,
         lanes: int = 1,
@@ -53,7 +54,7 @@ class Attempt:
         self.others = tuple(member for member in group.members if member != transport.peer_id)
         self.channels: list[Channel] = []
         self.seconds = dict.fromkeys(("connect", "encode", "decode", "reduce"), 0.0)
-        self.aggregate: Floats = np.empty(group.size, np.float32)
+        self.aggregate = room
         self.longest_silence = 0.0
         """The longest time without progress that a member came back from, in seconds."""
         self._transport = transport

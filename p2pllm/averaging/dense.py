@@ -22,6 +22,7 @@ from p2pllm.averaging.codecs import Floats
 from p2pllm.averaging.exchange import Exchange, Payload
 from p2pllm.averaging.group import GROUP_ID_BYTES, MAX_MEMBERS, ExchangeResult, Group
 from p2pllm.averaging.patience import Patience
+from p2pllm.averaging.room import Room
 from p2pllm.averaging.vigil import GaveUp
 from p2pllm.errors import NetworkError
 from p2pllm.network.streams import held
@@ -85,6 +86,7 @@ class DenseAllReduce(Exchange):
             raise ValueError(f"part_bytes must be a multiple of 256, not {part_bytes}.")
         self._transport = transport
         self._patience = Patience(stall_timeout)
+        self._room = Room()
         self._part_bytes, self._lanes = part_bytes, lanes
         self._pending_timeout = pending_timeout
         self._attempts: dict[bytes, Attempt] = {}
@@ -110,6 +112,7 @@ class DenseAllReduce(Exchange):
             self._transport,
             group,
             vector,
+            self._room.take(group.size),
             part_elements=(self._part_bytes or part_bytes_for(group)) // FLOAT.itemsize,
             lanes=self._lanes or lanes_for(group),
             stall_timeout=self.stall_timeout,
