@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,8 +15,6 @@ from typing import Any
 import numpy as np
 
 from p2pllm.averaging import codec, exchange_of
-from p2pllm.averaging.attempt import STREAM_METHOD as REDUCED
-from p2pllm.averaging.gather import STREAM_METHOD as GATHERED
 from p2pllm.errors import StateError
 from p2pllm.invite import MAX_ADDRESSES, Invite
 from p2pllm.metrics import JsonlSink, RoundRecord
@@ -26,7 +22,6 @@ from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.network.lookback import Lookback
 from p2pllm.network.membership import Membership
 from p2pllm.network.node import Node
-from p2pllm.rounds import plan
 from p2pllm.rounds.credit import Ledger
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.keeper import StateKeeper
@@ -38,15 +33,15 @@ from p2pllm.rounds.serving import GIVE_WAY_S
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.vote import VoteBox
 from p2pllm.settings import PeerSettings
-from p2pllm.settings_file import limits_of, with_changes
+from p2pllm.settings_file import with_changes
 from p2pllm.state import Layout, OuterOptimizer, SharedState, check_arithmetic, outer_optimizer
 from p2pllm_peers.devices import Devices
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
 from p2pllm_peers.guest import Guest
-from p2pllm_peers.links import Links
 from p2pllm_peers.meter import Meter
 from p2pllm_peers.pace import Pace, Paces, serve_pace
+from p2pllm_peers.status import Status
 from p2pllm_peers.throttle import Throttle
 
 log = logging.getLogger(__name__)
@@ -56,8 +51,6 @@ HEARING_S = 10.0
 
 ANNOUNCED_S = 60.0
 """How much longer if the DHT says that the run goes on: as long as a record in it lasts."""
-
-SHOWN_LOSSES = 200
 
 NOT_BEFORE_THE_NEXT_START = (
     "the system lets nobody but root raise the priority of what runs, so nice counts from its next start."
@@ -89,12 +82,8 @@ class Participant:
         self._compute = compute
         self.view = SwarmView(node.peer_id, self._run_id, last_round=manifest.round.rounds)
         self._records = JsonlSink(folder.path / "rounds.jsonl")
-        self._losses: deque[float] = deque(maxlen=SHOWN_LOSSES)
-        self._last: RoundRecord | None = None
+        self._status = Status(manifest, folder.name, node, self.view, compute)
         self._paces = Paces()
-        self._links = Links()
-        self._validation_loss: float | None = None
-        self._started = time.time()
         self._membership: Membership | None = None
         self._following: asyncio.Task[None] | None = None
         self._minding: list[asyncio.Task[None]] = []
@@ -212,17 +201,13 @@ class Participant:
 
     def _on_round(self, record: RoundRecord) -> None:
         """Keep what a round measured."""
-        record = replace(record, traffic=self.traffic())
+        record = replace(record, traffic=self._status.traffic())
         try:
             self._records.write(record)
         except OSError as error:
             log.error("round %d is not recorded in %s: %s", record.round, self.folder.path, error.strerror)
-        self._last = record
+        self._status.note(record)
         self._paces.add(record)
-        self._links.note(record, self._node.traffic.peers)
-        self._losses.append(record.loss)
-        if record.validation_loss is not None:
-            self._validation_loss = record.validation_loss
         self.view.say(tokens_per_s=self._compute.tokens_per_s)
 
     def set(self, values: dict[str, Any]) -> list[str]:
@@ -266,69 +251,9 @@ class Participant:
             addresses += [known[peer][0] for peer in sorted(self._membership.alive()) if known.get(peer)]
         return Invite(self._run_id, self._manifest.founder, tuple(addresses[:MAX_ADDRESSES])).encode()
 
-    def traffic(self) -> dict[str, int]:
-        """Payload bytes so far by kind: control (all calls, the DHT's too), updates (exchanges), state (the rest)."""
-        traffic = self._node.traffic
-        updates = [moved for proto, moved in traffic.streams.items() if proto.endswith((REDUCED, GATHERED))]
-        sent, received = sum(moved.sent for moved in updates), sum(moved.received for moved in updates)
-        return {
-            "control_sent": traffic.calls.sent,
-            "control_received": traffic.calls.received,
-            "updates_sent": sent,
-            "updates_received": received,
-            "state_sent": traffic.sent - traffic.calls.sent - sent,
-            "state_received": traffic.received - traffic.calls.received - received,
-        }
-
     def status(self) -> dict[str, Any]:
-        """What `p2pllm status` shows; every number is measured or counted by this daemon."""
-        own, others = self.view.own, self.view.statuses()
-        return {
-            "run_name": self._manifest.name,
-            "run_id": self._run_id,
-            "name": self.folder.name,
-            "peer_id": self._node.peer_id,
-            "invite": self.invite(),
-            "phase": own.phase,
-            "trouble": self.loop.trouble,
-            "paused": self.loop.paused,
-            "round": own.round,
-            "rounds": self._manifest.round.rounds,
-            "recorded_round": own.round if self._last is None else self._last.round,  # what loss and curve belong to
-            "samples": own.samples,
-            "gathered": plan.gathered(own.head, self.view.with_own()),  # by the swarm, towards the round under way
-            "wanted": self._manifest.round.samples,
-            "credit": {"complete": self._ledger.update(), "samples": self._ledger.samples, "all": self._ledger.of_all},
-            "limits": limits_of(self._settings),
-            "record": own.digest.hex(),
-            "seconds": {} if self._last is None else self._last.seconds,
-            "loss": None if self._last is None else self._last.loss,
-            "validation_loss": self._validation_loss,
-            "losses": [round(loss, 4) for loss in self._losses],
-            "tokens": self._compute.tokens,
-            "tokens_per_s": self._compute.tokens_per_s,
-            "swarm_tokens_per_s": self._compute.tokens_per_s + sum(s.tokens_per_s for s in others.values()),
-            "bytes_sent": self._node.traffic.sent,
-            "bytes_received": self._node.traffic.received,
-            "traffic": self.traffic(),
-            "links": self._links.rows(),
-            "device": self._compute.device,
-            "micro_batch": self._compute.micro_batch,
-            "worker_restarts": self._compute.restarts,
-            "network_restarts": self._node.restarts,
-            "uptime_s": time.time() - self._started,
-            "peers": [
-                {
-                    "peer": peer,
-                    "phase": status.phase,
-                    "round": status.round,
-                    "samples": status.samples,
-                    "tokens_per_s": status.tokens_per_s,
-                    "record": status.digest.hex(),
-                }
-                for peer, status in sorted(others.items())
-            ],
-        }
+        """What `p2pllm status` shows."""
+        return self._status.answer(self.loop, self._ledger, self._settings, self.invite())
 
     def _pace(self) -> Pace:
         return self._paces.of(self.status(), (self.folder.path / "log").stat().st_size)

@@ -6,11 +6,11 @@ What a daemon finds wrong on its way into a run is told case by case, and sooner
 import contextlib
 import json
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from polling import until
 
 from p2pllm_peers.control import ask
 
@@ -79,14 +79,6 @@ def test_home_that_becomes_full(machine) -> None:
 def status_of(machine) -> dict:
     (facts,) = machine.home.glob("runs/*/founder/daemon.json")
     return ask(json.loads(facts.read_text())["socket"], {"do": "status"})
-
-
-def until(condition: Callable[[], bool], what: str, limit: float = 60.0) -> None:
-    """Poll until the condition holds; fail after `limit` seconds."""
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"not within {limit:.0f} s: {what}"
-        time.sleep(0.05)
 
 
 def test_run_that_is_stopped(stopped) -> None:

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,19 +17,9 @@ from typing import Any
 
 import pytest
 from chromium import PROGRAM, browser
+from polling import until
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
-
-HARD_LIMIT_S = 60.0
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Poll until the condition gives something true, and return that."""
-    end = time.monotonic() + HARD_LIMIT_S
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {HARD_LIMIT_S:.0f} s: {what}"
-        time.sleep(0.1)
-    return found
 
 
 class Browser:

@@ -10,21 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
+from polling import until
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
-HARD_LIMIT_S = 60.0
 WATCHED_S = 10.0
 """How long a limit is watched; the lab's scenario `guests` does it for minutes."""
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Poll until the condition gives something true, and return that."""
-    end = time.monotonic() + HARD_LIMIT_S
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {HARD_LIMIT_S:.0f} s: {what}"
-        time.sleep(0.1)
-    return found
 
 
 class Pair:

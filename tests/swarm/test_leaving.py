@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from polling import until
 
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
@@ -18,9 +19,6 @@ from p2pllm_peers.lab.swarm import Swarm, SwarmPeer, swarm_on_loopback
 
 GONE_S = 10.0
 """Bound on the time until nothing is left of a peer that stopped or was killed."""
-
-HARD_LIMIT_S = 60.0
-"""Longest wait for anything else; it fails the test and is no measurement."""
 
 DRAFT = RunDraft.model_validate(
     {
@@ -119,15 +117,6 @@ def test_killed_p2pd_comes_back(swarm: Swarm) -> None:
 
 def quiet(text: str) -> None:
     """Progress that nobody reads."""
-
-
-def until(condition: Callable[[], bool], what: str, limit: float = HARD_LIMIT_S) -> None:
-    """Poll until the condition holds; fail after `limit` seconds."""
-    end = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() >= end:
-            pytest.fail(f"not within {limit:.0f} s: {what}")
-        time.sleep(0.05)
 
 
 def status(peer: SwarmPeer) -> dict[str, Any]:

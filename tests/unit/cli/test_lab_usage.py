@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from p2pllm_peers.lab.scenario import shipped
+
 SCENARIO = """
 duration_s = 10
 [[peers]]
@@ -52,15 +54,4 @@ def test_scenarios_are_listed_one_a_line(peer_env) -> None:
     result = peer_env.p2pllm("lab", "scenarios")
     assert result.returncode == 0
     names = [line.split()[0] for line in result.stdout.splitlines()]
-    assert names == [
-        "churn",
-        "faults",
-        "flash-crowd",
-        "guests",
-        "home-lines",
-        "lan",
-        "partition",
-        "phoenix",
-        "slow-lines",
-        "stragglers",
-    ]
+    assert names == [name for name, _ in shipped()]

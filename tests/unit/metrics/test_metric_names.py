@@ -109,8 +109,8 @@ def test_names_say_kind_and_unit() -> None:
 
 
 def test_the_sample_of_a_status_is_what_a_daemon_answers() -> None:
-    tree = ast.parse((ROOT / "peers/p2pllm_peers/participant.py").read_text())
-    (method,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "status")
+    tree = ast.parse((ROOT / "peers/p2pllm_peers/status.py").read_text())
+    (method,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "answer")
     (reply,) = (node.value for node in ast.walk(method) if isinstance(node, ast.Return))
     assert isinstance(reply, ast.Dict)
     assert {ast.literal_eval(key) for key in reply.keys if key is not None} == set(STATUS)

@@ -234,19 +234,19 @@ def test_beats_of_strangers_never_raise_otherwise(data):
 
 @virtual
 async def test_beats_of_many_members_stay_bounded_and_the_dead_are_noticed(monkeypatch):
-    monkeypatch.setattr("p2pllm.network.table.BEATS_A_SECOND", 32)
-    swarm = await Swarm(80).start()
+    monkeypatch.setattr("p2pllm.network.table.BEATS_A_SECOND", 16)
+    swarm = await Swarm(40).start()
     await asyncio.sleep(5)
     before = [host.sent["beat"].messages for host in swarm.hosts]
     for member in swarm.members:
         member.push()
     await asyncio.sleep(5)
     sent = [host.sent["beat"].messages - was for host, was in zip(swarm.hosts, before, strict=True)]
-    assert max(sent) < 5 * 2 * 32  # those it began and those it answered
-    assert all(len(swarm.alive(n)) == 79 for n in range(80))
+    assert max(sent) < 5 * 2 * 16  # those it began and those it answered
+    assert all(len(swarm.alive(n)) == 39 for n in range(40))
     swarm.hosts[7].kill()
     swarm.hosts[8].freeze()
-    await asyncio.sleep(2 * ALIVE_S * 80 / 32)
+    await asyncio.sleep(2 * ALIVE_S * 40 / 16)
     assert not {7, 8} & swarm.alive(0)
 
 

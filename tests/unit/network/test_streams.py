@@ -64,7 +64,7 @@ async def test_a_limited_machine_receives_no_faster(tmp_path: Path, direct: bool
         await channel.receive_into(memoryview(bytearray(size)))
     else:
         await reader.readexactly(size)
-    assert loop.time() - began > 0.8 * size * ON_THE_LINE / 10e6
+    assert loop.time() - began > 0.5 * size * ON_THE_LINE / 10e6, "some of it at once, as a line may lie idle before"
     assert traffic.received == size
     writer.close()
     await server.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from states import LARGE, LAYOUT, RUN, TINY, chunks_in, fail_at, record_of, save, state_of
 
 from p2pllm.errors import StateError
-from p2pllm.state import CHUNK_BYTES, Layout, SnapshotStore, files
+from p2pllm.state import CHUNK_BYTES, Layout, Snapshot, SnapshotStore, files
 
 LARGE_STATE = state_of(2, LARGE)
 
@@ -41,15 +43,24 @@ def test_any_flipped_byte_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert file.read_bytes() == whole
 
 
+@functools.cache
+def large_snapshot() -> tuple[Snapshot, bytes]:
+    """A snapshot of `LARGE_STATE` and its file: saving one takes longer than looking at it."""
+    with tempfile.TemporaryDirectory() as folder:
+        snapshot = SnapshotStore(Path(folder), RUN, LARGE).save(LARGE_STATE, record_of(2))
+        return snapshot, (Path(folder) / snapshot.name).read_bytes()
+
+
 @given(place=st.floats(0, 0.999999), bit=st.integers(0, 7))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_bit_is_never_served(tmp_path: Path, place: float, bit: int) -> None:
     chunks = chunks_in(LARGE_STATE)
-    snapshot = SnapshotStore(tmp_path, RUN, LARGE).save(LARGE_STATE, record_of(2))
+    snapshot, whole = large_snapshot()
     file = tmp_path / snapshot.name
+    file.write_bytes(whole)
     planned, fresh = (SnapshotStore(tmp_path, RUN, LARGE, read_only=True) for _ in range(2))
     planned.plan(snapshot)
-    raw = bytearray(file.read_bytes())
+    raw = bytearray(whole)
     at = int(place * len(raw))
     raw[at] ^= 1 << bit
     file.write_bytes(raw)
