@@ -3,7 +3,8 @@
     .venv/bin/python scripts/bench/lines.py [--mbit 100] [--seconds 8] [--congestion bbr reno] [--at-once 0 1 2 4]
 
 "fetch": one node fetches chunks from another as a joiner does, or so many at once, each on a stream of its own; the
-share of the rate is the payload that came within the seconds, slow start included. A rate counts whole packets, so
+share of the rate is the payload that came within the seconds: the first ones, with the connection's start, and then as
+often again in the same fetch as --spans says. A rate counts whole packets, so
 95.6 % is all that TCP can do. "all-reduce": values of 40 MB as fp32; the share is the physical limit,
 2 (N - 1) / N x bytes by rate, by the time that it took. A line is of no use as a measure if the emulator was late by
 more than a few milliseconds. --congestion: TCP's, of those that the kernel allows in namespaces
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 import tempfile
@@ -84,8 +86,8 @@ async def play(name: str, host: str, congestion: str, folder: Path) -> None:
         await node.stop()
 
 
-async def _fetch(node: Node, peer: str, at_once: int, seconds: float) -> int:
-    """Bytes that came within so many seconds. at_once: 0 does what a joiner does."""
+async def _fetch(node: Node, peer: str, at_once: int, seconds: float, spans: int) -> list[int]:
+    """Bytes that came within so many seconds, one span after the other. at_once: 0 does what a joiner does."""
 
     fetches = Fetches(node)
 
@@ -96,17 +98,18 @@ async def _fetch(node: Node, peer: str, at_once: int, seconds: float) -> int:
         while True:
             await one(peer, 0)
 
-    before = node.traffic.received
+    came = [node.traffic.received]
     works = [work() for _ in range(at_once)] or [Download(range(ENDLESS), [peer], one).run()]
     tasks = [asyncio.create_task(each) for each in works]
-    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-    came = node.traffic.received - before
+    for _ in range(spans):
+        done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        came.append(node.traffic.received)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
-    return came
+    return [after - before for before, after in itertools.pairwise(came)]
 
 
 async def _reduce(engine: DenseAllReduce, members: list[str], number: int) -> float:
@@ -171,16 +174,19 @@ def nodes(lines: dict[str, Link], congestion: str) -> Iterator[Nodes]:
             process.wait(10)
 
 
-def fetches(mbit: float, seconds: float, at_once: list[int], congestion: str) -> Iterator[list[str]]:
-    """Rows: a line and a number of chunks at once each."""
+def fetches(mbit: float, seconds: float, spans: int, at_once: list[int], congestion: str) -> Iterator[list[str]]:
+    """Rows: a line, a number of chunks at once and a span each."""
     for label, (trip_ms, loss) in FETCHES.items():
         line = Link(up_mbit=mbit, down_mbit=mbit, delay_ms=trip_ms / 4)
         with nodes({"donor": line.model_copy(update={"loss": loss}), "joiner": line}, congestion) as made:
             for count in at_once:
-                made.tell("joiner", "fetch", peer=made.peers["donor"], at_once=count, seconds=seconds)
-                share = made.hear("joiner")["bytes"] * 8e-6 / seconds / mbit
+                order = {"peer": made.peers["donor"], "at_once": count, "seconds": seconds, "spans": spans}
+                made.tell("joiner", "fetch", **order)
+                came = made.hear("joiner")["bytes"]
                 late = f"{made.star.emulator().late_p99_ms:.1f}"
-                yield [f"fetch, {count or 'as many as a joiner'} at once", label, congestion, f"{share:.0%}", late]
+                for span, size in enumerate(came):
+                    what = f"fetch, {count or 'as many as a joiner'} at once, from {span * seconds:g} s"
+                    yield [what, label, congestion, f"{size * 8e-6 / seconds / mbit:.0%}", late]
 
 
 def reduces(mbit: float, repeats: int, congestion: str) -> Iterator[list[str]]:
@@ -208,7 +214,8 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mbit", type=float, default=100.0)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each fetch")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each span of a fetch")
+    parser.add_argument("--spans", type=int, default=2, help="of each fetch")
     parser.add_argument("--repeats", type=int, default=3, help="of each all-reduce")
     usual = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     parser.add_argument("--congestion", nargs="+", default=[usual])
@@ -218,7 +225,7 @@ def main() -> None:
         sys.exit(f"{reason}.")
     rows = []
     jobs: list[Callable[[str], Iterator[list[str]]]] = [
-        lambda congestion: fetches(options.mbit, options.seconds, options.at_once, congestion),
+        lambda congestion: fetches(options.mbit, options.seconds, options.spans, options.at_once, congestion),
         lambda congestion: reduces(options.mbit, options.repeats, congestion),
     ]
     for congestion in options.congestion:
