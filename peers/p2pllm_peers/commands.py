@@ -25,6 +25,9 @@ def commands_of(participant: Participant, leave: Callable[[], None]) -> dict[str
     async def status(request: dict[str, Any]) -> Reply:
         return participant.status()
 
+    async def links(request: dict[str, Any]) -> Reply:
+        return participant.links.look()
+
     async def leaving(request: dict[str, Any]) -> Reply:
         leave()
         return {"leaving": True}
@@ -45,6 +48,7 @@ def commands_of(participant: Participant, leave: Callable[[], None]) -> dict[str
 
     commands: dict[str, Handler] = {
         "status": status,
+        "links": links,
         "leave": leaving,
         "checkpoint": checkpoint,
         "pause": pause,

@@ -1,6 +1,6 @@
-"""Links: how fast this peer exchanged with each of the others in the newest round; of others' links it knows nothing.
+"""Links: how fast this peer exchanged with each of the others in the newest round.
 
-What does not live here: counting bytes (`p2pllm.network.streams`).
+What does not live here: counting bytes (`p2pllm.network.streams`), and others' links (`linkmap`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Links:
         now = {peer: streams.sent + streams.received for peer, streams in moved.items()}
         seconds = record.seconds.get("exchange", 0.0)
         if seconds > 0:
-            fresh = {peer: now[peer] - self._before.get(peer, 0) for peer in record.members if peer in now}
+            known = [peer for peer in record.members if peer in now and peer in self._before]  # others fetched a state
+            fresh = {peer: now[peer] - self._before[peer] for peer in known}
             self._rows = [
                 {"peer": peer, "bytes": count, "mbit": round(count * 8e-6 / seconds, 3)}
                 for peer, count in fresh.items()

@@ -39,6 +39,7 @@ from p2pllm_peers.devices import Devices
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
 from p2pllm_peers.guest import Guest
+from p2pllm_peers.linkmap import LinkMap
 from p2pllm_peers.meter import Meter
 from p2pllm_peers.pace import Pace, Paces, serve_pace
 from p2pllm_peers.status import Status
@@ -84,6 +85,7 @@ class Participant:
         self._records = JsonlSink(folder.path / "rounds.jsonl")
         self._status = Status(manifest, folder.name, node, self.view, compute)
         self._paces = Paces()
+        self.links = LinkMap(node, self._status.links, self.view.statuses)
         self._membership: Membership | None = None
         self._following: asyncio.Task[None] | None = None
         self._minding: list[asyncio.Task[None]] = []
@@ -123,6 +125,7 @@ class Participant:
         await self._exchange.start()
         await BulkServer(node, self._serve).start()
         await serve_pace(node, self._pace)
+        await self.links.serve()
         await self._hear_the_swarm(bool(addresses or membership.known()), progress)
 
     async def _follow_membership(self, membership: Membership) -> None:
@@ -263,6 +266,7 @@ class Participant:
         for task in (*self._minding, self._following):
             if task is not None:
                 task.cancel()
+        self.links.close()
         ending = []
         if self._keeper is not None:
             self._meter.save()

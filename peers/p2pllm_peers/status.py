@@ -38,14 +38,14 @@ class Status:
         self._compute = compute
         self._losses: deque[float] = deque(maxlen=SHOWN_LOSSES)
         self._last: RoundRecord | None = None
-        self._links = Links()
+        self.links = Links()
         self._validation_loss: float | None = None
         self._started = time.time()
 
     def note(self, record: RoundRecord) -> None:
         """A round was committed."""
         self._last = record
-        self._links.note(record, self._node.traffic.peers)
+        self.links.note(record, self._node.traffic.peers)
         self._losses.append(record.loss)
         if record.validation_loss is not None:
             self._validation_loss = record.validation_loss
@@ -95,7 +95,7 @@ class Status:
             "bytes_sent": self._node.traffic.sent,
             "bytes_received": self._node.traffic.received,
             "traffic": self.traffic(),
-            "links": self._links.rows(),
+            "links": self.links.rows(),
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
             "worker_restarts": self._compute.restarts,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,9 @@ from p2pllm_peers.folders import PeerFolder
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+
+LINKS_S = 5.0
+"""How often a daemon is asked for the map of links."""
 
 ANSWER_S = 3.0
 """How long a daemon may take to answer."""
@@ -55,7 +60,6 @@ _SHOWN = (
     "bytes_sent",
     "bytes_received",
     "traffic",
-    "links",
     "device",
     "micro_batch",
     "worker_restarts",
@@ -64,6 +68,8 @@ _SHOWN = (
     "peers",
 )
 """What a page gets of a status: neither invite nor addresses."""
+
+_NO_LINKS: dict[str, list[Any]] = {"peers": [], "pairs": []}
 
 _PRIVATE = {"limits": {}, "trouble": "", "paused": ""}
 """What a public page shows instead: settings, and sentences that may name folders."""
@@ -121,7 +127,9 @@ class Feed:
         self._looked = float("-inf")
         self._book = CreditBook(peer)
         self._uncounted = True  # there may be rounds that the book has not counted
-        self._known: dict[str, Any] = {"status": None, "credits": [], "links": [], "settings": []}
+        self._known: dict[str, Any] = {"status": None, "credits": [], "links": _NO_LINKS, "settings": []}
+        self._texts: dict[str, tuple[Any, str]] = {}
+        self._links_at = float("-inf")
 
     async def start(self) -> dict[str, Any]:
         """All that a page begins with."""
@@ -133,6 +141,13 @@ class Feed:
     def rounds(self) -> Columns:
         """The rounds that a page begins with."""
         return columns(self._history.rows())
+
+    def text(self, event: str, data: Any) -> str:
+        """What a page is sent of an event; made once for all pages."""
+        made = self._texts.get(event)
+        if made is None or made[0] is not data:
+            made = self._texts[event] = (data, packed(data))
+        return made[1]
 
     def open(self, after: int | None = None) -> Page:
         """A page that is told from now on, beginning with how things are.
@@ -180,8 +195,10 @@ class Feed:
                 self._uncounted = True
                 for page in self._pages:
                     page.add(rows)
-            self._tell("links", _links(status))
             self._tell("status", status)
+            if self._looked - self._links_at >= min(LINKS_S, 5 * self._poll_s):
+                self._links_at = self._looked
+                self._tell("links", await asyncio.to_thread(self._ask_links))
             if self._uncounted and self._book.is_due:
                 self._uncounted = False
                 await asyncio.to_thread(self._book.update)
@@ -197,17 +214,23 @@ class Feed:
 
     def _ask(self) -> Status | None:
         """The daemon's status; None if it does not run or answer, which may change at any time."""
-        running = self._peer.running()
-        if not running:
-            return None
-        try:
-            status = ask(running["socket"], {"do": "status"}, ANSWER_S)
-        except DaemonError:
-            return None
+        status = self._answer("status")
         if "round" not in status:
             return None  # an error, or a daemon that ends
         shown = {name: status[name] for name in _SHOWN if name in status}
         return shown | _PRIVATE if self._public else shown
+
+    def _ask_links(self) -> dict[str, list[Any]]:
+        """Who exchanges how fast with whom, as `linkmap.LinkMap.look` tells it."""
+        found = self._answer("links")
+        return found if "pairs" in found else _NO_LINKS
+
+    def _answer(self, what: str) -> dict[str, Any]:
+        running = self._peer.running()
+        try:
+            return ask(running["socket"], {"do": what}, ANSWER_S) if running else {}
+        except DaemonError:
+            return {}
 
     def _read(self) -> list[Row]:
         try:
@@ -219,7 +242,17 @@ class Feed:
         self._is_anew = True
 
 
-def _links(status: Status | None) -> list[dict[str, Any]]:
-    """This peer's links as a page draws them; taken out of the status, which comes more often."""
-    found = status.pop("links", []) if status is not None else []
-    return [{"from": status["peer_id"], "to": link["peer"], **link} for link in found] if status is not None else []
+def packed(data: Any) -> str:
+    """As JSON, which knows no NaN: a loss that is none is null."""
+    try:
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(data), separators=(",", ":"))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data

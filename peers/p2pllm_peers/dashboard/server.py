@@ -6,8 +6,6 @@ What does not live here: who may ask (`guard`), what is shown (`feed`), and what
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -20,7 +18,7 @@ from p2pllm.errors import P2PLLMError, UsageError
 from p2pllm.settings import PeerSettings, load_settings
 from p2pllm.settings_file import LIVE
 from p2pllm_peers import steering
-from p2pllm_peers.dashboard.feed import POLL_S, Feed, Page
+from p2pllm_peers.dashboard.feed import POLL_S, Feed, Page, packed
 from p2pllm_peers.dashboard.guard import Guard, add_headers
 from p2pllm_peers.folders import PeerFolder
 from p2pllm_peers.housekeeping import run_name
@@ -106,7 +104,7 @@ class Dashboard:
             "shown": peer_key(shown),
             **rest,
         }
-        return web.json_response(answer, dumps=_packed)
+        return web.json_response(answer, dumps=packed)
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """What is new. `after` in the address, or Last-Event-ID of a browser that comes back: the last round it has."""
@@ -123,7 +121,7 @@ class Dashboard:
         self._streams.add(task)
         try:
             await response.prepare(request)
-            await _stream(page, response)
+            await _stream(feed, page, response)
         except (ConnectionError, asyncio.CancelledError):
             pass  # the page was closed, or the server ends
         finally:
@@ -170,14 +168,14 @@ class Dashboard:
         return _done(" ".join([note, *(f"But {sentence}" for sentence in later)]))
 
 
-async def _stream(page: Page, response: web.StreamResponse) -> None:
+async def _stream(feed: Feed, page: Page, response: web.StreamResponse) -> None:
     """Write what is new for good; waits for a slow reader, and takes then what is newest."""
     while True:
         news = await page.news(KEEP_ALIVE_S)
         lines = []
         for event, data in news.items():
             last = f"id: {data['round'][-1]}\n" if event == "rounds" else ""
-            lines.append(f"{last}event: {event}\ndata: {_packed(data)}\n\n")
+            lines.append(f"{last}event: {event}\ndata: {feed.text(event, data)}\n\n")
         await response.write("".join(lines or [": still here\n\n"]).encode())
 
 
@@ -203,22 +201,6 @@ async def _sentences(request: web.Request, handler: Callable[[web.Request], Any]
 
 def _done(note: str) -> web.Response:
     return web.json_response({"ok": True, "note": note})
-
-
-def _packed(data: Any) -> str:
-    """As JSON, which knows no NaN: a loss that is none is null."""
-    try:
-        return json.dumps(data, separators=(",", ":"), allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(data), separators=(",", ":"))
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def peer_key(peer: PeerFolder) -> str:

@@ -71,6 +71,12 @@ def record(round_: int, members: int = 2, validation_loss: float | None = None) 
     )
 
 
+def links(members: int, shift: float = 0.0) -> dict[str, Any]:
+    """What a daemon answers that knows the links of so many."""
+    pairs = [[one, two, round(97.5 + shift + one, 1), 2] for one in range(members) for two in range(one + 1, members)]
+    return {"peers": [peer_id(number) for number in range(members)], "pairs": pairs}
+
+
 class FakeDaemon:
     """A peer whose daemon answers `status` with whatever `reply` is, and remembers what it was told."""
 
@@ -80,6 +86,7 @@ class FakeDaemon:
         os.close(self.peer.lock())
         (self.peer.run.path / "manifest.json").write_text("{}")
         self.reply = status()
+        self.links = links(2)
         self.asked = 0
         self.told: list[dict[str, Any]] = []
         self._server: ControlServer | None = None
@@ -90,7 +97,7 @@ class FakeDaemon:
         self._handle = self.peer.lock()
         socket = self.folder / "control"
         orders = dict.fromkeys(("pause", "resume", "set"), self._order)
-        self._server = ControlServer(socket, {"status": self._status, **orders})
+        self._server = ControlServer(socket, {"status": self._status, "links": self._links, **orders})
         await self._server.start()
         (self.peer.path / "daemon.json").write_text(json.dumps({"socket": str(socket)}))
 
@@ -104,6 +111,9 @@ class FakeDaemon:
     async def _status(self, _: dict[str, Any]) -> dict[str, Any]:
         self.asked += 1
         return self.reply
+
+    async def _links(self, _: dict[str, Any]) -> dict[str, Any]:
+        return self.links
 
     async def _order(self, request: dict[str, Any]) -> dict[str, Any]:
         self.told.append(request)

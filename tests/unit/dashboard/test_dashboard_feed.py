@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from dashboard_samples import LIMIT_S, POLL_S, FakeDaemon, next_event, page_of, peer_id, record, status
+from dashboard_samples import LIMIT_S, POLL_S, FakeDaemon, links, next_event, page_of, peer_id, record, status
 
 from p2pllm_peers.dashboard.feed import Feed, Page
 from p2pllm_peers.dashboard.history import PARTS, THINNED, WHOLE, Row
@@ -118,13 +118,14 @@ async def test_a_slow_page_gets_the_newest_status_and_every_round() -> None:
 
 async def test_a_long_run_of_many_peers_stays_small(daemon: FakeDaemon) -> None:
     members = 64
-    daemon.reply = status(members)
+    daemon.reply, daemon.links = status(members), links(members)
     line = record(1, members).to_json()
     with (daemon.peer.path / "rounds.jsonl").open("w") as file:
         file.writelines(line.replace('"round":1,', f'"round":{round_},') + "\n" for round_ in range(1, 5001))
     async with page_of(daemon) as visitor, asyncio.timeout(LIMIT_S):
         response = await visitor.get("/api/start")
         assert len(await response.read()) < 500_000
+        assert len((await response.json())["links"]["pairs"]) == 64 * 63 // 2
         rounds = (await response.json())["rounds"]
         assert rounds["round"][-WHOLE:] == list(range(5001 - WHOLE, 5001))
         assert len(rounds["round"]) <= WHOLE + THINNED
@@ -135,7 +136,13 @@ async def test_a_long_run_of_many_peers_stays_small(daemon: FakeDaemon) -> None:
             told = b""
             while b'"round":[5001]' not in told or b'"round":7,' not in told:
                 told += await stream.content.readline()
-    assert len(told) < 20_000
+            assert len(told) < 20_000, "of a second"
+            daemon.links = links(members, shift=0.1)
+            told = b""
+            while b"event: links" not in told:
+                told = await stream.content.readline()
+            told = await stream.content.readline()
+    assert len(told) < 40_000, "of LINKS_S seconds"
 
 
 async def test_a_loss_that_is_no_number_is_null(daemon: FakeDaemon) -> None:

@@ -8,7 +8,7 @@ const REDRAW_MS = 1000;
 const MOST_ROWS = 3000;
 
 const $ = (id) => document.getElementById(id);
-const state = { status: null, rounds: null, credits: [], links: [], settings: [], public: true, shown: "", peers: [] };
+const state = { status: null, rounds: null, credits: [], links: { peers: [], pairs: [] }, settings: [], public: true, shown: "", peers: [] };
 const stale = new Set();
 let drawing = 0, events = null, asked = new URLSearchParams(location.search).get("peer") || "";
 
@@ -112,7 +112,7 @@ function drawStatus() {
     sent: size(status.bytes_sent),
     received: size(status.bytes_received),
     device: status.device || "–",
-    "micro-batch": String(status.micro_batch),
+    "micro-batch": String(status.micro_batch ?? "–"),
   });
   return undefined;
 }
@@ -163,8 +163,8 @@ function everybody() {
 function drawSwarm() {
   const peers = everybody(), me = state.status?.peer_id;
   drawLinks($("links"), peers, state.links, me);
-  $("links-say").textContent = state.links.length
-    ? "bytes both ways with each of the others since the round before, by the time of the exchange; no peer knows others' links"
+  $("links-say").textContent = state.links.pairs.length
+    ? "bytes both ways between two peers since the round before, by the time of the exchange, as they measured it, the smaller of both claims; the wider or stronger, the faster"
     : "no exchange was measured yet; what each peer is doing is in its colour";
   $("peers").replaceChildren(...peers.map((peer) => {
     const row = document.createElement("tr");

@@ -50,7 +50,7 @@ export function drawRounds(svg, rounds) {
     }
     whole.append(shape("title", {}, said(rounds, row)));
     shapes.push(whole);
-    if (height >= 9 || row === rounds.round.length - 1) {
+    if (height >= 13 || (rounds.round.length - 1 - row) % 2 === 0) {
       const again = rounds.attempts[row] > 1 ? "!" : "";
       shapes.push(shape("text", { x: left - 6, y: y + height / 2 + 3, "text-anchor": "end" }, `${rounds.round[row]}${again}`));
     }
@@ -92,8 +92,9 @@ export function drawLoss(svg, rounds, output) {
     shapes.push(shape("line", { x1: left, x2: width - right, y1: y(loss), y2: y(loss), class: "grid" }));
     shapes.push(shape("text", { x: left - 6, y: y(loss) + 4, "text-anchor": "end" }, String(loss)));
   }
-  for (const round of ticks(from, to, 6).filter(Number.isInteger)) {
-    shapes.push(shape("text", { x: x(round), y: 252, "text-anchor": "middle" }, String(round)));
+  for (const round of ticks(from, to, Math.min(6, Math.floor(width / 80))).filter(Number.isInteger)) {
+    const anchor = x(round) > width - right - 16 ? "end" : "middle";
+    shapes.push(shape("text", { x: x(round), y: 252, "text-anchor": anchor }, String(round)));
   }
   const step = Math.max(1, Math.ceil(n / MOST_POINTS));
   const line = (values) => rounds.round.map((round, row) => [round, values[row], row])
@@ -123,32 +124,80 @@ export function drawLoss(svg, rounds, output) {
   };
 }
 
-// Peers in a circle; a line between two of them is as wide as the exchange between them is fast.
+const MOST_IN_CIRCLE = 24;
+
+// Who exchanges how fast with whom: peers in a circle with lines between them, or where they are many, a square with a
+// field for each two of them. What shows links is made anew only where a link, a peer or the width changed, as 64 peers
+// have four thousand fields.
 export function drawLinks(svg, peers, links, me) {
-  const place = new Map(), radius = 125, middle = fit(svg, 320) / 2, across = Math.min(200, middle - 50);
-  peers.forEach((peer, at) => {
-    const turn = (2 * Math.PI * at) / Math.max(1, peers.length) - Math.PI / 2;
-    place.set(peer.peer, [middle + across * Math.cos(turn), 160 + radius * Math.sin(turn), turn]);
-  });
-  const fastest = Math.max(0.001, ...links.map((link) => link.mbit));
-  const lines = links.filter((link) => place.has(link.from) && place.has(link.to)).map((link) => {
-    const [x1, y1] = place.get(link.from), [x2, y2] = place.get(link.to);
-    const made = shape("line", { x1, y1, x2, y2, class: "link", "stroke-width": 1 + (7 * link.mbit) / fastest });
-    made.append(shape("title", {}, `${short(link.from)} to ${short(link.to)}: ${link.mbit.toFixed(1)} Mbit/s`));
-    return made;
-  });
+  const width = fit(svg, 320), ids = peers.map((peer) => peer.peer), many = peers.length > MOST_IN_CIRCLE;
+  const place = many ? inSquare(ids, width) : inCircle(ids, width);
+  const drawn = [width, ...ids].join();
+  if (svg.links !== links || svg.drawn !== drawn) {
+    svg.links = links;
+    svg.drawn = drawn;
+    svg.pairs = many ? fields(links, place) : lines(links, place);
+  }
   const nodes = peers.map((peer) => {
-    const [cx, cy] = place.get(peer.peer);
+    const { x, y, r } = place.get(peer.peer);
     const kind = peer.peer === me ? "me" : peer.phase === "collecting" || peer.phase === "exchange" ? "busy" : "";
-    const made = shape("circle", { cx, cy, r: peers.length > 24 ? 5 : 9, class: `node ${kind}` });
+    const made = shape("circle", { cx: x, cy: y, r, class: `node ${kind}` });
     made.append(shape("title", {}, `${short(peer.peer)}: ${peer.phase}, ${Math.round(peer.tokens_per_s)} tokens/s`));
     return made;
   });
-  const names = peers.length > 24 ? [] : peers.map((peer) => {
-    const [x, y, turn] = place.get(peer.peer);
-    return shape("text", { x: x + 22 * Math.cos(turn), y: y + 4 + 18 * Math.sin(turn), class: "name" }, short(peer.peer));
+  const names = many ? [] : ids.map((id) => {
+    const { x, y, turn } = place.get(id);
+    return shape("text", { x: x + 38 * Math.cos(turn), y: y + 4 + 18 * Math.sin(turn), class: "name" }, short(id));
   });
-  svg.replaceChildren(...lines, ...nodes, ...names);
+  svg.replaceChildren(svg.pairs, ...nodes, ...names);
+}
+
+function inCircle(ids, width) {
+  const across = Math.min(200, width / 2 - 72);
+  return new Map(ids.map((id, at) => {
+    const turn = (2 * Math.PI * at) / ids.length - Math.PI / 2;
+    return [id, { x: width / 2 + across * Math.cos(turn), y: 160 + 125 * Math.sin(turn), r: 9, turn }];
+  }));
+}
+
+function inSquare(ids, width) {
+  const side = Math.min(width, 320) / ids.length;
+  return new Map(ids.map((id, at) =>
+    [id, { x: (width - side * ids.length) / 2 + (at + 0.5) * side, y: (at + 0.5) * side, r: 0.45 * side, side }]));
+}
+
+// [place of one, place of the other, share of the fastest, what it says] of each pair whose both peers are there.
+function known(links, place) {
+  const fastest = Math.max(0.001, ...links.pairs.map((pair) => pair[2]));
+  return links.pairs.flatMap(([one, other, mbit, sayers]) => {
+    const [from, to] = [links.peers[one], links.peers[other]];
+    const whose = sayers > 1 ? "the smaller of both claims" : "one of them says so";
+    const says = `${short(from)} and ${short(to)}: ${mbit} Mbit/s, ${whose}`;
+    return place.has(from) && place.has(to) ? [[place.get(from), place.get(to), mbit / fastest, says]] : [];
+  });
+}
+
+function lines(links, place) {
+  const group = shape("g", {});
+  for (const [from, to, share, says] of known(links, place)) {
+    const line = shape("line", { x1: from.x, y1: from.y, x2: to.x, y2: to.y, class: "link", "stroke-width": 1 + 7 * share });
+    line.append(shape("title", {}, says));
+    group.append(line);
+  }
+  return group;
+}
+
+function fields(links, place) {
+  const group = shape("g", {});
+  for (const [one, other, share, says] of known(links, place)) {
+    for (const [column, row] of [[one, other], [other, one]]) {
+      const field = shape("rect", { x: column.x - column.side / 2, y: row.y - row.side / 2, width: column.side,
+        height: row.side, class: "field", "fill-opacity": (0.1 + 0.9 * share).toFixed(2) });
+      field.append(shape("title", {}, says));
+      group.append(field);
+    }
+  }
+  return group;
 }
 
 export function short(peer) {
