@@ -77,7 +77,7 @@ class ComputeProcess:
         self._answer: asyncio.Future[Event | None] | None = None
         self._begun: Event | None = None
         self._held = False
-        self._share = 1.0
+        self._share: Event = {"do": "share", "share": 1.0, "cores": None}
         self._samples = 0
         self._speed = Speed(SPEED_WINDOW_S)
 
@@ -239,11 +239,11 @@ class ComputeProcess:
         with contextlib.suppress(WorkerError):  # it died; it is told when it is back
             await self._worker.send({"do": "hold", "held": held})
 
-    async def share(self, share: float) -> None:
-        """Compute in so much of the time, 0 to 1, and rest in between."""
-        self._share = share
+    async def share(self, share: float, cores: float | None) -> None:
+        """Compute in so much of the time, 0 to 1, take so many cores on average (None: all), and rest in between."""
+        self._share = {"do": "share", "share": share, "cores": cores}
         with contextlib.suppress(WorkerError):  # it died; it is told when it is back
-            await self._worker.send({"do": "share", "share": share})
+            await self._worker.send(self._share)
 
     def stand_back(self, nice: int, io_idle: bool) -> bool:
         """Go by these settings; False if the system lets only the next process have that niceness."""
@@ -349,7 +349,7 @@ class ComputeProcess:
     def _orders(self) -> list[Event]:
         """What a worker that was started again must hear to be where we are; the job first."""
         begun = [self._begun] if self._begun is not None else []
-        return [self._job, *begun, {"do": "hold", "held": self._held}, {"do": "share", "share": self._share}]
+        return [self._job, *begun, {"do": "hold", "held": self._held}, self._share]
 
     def _went_down(self, code: int) -> bool:
         """The worker ended, asked or not; whether another one may do better. code: its exit code."""

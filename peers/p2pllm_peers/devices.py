@@ -175,9 +175,10 @@ class Devices:
         """See Compute."""
         await self._each_of(lambda process: process.hold(held))
 
-    async def share(self, share: float) -> None:
-        """Compute in so much of the time, 0 to 1, and rest in between."""
-        await self._each_of(lambda process: process.share(share))
+    async def share(self, share: float, cores: float | None) -> None:
+        """Compute in so much of the time, 0 to 1, take so many cores together (None: all), and rest in between."""
+        each = None if cores is None else cores / len(self._all)
+        await self._each_of(lambda process: process.share(share, each))
 
     def stand_back(self, nice: int, io_idle: bool) -> bool:
         """See ComputeProcess."""

@@ -1,7 +1,8 @@
 """Throttle: keeps what a peer takes of the processor at what the machine's user allows.
 
-The worker rests after each step; how long follows from what all processes of the peer really took, so that heartbeats,
-encryption and the ends of rounds count, too. What does not live here: when a peer may compute at all (`guest`).
+The worker rests after each step (`rest`); how long follows from what all processes of the peer really took, so that
+heartbeats, encryption and the ends of rounds count, too. What does not live here: when a peer may compute at all
+(`guest`).
 """
 
 from __future__ import annotations
@@ -14,45 +15,44 @@ from collections.abc import Awaitable, Callable
 
 import psutil
 
+Tell = Callable[[float, float | None], Awaitable[None]]
+
 MEASURE_S = 2.0
 """How often the processor time is read."""
 
-LEAST_SHARE = 0.01
-"""The worker takes at least a hundredth of the time, so that a peer that pays for much else still brings something."""
+LEAST = 0.1
+"""Of what is allowed the worker may take this much at least, so that a peer that pays for much else still brings
+something."""
 
 _MEMORY_S = 20.0
-"""What was taken too much or too little is made up for within about this time."""
+"""What was taken too little is made up for within about this time."""
 
-_SMOOTHING = 0.3
-"""Weight of the newest measurement in how much the worker takes when it does not rest."""
+_DEBT_S = 300.0
+"""What was taken too much is made up for, too: of a step that took what is allowed in this time, all of it."""
 
 
 class Feedback:
-    """From what was taken to the share of time in which the worker may compute."""
+    """From what was taken to the cores that the worker may take on average, by `rest`."""
 
-    def __init__(self, allowed: float, full: float) -> None:
-        """allowed: cores, all in all. full: cores that the worker takes without rest, a guess that is improved on."""
+    def __init__(self, allowed: float) -> None:
+        """allowed: cores, all in all."""
         self._owed_s = 0.0  # core seconds that may still be taken, or if negative were taken too much
-        self._full = full
-        self.share = min(1.0, max(LEAST_SHARE, allowed / full))
+        self.cores = allowed
 
     def update(self, allowed: float, worker_s: float, others_s: float, wall_s: float) -> float:
-        """The share for the next while. allowed: cores. worker_s, others_s: core seconds taken in the last `wall_s`."""
+        """The cores for the next while. allowed: cores. worker_s, others_s: core seconds taken in the last `wall_s`."""
         self._owed_s += allowed * wall_s - worker_s - others_s
-        bound = allowed * _MEMORY_S  # a pause, or a wait for others, is no credit for an hour of full speed
-        self._owed_s = min(max(self._owed_s, -bound), bound)
-        if worker_s > 0:
-            self._full += _SMOOTHING * (worker_s / wall_s / self.share - self._full)
-        wanted = allowed + self._owed_s / _MEMORY_S - others_s / wall_s
-        self.share = min(1.0, max(LEAST_SHARE, wanted / self._full))
-        return self.share
+        # a pause, or a wait for others, is no credit for an hour of full speed
+        self._owed_s = min(max(self._owed_s, -allowed * _DEBT_S), allowed * _MEMORY_S)
+        self.cores = max(LEAST * allowed, allowed + self._owed_s / _MEMORY_S - others_s / wall_s)
+        return self.cores
 
 
 class Throttle:
-    """Measures this peer's processes and tells the worker how much of the time it may compute."""
+    """Measures this peer's processes and tells the worker how much it may take."""
 
-    def __init__(self, workers: Callable[[], frozenset[int]], tell: Callable[[float], Awaitable[None]]) -> None:
-        """workers: process ids of the workers. tell: hands them the share, 0.01 to 1."""
+    def __init__(self, workers: Callable[[], frozenset[int]], tell: Tell) -> None:
+        """workers: process ids of the workers. tell: hands them a share of the time, and cores, None for all."""
         self._workers = workers
         self._tell = tell
         self._feedback: Feedback | None = None  # there is no limit
@@ -73,21 +73,20 @@ class Throttle:
                 await self._hold(worker_s, others_s, at - before_at)
             elif self._feedback is not None or self.duty_percent / 100 != self._duty:
                 self._feedback = None
-                await self._tell_share(1.0)
+                await self._tell_limits(None)
             await asyncio.sleep(MEASURE_S)  # the span over which it is measured
 
     async def _hold(self, worker_s: float, others_s: float, wall_s: float) -> None:
-        cores = os.cpu_count() or 1
-        allowed = self.cpu_percent / 100 * cores
+        allowed = self.cpu_percent / 100 * (os.cpu_count() or 1)
         if self._feedback is None:  # what was taken before there was a limit does not count
-            self._feedback = Feedback(allowed, cores)
+            self._feedback = Feedback(allowed)
         else:
             self._feedback.update(allowed, worker_s, others_s, wall_s)
-        await self._tell_share(self._feedback.share)
+        await self._tell_limits(self._feedback.cores)
 
-    async def _tell_share(self, share: float) -> None:
+    async def _tell_limits(self, cores: float | None) -> None:
         self._duty = self.duty_percent / 100
-        await self._tell(min(share, self._duty))
+        await self._tell(self._duty, cores)
 
     def _taken(self) -> tuple[float, float]:
         """Core seconds of the workers, and of the daemon and p2pd, since they began."""

@@ -6,7 +6,8 @@ object a line. The first line in is the job. Parameters come and updates go thro
 
     job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "runtime_dir"}
     in       {"do": "begin", "round", "run_id", "peer", "moments"}, {"do": "finish", "go_on"},
-             {"do": "hold", "held"}, {"do": "share", "share"}, {"do": "abandon" | "evaluate" | "memory" | "exit"}
+             {"do": "hold", "held"}, {"do": "share", "share", "cores"},
+             {"do": "abandon" | "evaluate" | "memory" | "exit"}
     out      progress, ready, step, micro_batch, update, abandoned, validation, memory, error
 
 When its standard input closes the daemon is gone, however it died: the worker then removes the sockets that the
@@ -36,6 +37,7 @@ import numpy as np
 from p2pllm.errors import P2PLLMError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
+from p2pllm_peers.rest import Rest
 
 Command = dict[str, Any]
 
@@ -139,8 +141,7 @@ class Worker:
         self._loss = 0.0
         self._goes_on = False  # on from our own parameters, while an update travels
         self._held = False
-        self._share = 1.0  # of the time in which we may compute
-        self._rest_until = 0.0
+        self._rest = Rest()
         pipe.emit(
             "ready",
             layout=layout.to_json(),
@@ -154,7 +155,7 @@ class Worker:
         """Obey commands; between them compute, if a round is under way."""
         while True:
             idle = self._held or self._round is None
-            command = self._pipe.next(None if idle else max(0.0, self._rest_until - time.monotonic()))
+            command = self._pipe.next(None if idle else self._rest.left())
             match command and command["do"]:
                 case None:
                     self._step()
@@ -169,7 +170,7 @@ class Worker:
                     self._held = command["held"]
                 case "share":
                     assert command is not None  # noqa: S101 - matched above
-                    self._share, self._rest_until = command["share"], 0.0
+                    self._rest.share, self._rest.cores = command["share"], command["cores"]
                 case "abandon":
                     self._abandon()
                     self._pipe.emit("abandoned")
@@ -205,12 +206,11 @@ class Worker:
         self._pipe.emit("step", round=self._round, samples=self._work.samples, tokens=result.tokens)
         if self._work.micro_batch != before:
             self._pipe.emit("micro_batch", micro_batch=self._work.micro_batch)
-        ended = time.monotonic()
-        self._rest_until = ended + (ended - began) * (1 / self._share - 1)
+        self._rest.stepped(began)
 
     def _finish(self, go_on: bool) -> None:
         """Hand over the update in the shared memory, and go on with the next round if we shall and can."""
-        if self._round is not None and not self._steps:
+        if self._round is not None and not self._steps and not self._rest.left():
             self._step()  # the swarm is done before our first one: it is nearly free and makes us a member
         elements, samples = self._work.finish(self._update)
         loss = self._loss / max(1, samples)

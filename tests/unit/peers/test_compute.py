@@ -69,6 +69,12 @@ async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDr
         assert os.getpriority(os.PRIO_PROCESS, second.pid) == max(12, own)
         update = await second.finish()
         assert update is not None and update.samples > 0 and second.micro_batch > 0
+        await second.share(1.0, 1e-6)
+        await second.begin(4)
+        assert await second.finish() is None, "it rests from the last step"
+        await second.share(1.0, None)
+        await second.begin(5)
+        assert await second.finish() is not None, "its first step is at the end of the round"
         assert await second.evaluate() == pytest.approx(np.log(257), rel=0.2)
         second.params[:] = np.nan
         assert await second.evaluate() is None, "a loss that is no number is none"

@@ -43,8 +43,8 @@ class Worker:
     async def finish(self, go_on: bool) -> Update | None:
         return self.update
 
-    async def share(self, share: float) -> None:
-        self.told.append(("share", share))
+    async def share(self, share: float, cores: float | None) -> None:
+        self.told.append(("share", (share, cores)))
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ async def test_all_begin_at_the_state_and_draw_other_samples(tmp_path: Path, wor
     peer.params[:] = 3.0
     await peer.begin(1)
     assert all(np.all(worker.told[0][1] == 3.0) for worker in workers)
-    await peer.share(0.5)
-    assert all(worker.told[-1] == ("share", 0.5) for worker in workers)
+    await peer.share(0.5, 1.5)
+    assert all(worker.told[-1] == ("share", (0.5, 0.5)) for worker in workers)
 
 
 async def test_one_that_is_up_is_enough_and_one_that_cannot_live_is_told(tmp_path: Path, workers: list[Worker]) -> None:
