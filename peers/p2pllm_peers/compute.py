@@ -254,7 +254,9 @@ class ComputeProcess:
         return self.pid is None or stand_back(self.pid, self._settings.nice, self._settings.io_idle)
 
     async def park(self) -> None:
-        """See Compute: the process ends, and keeps what is this peer's own."""
+        """See Compute: the process ends, and keeps what is this peer's own; not before it has been built once."""
+        if self._building is not None and not self._building.done():
+            return  # the start waits for it, and would take its silence for a failure
         self._begun = None
         await self._worker.park()
 

@@ -155,8 +155,9 @@ class KeptWorker:
 
     async def park(self) -> None:
         """End it in order; another one follows after `wake`."""
-        self._wanted.clear()
-        await self._end()
+        if self._wanted.is_set():
+            self._wanted.clear()
+            await self._end()
 
     def wake(self) -> None:
         """There is to be one."""
