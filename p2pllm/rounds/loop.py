@@ -169,10 +169,8 @@ class TrainingLoop:
         log.info("pausing: %s", self.paused)
         await self._compute.abandon()
         self._view.say(phase="paused", samples=0, tokens_per_s=0.0)
-        if not await self._view.wait_until(self._may_go_on, PARK_S):
+        while not await self._view.wait_until(self._may_go_on, PARK_S):
             await self._compute.park()
-        while not self._may_go_on():
-            await self._view.wait_change(ROOM_S)
 
     def _may_go_on(self) -> bool:
         return self._stopping or not self.paused

@@ -78,7 +78,7 @@ class Compute(Protocol):
         ...
 
     async def park(self) -> None:
-        """Give the process's memory back until the next `begin`; nothing may be gathered."""
+        """Give the process's memory back until the next `begin`; nothing may be gathered. May be asked again."""
         ...
 
     async def evaluate(self) -> float | None:

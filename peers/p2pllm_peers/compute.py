@@ -63,11 +63,12 @@ class ComputeProcess:
         self.own_steps: list[int] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settings = settings
-        self._runtime_dir = runtime_dir
         self._on_change = on_change
         self._on_progress = on_progress
         self._memory = shared_file()
-        self._worker = KeptWorker(self._memory, self._on_event, self._orders, self._went_down, self._cannot_live)
+        self._worker = KeptWorker(
+            self._memory, runtime_dir, self._on_event, self._orders, self._went_down, self._cannot_live
+        )
         self._job: dict[str, Any] = {}
         self._drawn_for: Event = {}
         self._remembered: Path | None = None
@@ -129,7 +130,6 @@ class ComputeProcess:
             "tokenizer": base64.b64encode(tokenizer).decode() if tokenizer is not None else "",
             "settings": self._settings.model_dump(mode="json"),
             "shared_fd": self._memory,
-            "runtime_dir": str(self._runtime_dir),
             "fresh": fresh,
             "micro_batch": self._settings.micro_batch or (micro_batch if isinstance(micro_batch, int) else 0),
         }
@@ -254,7 +254,9 @@ class ComputeProcess:
         return self.pid is None or stand_back(self.pid, self._settings.nice, self._settings.io_idle)
 
     async def park(self) -> None:
-        """See Compute: the process ends, and keeps what is this peer's own."""
+        """See Compute: the process ends, and keeps what is this peer's own; not before it has been built once."""
+        if self._building is not None and not self._building.done():
+            return  # the start waits for it, and would take its silence for a failure
         self._begun = None
         await self._worker.park()
 

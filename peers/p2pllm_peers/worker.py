@@ -4,7 +4,7 @@ The daemon starts it, writes commands to its standard input and reads events fro
 object a line. The first line in is the job. Parameters come and updates go through one shared file of
 2 * parameters float32 values: first the parameters, then the update.
 
-    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch", "runtime_dir"}
+    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch"}
     in       {"do": "begin", "round", "run_id", "peer", "moments"}, {"do": "finish", "go_on"},
              {"do": "hold", "held"}, {"do": "share", "share", "cores"},
              {"do": "abandon" | "evaluate" | "memory" | "exit"}
@@ -47,22 +47,17 @@ _PROGRESS_EVERY_S = 0.5
 class Pipe:
     """The worker's end of the talk with the daemon: commands in, events out."""
 
-    def __init__(self, source: TextIO, sink: TextIO) -> None:
+    def __init__(self, source: TextIO, sink: TextIO, runtime_dir: str) -> None:
+        """runtime_dir: the daemon's, to be removed behind it."""
         self._source = source
         self._sink = sink
+        self._runtime_dir = runtime_dir
         self._commands: queue.Queue[Command] = queue.Queue()
         self._last_progress = 0.0
-        self.runtime_dir = ""
 
-    def start(self) -> Command:
-        """Wait for the job, then listen in a thread of its own."""
-        line = self._source.readline()
-        if not line:
-            os._exit(0)
-        job: Command = json.loads(line)
-        self.runtime_dir = job["runtime_dir"]
+    def start(self) -> None:
+        """Listen in a thread of its own."""
         threading.Thread(target=self._listen, daemon=True).start()
-        return job
 
     def next(self, wait_s: float | None) -> Command | None:
         """The next command; None if none comes within so many seconds. None waits for one."""
@@ -87,12 +82,13 @@ class Pipe:
 
     def _listen(self) -> None:
         for line in self._source:
-            self._commands.put(json.loads(line))
+            if line.endswith("\n"):  # else the daemon was killed over it
+                self._commands.put(json.loads(line))
         self._end()
 
     def _end(self) -> None:
         """The daemon is gone, perhaps killed: clean up behind it, whatever the other thread is computing."""
-        shutil.rmtree(self.runtime_dir, ignore_errors=True)
+        shutil.rmtree(self._runtime_dir, ignore_errors=True)
         os._exit(0)
 
 
@@ -256,18 +252,20 @@ def _map(handle: int, size: int, fresh: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    """Entry of the process: `python -m p2pllm_peers.worker`, started by the daemon only."""
+    """Entry of the process: `python -m p2pllm_peers.worker RUNTIME_DIR`, started by the daemon only."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when we end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break the protocol
-    pipe = Pipe(sys.stdin, events)
+    pipe = Pipe(sys.stdin, events, sys.argv[1])
+    pipe.start()
     gc.disable()  # while libraries load, of which all stays; a fifth of that time
     # load the libraries while the daemon finds out what to compute: torch, and what all models of transformers need
     for name in ("torch", "p2pllm.training.inner", "transformers.modeling_utils", "transformers.generation"):
         importlib.import_module(name)
 
-    job = pipe.start()
+    job = pipe.next(None)
+    assert job is not None  # noqa: S101 - waited for
     try:
         Worker(pipe, job).run()
     except P2PLLMError as error:

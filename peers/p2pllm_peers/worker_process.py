@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 from p2pllm.errors import OutOfMemoryError, WorkerError
@@ -42,10 +43,13 @@ class WorkerProcess:
         self._reading = asyncio.gather(self._read_events(), self._read_errors())
 
     @classmethod
-    async def launch(cls, memory: int, on_event: Callable[[Event], None]) -> Self:
-        """Start it. memory: descriptor of the shared memory, which the child gets under the same number."""
+    async def launch(cls, memory: int, runtime_dir: Path, on_event: Callable[[Event], None]) -> Self:
+        """Start it. memory: descriptor of the shared memory, which the child gets under the same number.
+
+        runtime_dir: of the daemon's sockets, which the worker removes when the daemon was killed.
+        """
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "p2pllm_peers.worker"),
+            *(sys.executable, "-m", "p2pllm_peers.worker", str(runtime_dir)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -102,6 +106,7 @@ class KeptWorker:
     def __init__(
         self,
         memory: int,
+        runtime_dir: Path,
         on_event: Callable[[Event], None],
         orders: Callable[[], list[Event]],
         on_end: Callable[[int], bool],
@@ -110,11 +115,10 @@ class KeptWorker:
         """orders: what one that was started again must hear; its first is empty while there is nothing to do yet.
 
         on_end: called with the exit code of each that ended, 0 if it was asked to; whether there may be another.
-        on_failure: called when it
-        died too often.
+        on_failure: called when it died too often.
         """
         self.restarts = 0
-        self._memory = memory
+        self._memory, self._runtime_dir = memory, runtime_dir
         self._on_event = on_event
         self._orders = orders
         self._on_end, self._on_failure = on_end, on_failure
@@ -126,7 +130,7 @@ class KeptWorker:
 
     async def launch(self) -> None:
         """Start the first one."""
-        self._worker = await WorkerProcess.launch(self._memory, self._on_event)
+        self._worker = await WorkerProcess.launch(self._memory, self._runtime_dir, self._on_event)
         self._watching = asyncio.create_task(self._watch())
 
     @property
@@ -151,8 +155,9 @@ class KeptWorker:
 
     async def park(self) -> None:
         """End it in order; another one follows after `wake`."""
-        self._wanted.clear()
-        await self._end()
+        if self._wanted.is_set():
+            self._wanted.clear()
+            await self._end()
 
     def wake(self) -> None:
         """There is to be one."""
@@ -197,7 +202,7 @@ class KeptWorker:
                 self.restarts += 1
                 await asyncio.sleep(min(30.0, 2.0 ** (self._crashes - 1) - 1))
             await self._wanted.wait()
-            worker = await WorkerProcess.launch(self._memory, self._on_event)
+            worker = await WorkerProcess.launch(self._memory, self._runtime_dir, self._on_event)
             first, *others = self._orders()
             with contextlib.suppress(WorkerError):  # it died again; the next turn sees that
                 await worker.send(first)

@@ -167,14 +167,11 @@ class Feed:
         return page
 
     def close(self, page: Page) -> None:
-        """A page is gone; with the last one goes the polling."""
+        """A page is gone; with the last one the polling ends, after the look that is under way."""
         self._pages.discard(page)
-        if not self._pages and self._polling is not None:
-            self._polling.cancel()
-            self._polling = None
 
     async def _poll(self) -> None:
-        while True:
+        while self._pages:  # never cancelled: rounds that a thread has read for a look come only once
             try:
                 await self.look()
             except Exception:

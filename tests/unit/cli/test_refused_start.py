@@ -65,7 +65,7 @@ class WorkerHere:
         self._ended = asyncio.Event()
 
     @classmethod
-    async def launch(cls, memory: int, on_event: Callable[[dict[str, Any]], None]) -> WorkerHere:
+    async def launch(cls, memory: int, runtime_dir: Path, on_event: Callable[[dict[str, Any]], None]) -> WorkerHere:
         return cls(on_event)
 
     async def send(self, command: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ class WorkerHere:
             self._ended.set()
             return
         with pytest.raises(P2PLLMError) as caught:
-            Worker(Pipe(io.StringIO(), io.StringIO()), command)
+            Worker(Pipe(io.StringIO(), io.StringIO(), ""), command)
         self._on_event({"event": "error", "kind": type(caught.value).__name__, "message": str(caught.value)})
 
     async def wait(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -101,6 +102,21 @@ async def test_many_pages_cost_one_question_and_no_page_costs_none(daemon: FakeD
         asked = daemon.asked
     await asyncio.sleep(5 * POLL_S)
     assert daemon.asked <= asked + 1  # a question that was on its way when the last page was closed
+
+
+async def test_rounds_that_are_read_while_the_last_page_closes_are_not_lost(daemon: FakeDaemon) -> None:
+    daemon.append(record(1))
+    feed = Feed(daemon.peer, list, poll_s=POLL_S)
+    may_answer, has_read = threading.Event(), threading.Event()
+    ask, read = feed._ask, feed._read
+    feed._ask = lambda: ask() if may_answer.wait(LIMIT_S) else None  # type: ignore[method-assign]
+    feed._read = lambda: (read(), has_read.set())[0]  # type: ignore[method-assign]
+    page = feed.open()
+    await asyncio.to_thread(has_read.wait, LIMIT_S)
+    feed.close(page)
+    await asyncio.sleep(0)
+    may_answer.set()
+    assert (await feed.start())["rounds"]["round"] == [1]
 
 
 async def test_a_slow_page_gets_the_newest_status_and_every_round() -> None:

@@ -55,6 +55,8 @@ async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDr
         assert known is not None
         await second.resume(draft, None, TIMEOUT_S, known)
         assert not second.ready
+        await second.park()
+        assert second.pid is not None, "a pause must not look like a start that failed"
         second.params[:] = 0.25
         await second.begin(3)
         await asyncio.wait_for(second.wait_ready(), TIMEOUT_S)
@@ -76,6 +78,11 @@ async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDr
         await second.begin(5)
         assert await second.finish() is not None, "its first step is at the end of the round"
         assert await second.evaluate() == pytest.approx(np.log(257), rel=0.2)
+        for _ in range(2):  # a pause that lasts asks again
+            await second.park()
+            assert second.pid is None
+        await second.begin(6)
+        await asyncio.wait_for(second.wait_ready(), TIMEOUT_S)
         second.params[:] = np.nan
         assert await second.evaluate() is None, "a loss that is no number is none"
 

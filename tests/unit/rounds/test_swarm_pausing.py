@@ -58,6 +58,8 @@ async def test_a_peer_without_samples_pauses_at_once_and_gives_its_memory_back()
     assert not second.compute.parked
     await swarm.until(lambda: second.compute.parked)
     assert asyncio.get_running_loop().time() - begin == pytest.approx(PARK_S, abs=1.0)
+    second.compute.parked = False  # as if it could not be at that moment
+    await swarm.until(lambda: second.compute.parked)
     at = second.keeper.head
     await asyncio.sleep(30)
     assert second.keeper.head == at and first.keeper.head[0] > at[0] + 3, "a paused peer fetches nothing"
