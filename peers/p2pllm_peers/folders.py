@@ -201,10 +201,14 @@ def check_signature(manifest: RunManifest, signature: bytes) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that no reader and no crash of ours leaves half of it. Raises StateError."""
+    """Write a small file so that no reader and no crash of ours leaves half of it. Raises StateError.
+
+    Other users of the machine cannot read it: a daemon's holds the invite.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _file_errors(path):
         try:
+            temporary.touch(0o600)
             temporary.write_bytes(data)
             temporary.replace(path)
         finally:

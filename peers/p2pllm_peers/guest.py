@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from p2pllm.errors import StateError
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.folders import write_whole
 from p2pllm_peers.presence import AWAY_S, Desktop, terminals_idle_s
@@ -95,10 +96,13 @@ class Guest:
         self._changed = asyncio.Event()
 
     def pause(self, seconds: float | None) -> None:
-        """Pause for so long, or until `resume`. Raises StateError if the disk does not keep it."""
+        """Pause for so long, or until `resume`; on a disk that does not keep it, until the next start at most."""
         self._until = math.inf if seconds is None else time.time() + seconds
-        write_whole(self._file, json.dumps({"until": None if seconds is None else self._until}).encode())
         self._changed.set()
+        try:
+            write_whole(self._file, json.dumps({"until": None if seconds is None else self._until}).encode())
+        except StateError as error:
+            log.warning("the next start will not know of this pause: %s", error)
 
     def resume(self) -> str:
         """End the user's pause; returns why the peer does not compute yet, or nothing."""
@@ -113,18 +117,23 @@ class Guest:
         self._changed.set()
 
     async def run(self) -> None:
-        """Look at the machine and at what the user wants, for good."""
-        async with asyncio.TaskGroup() as both:
-            both.create_task(self._desktop.run())
-            both.create_task(self._mind())
+        """Look at the machine and at what the user wants, for good: whatever fails, limits are kept."""
+        while True:
+            try:
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self._desktop.run())
+                    both.create_task(self._mind())
+            except Exception:
+                log.exception("this machine cannot be looked after; trying again")
+                await asyncio.sleep(LOOK_S)
 
     async def _mind(self) -> None:
         while True:
             reason = self._why_not()
             if reason != self._reason:
                 log.info("%s", f"pausing: {reason}" if reason else "going on")
-                self._reason = reason
                 await (self._pause(reason) if reason else self._resume())
+                self._reason = reason
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(LOOK_S, max(0.0, self._until - time.time()) or LOOK_S)):

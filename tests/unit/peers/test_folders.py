@@ -180,6 +180,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, identity: Identity) ->
 def test_write_whole_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_whole(path, b"old")
+    assert path.stat().st_mode & 0o777 == 0o600, "a daemon's has the invite"
     (tmp_path / f".file.{os.getpid()}.tmp").mkdir()
     with pytest.raises(StateError, match="Cannot use"):
         write_whole(path, b"new")

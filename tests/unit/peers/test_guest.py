@@ -120,6 +120,35 @@ async def test_a_damaged_file_is_no_pause(tmp_path: Path, content: bytes):
     assert guest.resume() == ""
 
 
+async def test_a_look_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("p2pllm_peers.guest.LOOK_S", 0.001)
+    answers = iter([OSError("a folder has just gone"), 3e9])
+
+    def moved(now: datetime.datetime) -> float:
+        answer = next(answers, 3e9)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    peer = Peer()
+    guest = Guest(load_settings(monthly_gb=2), tmp_path / "p", peer.pause, peer.resume, moved)
+    task = asyncio.create_task(guest.run())
+    assert "this month" in await peer.told()
+    task.cancel()
+
+
+async def test_a_full_disk_does_not_keep_a_peer_from_pausing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    peer = Peer()
+    guest = Guest(load_settings(), tmp_path / "not there" / "p", peer.pause, peer.resume, nothing)
+    task = asyncio.create_task(guest.run())
+    guest.pause(60)
+    assert "until" in await peer.told()
+    assert "next start" in caplog.text
+    guest.resume()
+    assert await peer.told() == ""
+    task.cancel()
+
+
 def test_this_machine_can_be_looked_at():
     seen = Machine.now()
     assert seen.idle_s is None or seen.idle_s >= 0
