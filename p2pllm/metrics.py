@@ -6,6 +6,7 @@ other tools (`metric_names`), and getting them there (`sinks`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -97,8 +98,9 @@ class JsonlSink:
         full.close()
 
     def close(self) -> None:
-        """Flush and close the file."""
-        self._file.close()
+        """Close the file. What the disk did not take was reported by `write`."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _is_torn(path: Path) -> bool:

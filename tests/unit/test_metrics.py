@@ -60,6 +60,16 @@ def numbered(round_: int) -> RoundRecord:
     return replace(RECORD, round=round_)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_reported_once_a_record_and_does_not_spoil_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    path.symlink_to("/dev/full")
+    sink = JsonlSink(path)
+    with pytest.raises(OSError, match="No space"):
+        sink.write(RECORD)
+    sink.close()
+
+
 def test_full_files_are_put_away_and_a_bounded_number_stays(tmp_path: Path) -> None:
     path = tmp_path / "rounds.jsonl"
     size = len(RECORD.to_json())
