@@ -61,6 +61,9 @@ class PeerSettings(BaseSettings):
     micro_batch: int = Field(0, ge=0, le=65536, description="samples computed at once; 0 = found by itself")
     listen_host: str = Field("0.0.0.0", description="IP address to listen on")  # noqa: S104 - peers must reach it
     listen_port: int = Field(0, ge=0, le=65535, description="TCP port to listen on; 0 = any free one")
+    direct_port: int = Field(
+        0, ge=0, le=65535, description="TCP port for updates and states, if others reach it; 0 = any free one"
+    )
     announce: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="multiaddresses that others shall use instead of the found ones; commas between them"
     )

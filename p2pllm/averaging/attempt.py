@@ -62,6 +62,7 @@ class Attempt:
         self._vector = vector
         self._codec = codec(group.codec)
         self._part_elements = part_elements
+        self._lane_bytes = codec(group.codec).bytes_for(group.size // len(group.members) // lanes)
         self._own = np.empty(min(part_elements, group.size), np.float32)
         self._stall = stall_timeout
         self._vigil = Vigil(stall_timeout)
@@ -148,7 +149,7 @@ class Attempt:
     async def _exchange_with(self, peer: str, digest: bytes, lane: int, tasks: TaskGroup) -> None:
         with blaming(peer):
             with self._vigil.wait(peer, Want.OPEN).waiting():
-                reader, writer = await self._transport.open_stream(peer, STREAM_METHOD)
+                reader, writer = await self._transport.open_stream(peer, STREAM_METHOD, self._lane_bytes)
             receiving, sending = self._vigil.wait(peer, Want.PULL), self._vigil.wait(peer, Want.PUSH)
             channel = Channel(reader, writer, receiving, sending)
             self.channels.append(channel)

@@ -132,7 +132,8 @@ def _widen(writer: StreamWriter) -> None:
     sock = writer.get_extra_info("socket")
     if sock is None:
         return
-    writer.transport.set_write_buffer_limits(high=0)
+    # TLS, which looks at its buffer only when something is written, would wait for ever with 0
+    writer.transport.set_write_buffer_limits(high=1 if writer.get_extra_info("sslcontext") else 0)
     if sock.family == socket.AF_UNIX:
         with suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHUNK_BYTES)  # Linux doubles it
@@ -183,7 +184,7 @@ class _DirectProtocol(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._end()
-        return True
+        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()

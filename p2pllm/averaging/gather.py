@@ -50,6 +50,7 @@ class _Updates:
 
     members: frozenset[str]
     by_digest: dict[bytes, bytes]
+    expected: int  # about how large another one is
     missing: dict[bytes, str] = field(default_factory=dict)  # digest -> who made it
 
 
@@ -126,7 +127,7 @@ class Gather:
         if group.group_id in self._groups:
             raise ValueError("This group was run before; every attempt needs a new group id.")
         missing = {its: member for member, its in zip(group.members, group.digests, strict=True) if its != digest}
-        updates = _Updates(frozenset(group.members), {digest: payload}, missing)
+        updates = _Updates(frozenset(group.members), {digest: payload}, len(payload), missing)
         self._groups[group.group_id] = updates
         while len(self._groups) > _KEPT:
             self._groups.popitem(last=False)
@@ -143,7 +144,7 @@ class Gather:
         others = (member for member in group.members if member not in (maker, self._transport.peer_id))
         for peer in (maker, *others):
             try:
-                data = await self._take(peer, group.group_id + digest)
+                data = await self._take(peer, group.group_id + digest, updates.expected)
             except (NetworkError, OSError, EOFError, TimeoutError) as error:
                 why = why or f"{peer} does not give its update: {str(error).rstrip('.') or 'it is silent'}."
                 continue
@@ -154,9 +155,9 @@ class Gather:
             why = why or f"{peer} gives another update than it signed, or none."
         return why
 
-    async def _take(self, peer: str, request: bytes) -> bytes | None:
+    async def _take(self, peer: str, request: bytes, expected: int) -> bytes | None:
         """The bytes that `peer` answers with; None if it has none."""
-        reader, writer = await self._noting(self._transport.open_stream(peer, STREAM_METHOD))
+        reader, writer = await self._noting(self._transport.open_stream(peer, STREAM_METHOD, expected))
         try:
             writer.write(request)
             await self._noting(writer.drain())

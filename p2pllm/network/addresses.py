@@ -68,6 +68,14 @@ def is_loopback(address: str) -> bool:
     return address.startswith(("/ip4/127.", "/ip6/::1/"))
 
 
+def host_of(address: str) -> str | None:
+    """The IP address or the host's name in an address of TCP; None for a relay's and all others."""
+    parts = address.split("/")
+    if "/p2p-circuit" in address or len(parts) < 4 or parts[3] != "tcp":
+        return None
+    return parts[2] if parts[1] in {"ip4", "ip6", "dns", "dns4", "dns6"} else None
+
+
 def port_of(address: str) -> int | None:
     """The TCP port in an address, if it has one of its own and is not a relay's."""
     if "/p2p-circuit" in address:

@@ -46,6 +46,10 @@ class AddressBook:
                     places.append(place)
         return places
 
+    def texts(self, peer: str) -> tuple[str, ...]:
+        """The addresses of a peer as they were learned."""
+        return self._addresses.get(peer, ())
+
     def meet(self, peer: str) -> bool:
         """Note that p2pd knows the peer; False if that was known."""
         if peer in self._met:

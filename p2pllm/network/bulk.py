@@ -20,7 +20,7 @@ from typing import Any
 from p2pllm.errors import NetworkError
 from p2pllm.network.messages import pack, unpack
 from p2pllm.network.streams import held, pace
-from p2pllm.network.transport import Transport
+from p2pllm.network.transport import MUCH_BYTES, Transport
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Fetches:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._unused: dict[str, list[Stream]] = {}
+        self._unused: dict[tuple[str, bool], list[Stream]] = {}  # by peer, and whether for much
 
     def close(self) -> None:
         """Close the streams that are kept for what may be fetched next."""
@@ -155,22 +155,22 @@ class Fetches:
         Raises NetworkError if the peer fails, stalls, is slower than SLOWEST_BYTES_PER_S, or announces more than
         `max_bytes`.
         """
-        while (stream := self._kept(peer)) is not None:
+        while (stream := self._kept(peer, max_bytes >= MUCH_BYTES)) is not None:
             with contextlib.suppress(EOFError, OSError):  # it was closed for want of requests
                 return await self._fetch(peer, stream, request, max_bytes)
-        stream = await self._transport.open_stream(peer, "fetch")
+        stream = await self._transport.open_stream(peer, "fetch", max_bytes)
         try:
             return await self._fetch(peer, stream, request, max_bytes)
         except (EOFError, OSError) as error:
             raise _broken_off(peer, error) from None
 
-    def _kept(self, peer: str) -> Stream | None:
+    def _kept(self, peer: str, for_much: bool) -> Stream | None:
         """A stream that is no longer used; those of all peers that have ended are forgotten."""
-        for other, streams in list(self._unused.items()):
-            self._unused[other] = [stream for stream in streams if not (stream[0].at_eof() or stream[1].is_closing())]
-            if not self._unused[other]:
-                del self._unused[other]
-        kept = self._unused.get(peer)
+        for kind, streams in list(self._unused.items()):
+            self._unused[kind] = [stream for stream in streams if not (stream[0].at_eof() or stream[1].is_closing())]
+            if not self._unused[kind]:
+                del self._unused[kind]
+        kept = self._unused.get((peer, for_much))
         return kept.pop() if kept else None
 
     async def _fetch(
@@ -190,7 +190,7 @@ class Fetches:
             raise _broken_off(peer, error) from None
         finally:
             if is_whole:
-                self._unused.setdefault(peer, []).append(stream)
+                self._unused.setdefault((peer, max_bytes >= MUCH_BYTES), []).append(stream)
             else:
                 writer.close()
         return (header, body) if found else None

@@ -18,17 +18,19 @@ from hivemind.p2p import PeerID
 
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import Identity, is_peer_id
-from p2pllm.network.addresses import MAX_ADDRESS_BYTES, MAX_ADDRESSES, split, to_text
+from p2pllm.network.addresses import MAX_ADDRESS_BYTES, MAX_ADDRESSES, host_of, split, to_text
 from p2pllm.network.book import AddressBook
 from p2pllm.network.calls import METHOD as CALLS
 from p2pllm.network.calls import Calls
 from p2pllm.network.control import P2PD_STOPPED, Control
 from p2pllm.network.dht import Directory
+from p2pllm.network.direct import METHOD as DIRECT
+from p2pllm.network.direct import Direct
 from p2pllm.network.options import ListenSettings, NodeSettings, P2pdOptions
 from p2pllm.network.p2pd import Progress
 from p2pllm.network.streams import Traffic
 from p2pllm.network.supervisor import Supervisor
-from p2pllm.network.transport import MAX_CALL_BYTES, CallHandler, StreamHandler
+from p2pllm.network.transport import MAX_CALL_BYTES, MUCH_BYTES, CallHandler, StreamHandler
 from p2pllm.network.wire import short
 
 OPEN_STREAM_S = 10.0
@@ -60,6 +62,8 @@ class Node:
         self._book = AddressBook()
         self._calls = Calls(lambda peer: self._stream(peer, CALLS))
         self._streams: dict[str, StreamHandler] = {CALLS: self._calls.accept}
+        self._direct = Direct(self.traffic, self._ask_for_direct, self._hosts, self._accept_direct)
+        self._calls.serve(DIRECT, self._direct.introduce)
         self._background: set[asyncio.Task[Any]] = set()
         self.on_reconnect: Callable[[], None] = lambda: None
         """Called when a peer is reached again after p2pd was restarted; the owner may set it."""
@@ -91,6 +95,11 @@ class Node:
         self.traffic.pacer.mbit, self.traffic.intake.mbit = settings.upload_mbit, settings.download_mbit
         self.directory.member = member
         await self._supervisor.start(progress)
+        try:
+            await self._direct.start(runtime_dir, settings.listen_host, settings.direct_port)
+        except BaseException:
+            await self._supervisor.stop()
+            raise
         return self
 
     async def stop(self) -> None:
@@ -98,6 +107,7 @@ class Node:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self._direct.stop()
         await self._supervisor.stop()
 
     @property
@@ -193,7 +203,7 @@ class Node:
             self._book.lose(peer)
             raise
 
-    async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
+    async def open_stream(self, peer: str, method: str, expected: int = 0) -> tuple[StreamReader, StreamWriter]:
         """See Transport.
 
         An end of the stream is also what a lost connection looks like, so the data must say where they end.
@@ -201,6 +211,8 @@ class Node:
         """
         try:
             async with asyncio.timeout(OPEN_STREAM_S):
+                if expected >= MUCH_BYTES and (stream := await self._direct.open(peer, self._prefix + method)):
+                    return stream
                 return await self._stream(peer, method)
         except TimeoutError:
             raise NetworkError(f"Peer {short(peer)} did not take a stream within {OPEN_STREAM_S:g} s.") from None
@@ -237,6 +249,17 @@ class Node:
             await self._streams[method](peer, reader, writer)
 
         await control.serve_stream(self._prefix + method, accept)
+
+    async def _ask_for_direct(self, peer: str, payload: bytes) -> bytes:
+        return await self.call(peer, DIRECT, payload, OPEN_STREAM_S)
+
+    async def _hosts(self, peer: str) -> list[str]:
+        """Where a peer may be reached: from where it is connected with us, then where it says that it is."""
+        texts = [*await self.seen_at(peer), *self._book.texts(peer)]
+        return [host for text in texts if (host := host_of(text)) is not None]
+
+    async def _accept_direct(self, peer: str, proto: str, reader: StreamReader, writer: StreamWriter) -> None:
+        await self._streams[proto.removeprefix(self._prefix)](peer, reader, writer)
 
     async def _introduced(self, peer: str) -> Control:
         """The connection to p2pd, which now knows the addresses that we know of the peer."""

@@ -15,6 +15,8 @@ class ListenSettings(Protocol):
     @property
     def listen_port(self) -> int: ...
     @property
+    def direct_port(self) -> int: ...
+    @property
     def announce(self) -> tuple[str, ...]: ...
     @property
     def nat(self) -> bool: ...
@@ -32,6 +34,7 @@ class NodeSettings:
 
     listen_host: str = "127.0.0.1"
     listen_port: int = 0
+    direct_port: int = 0
     announce: tuple[str, ...] = ()
     nat: bool = False
     startup_timeout_s: float = 120.0

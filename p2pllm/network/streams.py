@@ -1,7 +1,7 @@
-"""Counted streams over Unix sockets: asyncio's readers and writers with a larger buffer and a byte count.
+"""Counted streams over sockets: asyncio's readers and writers with a larger buffer and a byte count.
 
 What lives here: the two stream classes, opening and accepting them, and the counters. What does not: the
-messages that p2pd expects at the start of a stream (`control`).
+messages that p2pd expects at the start of a stream (`control`), and TLS (`direct`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MAX_PEERS = 256
 _CANCEL_S = 0.5
 """A handler that does not end when it is cancelled is left behind."""
 
-Accept = Callable[[StreamReader, StreamWriter], Awaitable[None]]
+Accept = Callable[[Any, Any], Awaitable[None]]
+"""(reader, writer), both counted"""
 
 
 @dataclass
@@ -212,26 +213,44 @@ class _Protocol(StreamReaderProtocol):
         return CountedWriter(transport, self, self.reader, self._loop_used)
 
 
-async def open_unix(path: Path) -> tuple[CountedReader, CountedWriter]:
-    """Connect to a Unix socket. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    transport, protocol = await loop.create_unix_connection(lambda: _Protocol(None), str(path))
+Make = Callable[[], asyncio.Protocol]
+
+
+async def open_with(connect: Callable[[Make], Awaitable[tuple[Any, Any]]]) -> tuple[CountedReader, CountedWriter]:
+    """Connect. connect: makes a transport for a protocol, as the loop's `create_connection`. Raises OSError."""
+    transport, protocol = await connect(lambda: _Protocol(None))
     return protocol.reader, protocol.writer(transport)
 
 
-class UnixServer:
-    """Accepts streams on a Unix socket and runs one task for each, until it is closed."""
+async def open_unix(path: Path) -> tuple[CountedReader, CountedWriter]:
+    """Connect to a Unix socket. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    return await open_with(lambda make: loop.create_unix_connection(make, str(path)))
 
-    def __init__(self, path: Path, accept: Accept) -> None:
-        self._path = path
-        self._handler = accept
-        self._server: asyncio.AbstractServer | None = None
+
+class Server:
+    """Accepts streams and runs one task for each, until it is closed."""
+
+    def __init__(self, accept: Accept, listen: Callable[[Make], Awaitable[asyncio.Server]]) -> None:
+        """listen: makes the server of a protocol, as the loop's `create_server`."""
+        self._handler, self._listen = accept, listen
+        self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def open(self) -> int:
+        """Streams that are served."""
+        return len(self._tasks)
+
+    @property
+    def port(self) -> int:
+        """On which it listens, if that is TCP."""
+        assert self._server is not None  # noqa: S101 - it was started
+        return int(self._server.sockets[0].getsockname()[1])
 
     async def start(self) -> None:
         """Listen. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _Protocol(self._accepted), str(self._path), backlog=256)
+        self._server = await self._listen(lambda: _Protocol(self._accepted))
 
     def _accepted(self, reader: CountedReader, writer: CountedWriter) -> None:
         task = asyncio.create_task(self._run(reader, writer))
@@ -245,11 +264,24 @@ class UnixServer:
             writer.close()
 
     async def close(self) -> None:
-        """Stop accepting, cancel what runs, remove the socket."""
+        """Stop accepting, and cancel what runs."""
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CANCEL_S)
+
+
+class UnixServer(Server):
+    """On a Unix socket, which is removed when the server is closed."""
+
+    def __init__(self, path: Path, accept: Accept) -> None:
+        self._path = path
+        loop = asyncio.get_running_loop()
+        super().__init__(accept, lambda make: loop.create_unix_server(make, str(path), backlog=256))
+
+    async def close(self) -> None:
+        """Stop accepting, cancel what runs, remove the socket."""
+        await super().close()
         self._path.unlink(missing_ok=True)

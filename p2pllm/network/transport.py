@@ -22,6 +22,9 @@ StreamHandler = Callable[[str, StreamReader, StreamWriter], Awaitable[None]]
 MAX_CALL_BYTES = 256 * 1024
 """Bound on the payload and on the reply of a call; anything larger travels in a stream."""
 
+MUCH_BYTES = 1 << 20
+"""A stream that is to carry so much is worth a dial; less travels sooner on a connection that stands already."""
+
 
 class Transport(Protocol):
     """Calls for small messages, streams for bulk."""
@@ -38,9 +41,10 @@ class Transport(Protocol):
         """
         ...
 
-    async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
+    async def open_stream(self, peer: str, method: str, expected: int = 0) -> tuple[StreamReader, StreamWriter]:
         """Open a stream of bytes, both ways. Raises NetworkError. The caller closes the writer.
 
+        expected: bytes that are to travel, for which another path may be worth while.
         Who reads from the stream's socket past the reader calls the reader's `hand_over()`, if there is one, and what
         that returns with each number of bytes that came.
         """

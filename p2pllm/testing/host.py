@@ -123,7 +123,7 @@ class MemoryHost:
         reply: bytes = await future
         return reply
 
-    async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
+    async def open_stream(self, peer: str, method: str, expected: int = 0) -> tuple[StreamReader, StreamWriter]:
         """See Transport. Raises UnreachableError where nobody is there, NetworkError otherwise."""
         call = Call(self, peer, method, b"", is_stream=True)
         future: Any = call.future

@@ -82,7 +82,7 @@ async def _start(identity: Identity, invite: Invite, settings: PeerSettings, fol
     except NetworkError:
         if not settings.listen_port:
             raise
-        anywhere = settings.model_copy(update={"listen_port": 0})
+        anywhere = settings.model_copy(update={"listen_port": 0, "direct_port": 0})
         return await Node.start(identity, invite.run_id, folder, anywhere, relays=invite.addresses, member=False)
 
 

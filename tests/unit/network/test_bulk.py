@@ -110,13 +110,13 @@ async def test_a_stream_that_was_closed_for_want_of_requests_costs_nothing(
     fetches = Fetches(pair)
     monkeypatch.setattr(bulk, "REQUEST_TIMEOUT_S", 0.05)
     assert await fetches.fetch("server", {}, 10) is None
-    (stream,) = fetches._unused["server"]
+    (stream,) = fetches._unused["server", False]
     while server._open or (known and not stream[0].at_eof()):
         await asyncio.sleep(0.01)
     monkeypatch.undo()
     assert await fetches.fetch("server", {}, 10) is None
     assert pair.callers == 2
-    assert stream not in fetches._unused["server"]
+    assert stream not in fetches._unused["server", False]
     fetches.close()
 
 

@@ -1,0 +1,348 @@
+"""Direct: TLS 1.3 sockets that carry bulk between peers that reach each other; p2pd is the fallback that always works.
+
+A stream of p2pd shares one TCP connection with all others to the same peer and crosses two more processes. A socket of
+its own fills a long line, keeps calls out of the queue behind bulk, and costs a third of the processor time. Each start
+of a node has a certificate of its own. Peers tell each other theirs in a call, which p2pd has authenticated, and take
+no other: that binds it to the peer id, and both ends check it. What does not live here: which streams are worth a dial
+(`node`), and NAT: whoever is not reached within DIAL_S is not tried again for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from blake3 import blake3
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from p2pllm.errors import NetworkError, SettingsError
+from p2pllm.network.messages import pack, unpack
+from p2pllm.network.streams import CountedReader, CountedWriter, Server, Traffic, count, open_with
+from p2pllm.network.wire import short
+
+log = logging.getLogger(__name__)
+
+METHOD = "direct/1"
+"""The call in which peers introduce themselves: {certificate} -> {certificate, port}."""
+
+DIAL_S = 3.0
+"""Time for the introduction and the dial, both; a firewall that drops what comes must not hold up a round."""
+
+RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
+"""A peer that was not reached is tried again after so long, and twice as long after every further failure."""
+
+MAX_PEERS = 256
+"""Peers that may dial us, and whom we know how to dial; the oldest are forgotten."""
+
+MAX_HOSTS = 4
+"""Hosts of one peer that are tried, all at once."""
+
+MAX_OPEN = 512
+"""Streams of others that are open at a time."""
+
+_MAX_CERTIFICATE_BYTES = 1024
+_MAX_INTRODUCTION_BYTES = 2048
+_KEY_FILE = "direct.pem"
+
+Stream = tuple[CountedReader, CountedWriter]
+Accept = Callable[[str, str, CountedReader, CountedWriter], Awaitable[None]]
+"""(caller's peer id, protocol, reader, writer)"""
+
+
+@dataclass
+class _Known:
+    """How a peer is dialled."""
+
+    context: ssl.SSLContext
+    name: str
+    port: int
+    hosts: tuple[str, ...]
+
+
+class Direct:
+    """Opens and accepts direct streams. Made once a node, started and stopped with it."""
+
+    def __init__(
+        self,
+        traffic: Traffic,
+        call: Callable[[str, bytes], Awaitable[bytes]],
+        hosts: Callable[[str], Awaitable[Iterable[str]]],
+        accept: Accept,
+    ) -> None:
+        """call: introduces us to a peer, and returns its answer. hosts: where a peer may be, likely ones first."""
+        self._traffic, self._call, self._hosts, self._handler = traffic, call, hosts, accept
+        self._key_file = Path(os.devnull)
+        self._certificate = b""
+        self._port = 0
+        self._server: Server | None = None
+        self._callers: dict[str, tuple[str, ssl.SSLContext]] = {}  # by the name of their certificate
+        self._known: dict[str, _Known] = {}
+        self._introducing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._failed: dict[str, tuple[float, float]] = {}  # until when, and for how long, a peer is not tried
+
+    async def start(self, folder: Path, host: str, port: int) -> None:
+        """Listen. folder: private, for the key. port: 0 for any. Raises SettingsError if the port is taken."""
+        self._key_file = folder / _KEY_FILE
+        self._certificate = _new_certificate(self._key_file)
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        context.sni_callback = self._choose
+        server = Server(self._accepted, lambda make: _listen(make, host, port, context))
+        try:
+            await server.start()
+        except OSError as error:
+            self._key_file.unlink(missing_ok=True)
+            raise SettingsError(
+                f"This machine cannot listen on {host} port {port} for bulk: {error.strerror or error}; "
+                "choose another with direct_port, or 0 for any free one."
+            ) from None
+        self._port = server.port
+        self._server = server
+
+    async def stop(self) -> None:
+        """Close all that others opened, and forget our key."""
+        if self._server is not None:
+            await self._server.close()
+            self._server = None
+            self._key_file.unlink(missing_ok=True)
+
+    # -- dialling --------------------------------------------------------------------------------------------
+
+    async def open(self, peer: str, proto: str) -> Stream | None:
+        """A stream of `proto`, or None where this peer is not reached so. Takes at most DIAL_S seconds."""
+        clock = asyncio.get_running_loop().time
+        if self._server is None or self._failed.get(peer, (0.0, 0.0))[0] > clock():
+            return None
+        try:
+            async with asyncio.timeout(DIAL_S):
+                stream = await self._dial(peer)
+        except (OSError, NetworkError, ValueError) as error:  # TimeoutError is an OSError
+            pause = min(2 * self._failed.get(peer, (0.0, RETRY_S / 2))[1], LONGEST_RETRY_S)
+            self._failed[peer] = (clock() + pause, pause)
+            _bound(self._failed)
+            log.info("peer %s is not reached directly (%s); p2pd carries its bulk", short(peer), error or "no answer")
+            return None
+        self._failed.pop(peer, None)
+        return self._begun(stream, peer, proto)
+
+    async def _dial(self, peer: str) -> Stream:
+        """Raises OSError, NetworkError, ValueError."""
+        known = self._known.get(peer)
+        if known is not None:
+            with contextlib.suppress(OSError):  # the peer may have been started anew
+                return await self._connect(known)
+        async with self._introducing.setdefault(peer, asyncio.Lock()):
+            now_known = self._known.get(peer)
+            if now_known is None or now_known is known:
+                now_known = self._known[peer] = await self._introduced(peer)
+                _bound(self._known)
+        return await self._connect(now_known)
+
+    async def _introduced(self, peer: str) -> _Known:
+        answer = _unpack(await self._call(peer, pack({"certificate": self._certificate})))
+        port, certificate = answer.get("port"), _certificate_in(answer)
+        if type(port) is not int or not 0 < port < 1 << 16:
+            raise ValueError("it listens on no port for that")
+        context = self._context(ssl.PROTOCOL_TLS_CLIENT, certificate)
+        hosts = tuple(dict.fromkeys(await self._hosts(peer)))[:MAX_HOSTS]
+        return _Known(context, _name(certificate), port, hosts)
+
+    async def _connect(self, known: _Known) -> Stream:
+        """To the first of its hosts that answers, which is the only one from then on. Raises OSError."""
+        tasks = {asyncio.create_task(self._connect_to(host, known)): host for host in known.hosts}
+        error: Exception = OSError("no host of it is known")
+        try:
+            for done in asyncio.as_completed(tasks):
+                try:
+                    stream = await done
+                except OSError as one:
+                    error = one
+                    continue
+                winner = next(task for task in tasks if task.done() and not task.cancelled() and not task.exception())
+                known.hosts = (tasks.pop(winner),)
+                return stream
+        finally:
+            await _drop(tasks)
+        raise error
+
+    async def _connect_to(self, host: str, known: _Known) -> Stream:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, known.port, type=socket.SOCK_STREAM)
+        family, kind, number, _, address = found[0]
+        sock = socket.socket(family, kind, number)
+        try:
+            sock.setblocking(False)
+            _tune(sock)
+            await loop.sock_connect(sock, address)
+            stream = await open_with(
+                lambda make: loop.create_connection(
+                    make, sock=sock, ssl=known.context, server_hostname=_name(self._certificate)
+                )
+            )
+        except BaseException:
+            sock.close()
+            raise
+        if _name_of_other(stream[1]) != known.name:
+            stream[1].transport.abort()
+            raise OSError("it has another certificate than it said")
+        return stream
+
+    def _begun(self, stream: Stream, peer: str, proto: str) -> Stream:
+        reader, writer = stream
+        word = proto.encode()
+        writer.write(bytes([len(word)]) + word)
+        count(reader, writer, self._traffic.of(proto), 0, self._traffic.with_(peer))
+        return stream
+
+    # -- answering -------------------------------------------------------------------------------------------
+
+    async def introduce(self, peer: str, payload: bytes) -> bytes:
+        """Answer a peer's introduction: from now on it may dial us. Raises ValueError for what is no certificate."""
+        certificate = _certificate_in(_unpack(payload))
+        name = _name(certificate)
+        if name not in self._callers:
+            for old in [old for old, (other, _) in self._callers.items() if other == peer]:
+                del self._callers[old]
+            self._callers[name] = (peer, self._context(ssl.PROTOCOL_TLS_SERVER, certificate))
+            _bound(self._callers)
+        elif self._callers[name][0] != peer:
+            raise ValueError("this is the certificate of somebody else")
+        self._failed.pop(peer, None)  # it was started anew, or is reached again
+        return pack({"certificate": self._certificate, "port": self._port})
+
+    def _choose(self, tls: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> int | None:
+        """The context that takes the certificate of this caller and no other."""
+        if name not in self._callers:
+            return int(ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME)
+        tls.context = self._callers[name][1]
+        return None
+
+    async def _accepted(self, reader: CountedReader, writer: CountedWriter) -> None:
+        try:
+            peer, _ = self._callers[_name_of_other(writer)]
+            if self._server is None or self._server.open > MAX_OPEN:
+                return
+            async with asyncio.timeout(DIAL_S):
+                length = (await reader.readexactly(1))[0]
+                proto = (await reader.readexactly(length)).decode()
+            handshake = 1 + length
+            await self._handler(peer, proto, *self._counted(reader, writer, peer, proto, handshake))
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            log.debug("a direct stream ended: %r", error)
+        except Exception:
+            log.exception("a stream handler failed")
+
+    def _counted(self, reader: CountedReader, writer: CountedWriter, peer: str, proto: str, handshake: int) -> Stream:
+        count(reader, writer, self._traffic.of(proto), handshake, self._traffic.with_(peer))
+        return reader, writer
+
+    def _context(self, protocol: int, trusted: bytes = b"") -> ssl.SSLContext:
+        """Ours, which trusts nobody but who has this certificate. Raises ValueError for what is none."""
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False  # names are those of certificates, which are compared
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_cert_chain(self._key_file)
+        if protocol == ssl.PROTOCOL_TLS_SERVER:
+            context.num_tickets = 0
+        if trusted:
+            try:
+                context.load_verify_locations(cadata=trusted)
+            except ssl.SSLError:
+                raise ValueError("this is no certificate") from None
+        return context
+
+
+async def _drop(tasks: Iterable[asyncio.Task[Stream]]) -> None:
+    """End dials that are not needed any more, and close what they have opened."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if not isinstance(result, BaseException):
+            result[1].transport.abort()
+
+
+async def _listen(
+    make: Callable[[], asyncio.BaseProtocol], host: str, port: int, context: ssl.SSLContext
+) -> asyncio.Server:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _tune(sock)  # what is accepted inherits it
+        sock.bind((host, port))
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(make, sock=sock, ssl=context, ssl_handshake_timeout=DIAL_S, backlog=256)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _tune(sock: socket.socket) -> None:
+    """BBR, where the system lets us: one lost packet in 200 leaves the usual control a tenth of a line."""
+    if hasattr(socket, "TCP_CONGESTION"):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
+
+def _new_certificate(file: Path) -> bytes:
+    """Write a key and its certificate to a file of mode 0600; returns the certificate, DER."""
+    key = Ed25519PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "p2pllm")])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(datetime.datetime(1970, 1, 2))  # UTC; clocks may be wrong by years
+        .not_valid_after(datetime.datetime(9999, 12, 31))
+        .sign(key, None)
+    )
+    file.unlink(missing_ok=True)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+        out.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        out.write(made.public_bytes(Encoding.PEM))
+    return made.public_bytes(Encoding.DER)
+
+
+def _name(certificate: bytes) -> str:
+    """What a certificate is called; fit for a host's name, as which the caller sends its own."""
+    return blake3(certificate).hexdigest(length=16)
+
+
+def _name_of_other(writer: CountedWriter) -> str:
+    tls = writer.get_extra_info("ssl_object")
+    return _name(tls.getpeercert(True) or b"")
+
+
+def _unpack(payload: bytes) -> dict[str, object]:
+    value = unpack(payload, _MAX_INTRODUCTION_BYTES)
+    if not isinstance(value, dict):
+        raise ValueError("an introduction is not a map")
+    return value
+
+
+def _certificate_in(value: dict[str, object]) -> bytes:
+    found = value.get("certificate")
+    if not isinstance(found, bytes) or not 0 < len(found) <= _MAX_CERTIFICATE_BYTES:
+        raise ValueError("there is no certificate in an introduction")
+    return found
+
+
+def _bound(what: dict[str, Any]) -> None:
+    while len(what) > MAX_PEERS:
+        del what[next(iter(what))]
