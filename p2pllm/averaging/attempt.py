@@ -30,6 +30,10 @@ MAGIC = b"p2ar\x01"
 HEADER_BYTES = len(MAGIC) + 64
 """Magic and version, group id, digest of the group; the opener's values follow."""
 
+AHEAD_PARTS = 8
+"""Parts of our values that a lane sends before their means come back. Else the values would all go first, and on a long
+line the means' own connection takes seconds to find out that it is alone."""
+
 ACCEPTED, FINISHED, MISMATCH, REFUSED = b"A", b"F", b"M", b"R"
 """First byte that a reducer answers: go on; we ended this attempt; other terms; not you, or not twice."""
 
@@ -155,17 +159,19 @@ class Attempt:
             self.channels.append(channel)
             await channel.take_over()
             await channel.send(MAGIC + self.group.group_id + digest)
-            push = tasks.create_task(self._push(channel, lane))
-            await self._pull(channel, lane)
+            ahead = asyncio.Semaphore(AHEAD_PARTS)
+            push = tasks.create_task(self._push(channel, lane, ahead))
+            await self._pull(channel, lane, ahead)
             await push
             channel.close()
 
-    async def _push(self, channel: Channel, lane: int) -> None:
+    async def _push(self, channel: Channel, lane: int, ahead: asyncio.Semaphore) -> None:
         with blaming(channel.peer):
             for part in self._parts(channel.peer, lane):
+                await ahead.acquire()
                 await channel.send(self._encode_own(part))
 
-    async def _pull(self, channel: Channel, lane: int) -> None:
+    async def _pull(self, channel: Channel, lane: int, ahead: asyncio.Semaphore) -> None:
         answer = bytearray(1)
         await channel.receive_into(memoryview(answer))
         _check_answer(channel.peer, bytes(answer))
@@ -175,6 +181,7 @@ class Attempt:
             await self._receive(channel, mean, staging)
             if not np.isfinite(mean).all():
                 raise GaveUp(frozenset({channel.peer}), f"{channel.peer} sent a mean that is not finite.")
+            ahead.release()
 
     # -- the span that we reduce -----------------------------------------------------------------------------
 

@@ -41,9 +41,9 @@ class Channel:
     async def take_over(self) -> None:
         """Read straight from the socket from now on, if there is one; no read may be under way."""
         transport = self._writer.transport
-        if self._writer.get_extra_info("socket") is None or transport.is_closing():
+        if not isinstance(transport, asyncio.Transport) or transport.is_closing():
             return
-        if not isinstance(transport, asyncio.Transport):
+        if self._writer.get_extra_info("socket") is None:
             return
         # A reader that counts for its node does not see what goes past it.
         hand_over = getattr(self._reader, "hand_over", lambda: lambda count: None)
@@ -144,6 +144,7 @@ class _DirectProtocol(asyncio.BufferedProtocol):
 
     def __init__(self, transport: asyncio.Transport, receiving: Wait, report: Callable[[int], None]) -> None:
         self._transport = transport
+        self._is_tls = transport.get_extra_info("sslcontext") is not None
         self._report = report
         self._receiving = receiving
         # The StreamWriter's drain() and wait_closed() live in the stream's own protocol: it must hear, too.
@@ -184,7 +185,7 @@ class _DirectProtocol(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._end()
-        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
+        return not self._is_tls  # which has no half-closed state
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()

@@ -45,7 +45,7 @@ HEADER_SECONDS = 10.0
 """How long a stream may take to say which group it belongs to."""
 
 MIN_PART_BYTES, MAX_PART_BYTES = 1 << 16, 1 << 20
-PARTS = 64
+PARTS = 256
 """Parts of a span, within these bounds. While the first one comes and the last one goes a line is used in one direction
 only; smaller ones cost more processor than that is worth."""
 

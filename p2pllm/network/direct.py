@@ -135,7 +135,10 @@ class Direct:
             log.info("peer %s is not reached directly (%s); p2pd carries its bulk", short(peer), error or "no answer")
             return None
         self._failed.pop(peer, None)
-        return self._begun(stream, peer, proto)
+        word = proto.encode()
+        stream[1].write(bytes([len(word)]) + word)
+        self._count(stream, peer, proto, 0)
+        return stream
 
     async def _dial(self, peer: str) -> Stream:
         """Raises OSError, NetworkError, ValueError."""
@@ -199,12 +202,8 @@ class Direct:
             raise OSError("it has another certificate than it said")
         return stream
 
-    def _begun(self, stream: Stream, peer: str, proto: str) -> Stream:
-        reader, writer = stream
-        word = proto.encode()
-        writer.write(bytes([len(word)]) + word)
-        count(reader, writer, self._traffic.of(proto), 0, self._traffic.with_(peer))
-        return stream
+    def _count(self, stream: Stream, peer: str, proto: str, handshake: int) -> None:
+        count(*stream, self._traffic.of(proto), handshake, self._traffic.with_(peer))
 
     # -- answering -------------------------------------------------------------------------------------------
 
@@ -237,16 +236,12 @@ class Direct:
             async with asyncio.timeout(DIAL_S):
                 length = (await reader.readexactly(1))[0]
                 proto = (await reader.readexactly(length)).decode()
-            handshake = 1 + length
-            await self._handler(peer, proto, *self._counted(reader, writer, peer, proto, handshake))
+            self._count((reader, writer), peer, proto, handshake=1 + length)
+            await self._handler(peer, proto, reader, writer)
         except (OSError, EOFError, ValueError, KeyError) as error:
             log.debug("a direct stream ended: %r", error)
         except Exception:
             log.exception("a stream handler failed")
-
-    def _counted(self, reader: CountedReader, writer: CountedWriter, peer: str, proto: str, handshake: int) -> Stream:
-        count(reader, writer, self._traffic.of(proto), handshake, self._traffic.with_(peer))
-        return reader, writer
 
     def _context(self, protocol: int, trusted: bytes = b"") -> ssl.SSLContext:
         """Ours, which trusts nobody but who has this certificate. Raises ValueError for what is none."""

@@ -188,7 +188,9 @@ def count(reader: StreamReader, writer: StreamWriter, moved: Moved, handshake: i
     link: where the bytes count a second time.
     """
     if isinstance(reader, CountedReader) and isinstance(writer, CountedWriter):
-        moved.received += reader.uncounted - handshake
+        for each in (moved, link):
+            if each is not None:
+                each.received += reader.uncounted - handshake
         reader.moved = writer.moved = moved
         reader.link = writer.link = link
 

@@ -18,7 +18,9 @@ from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import Identity
 from p2pllm.network import supervisor
 from p2pllm.network.bulk import Blob, BulkServer, fetch
+from p2pllm.network.direct import METHOD as DIRECT
 from p2pllm.network.membership import Membership
+from p2pllm.network.messages import pack
 from p2pllm.network.node import Node, NodeSettings
 from p2pllm.network.transport import MAX_CALL_BYTES
 
@@ -181,6 +183,33 @@ async def test_streams_both_ways(pair):
         assert traffic.sent - traffic.calls.sent == traffic.received - traffic.calls.received == 32 * MIB
     with pytest.raises(NetworkError, match="does not offer"):
         await ann.open_stream(bob.peer_id, "missing")
+
+
+async def test_much_goes_directly_and_over_p2pd_where_nobody_answers(pair):
+    ann, bob = pair
+    block = os.urandom(MIB)
+
+    async def mirror(peer, reader, writer):
+        assert peer == ann.peer_id
+        writer.write(await reader.readexactly(MIB))
+        await writer.drain()
+
+    async def is_direct() -> bool:
+        reader, writer = await ann.open_stream(bob.peer_id, "mirror", MIB)
+        writer.write(block)
+        assert await reader.readexactly(MIB) == block
+        tls = writer.get_extra_info("ssl_object")
+        writer.close()
+        return tls is not None
+
+    await bob.serve_stream("mirror", mirror)
+    assert await is_direct()
+    await bob._direct.stop()
+    assert not await is_direct()
+    await bob._direct.start(bob._direct._key_file.parent, "127.0.0.1", 0)
+    assert not await is_direct()  # not tried again yet
+    await bob.call(ann.peer_id, DIRECT, pack({"certificate": bob._direct._certificate}), 5)
+    assert await is_direct()  # it is there again, as its introduction says
 
 
 async def test_killed_p2pd_returns_as_the_same_peer(pair):

@@ -32,7 +32,7 @@ class Pair:
     async def serve_stream(self, method: str, handler: Any) -> None:
         self.handler = handler
 
-    async def open_stream(self, peer: str, method: str) -> tuple[StreamReader, StreamWriter]:
+    async def open_stream(self, peer: str, method: str, expected: int = 0) -> tuple[StreamReader, StreamWriter]:
         self.callers += 1
         caller = "same" if self.one_peer else f"caller-{self.callers}"
 

@@ -1,0 +1,252 @@
+"""Direct streams over real TLS sockets on loopback; the introductions, which p2pd carries, are handed over here."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2pllm.averaging.channel import Channel
+from p2pllm.averaging.vigil import Vigil, Want
+from p2pllm.errors import NetworkError, SettingsError
+from p2pllm.network import direct
+from p2pllm.network.direct import MAX_PEERS, Direct
+from p2pllm.network.messages import pack, unpack
+from p2pllm.network.streams import Traffic
+
+PROTO = "/p2pllm/1/test/mirror"
+BLOCK = os.urandom(3 << 20)
+
+
+class Place:
+    """Some peers that can introduce themselves to each other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.peers: dict[str, Direct] = {}
+        self.traffic: dict[str, Traffic] = {}
+        self.served: list[tuple[str, str]] = []
+        self.introductions = 0
+
+    async def start(self, name: str) -> Direct:
+        """A peer, or the same one anew."""
+
+        async def call(peer: str, payload: bytes) -> bytes:
+            self.introductions += 1
+            if peer not in self.peers:
+                raise NetworkError("nobody is there")
+            return await self.peers[peer].introduce(name, payload)
+
+        async def hosts(peer: str) -> list[str]:
+            return ["127.0.0.1"]
+
+        async def accept(peer, proto, reader, writer) -> None:
+            self.served.append((peer, proto))
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+
+        folder = self.folder / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.traffic[name] = Traffic()
+        self.peers[name] = made = Direct(self.traffic[name], call, hosts, accept)
+        await made.start(folder, "127.0.0.1", 0)
+        return made
+
+
+@pytest.fixture
+async def place():
+    with tempfile.TemporaryDirectory() as folder:
+        made = Place(Path(folder))
+        yield made
+        for peer in made.peers.values():
+            await peer.stop()
+        assert list(made.folder.glob("*/*")) == []
+
+
+async def mirrored(stream) -> bytes:
+    """What comes back of BLOCK."""
+    reader, writer = stream
+
+    async def send():
+        writer.write(BLOCK)
+        await writer.drain()
+
+    sending = asyncio.create_task(send())
+    came = await asyncio.wait_for(reader.readexactly(len(BLOCK)), 20)
+    await sending
+    writer.close()
+    return came
+
+
+async def test_a_stream_carries_bytes_both_ways_and_both_ends_count_them(place: Place):
+    ann, _ = await place.start("ann"), await place.start("bob")
+    stream = await ann.open("bob", PROTO)
+    assert stream is not None
+    tls = stream[1].get_extra_info("ssl_object")
+    assert tls.version() == "TLSv1.3"
+    assert await mirrored(stream) == BLOCK
+    assert place.served == [("ann", PROTO)]
+    ours, theirs = place.traffic["ann"].streams[PROTO], place.traffic["bob"].streams[PROTO]
+    assert ours.received == theirs.received == theirs.sent == len(BLOCK)
+    assert ours.sent == len(BLOCK)  # what says which stream it is counts no more than with p2pd
+    assert place.traffic["bob"].peers["ann"].received == len(BLOCK)
+
+
+async def test_peers_introduce_themselves_once_for_many_streams(place: Place):
+    ann, _ = await place.start("ann"), await place.start("bob")
+    streams = await asyncio.gather(*(ann.open("bob", PROTO) for _ in range(8)))
+    assert all(await asyncio.gather(*(mirrored(stream) for stream in streams)))
+    assert place.introductions == 1
+
+
+async def test_the_all_reduces_channel_reads_and_writes_through_tls(place: Place):
+    ann, _ = await place.start("ann"), await place.start("bob")
+    stream = await ann.open("bob", PROTO)
+    assert stream is not None
+    vigil = Vigil(5.0)
+    channel = Channel(*stream, vigil.wait("bob", Want.PULL), vigil.wait("bob", Want.PUSH))
+    await channel.take_over()
+    came = bytearray(len(BLOCK))
+    async with asyncio.timeout(20):
+        await asyncio.gather(channel.send(BLOCK), channel.receive_into(memoryview(came)))
+        assert came == BLOCK
+        await place.peers["bob"].stop()
+        assert await channel.ended()
+    channel.abort()
+
+
+async def test_a_peer_that_was_started_anew_is_found_again(place: Place):
+    ann, bob = await place.start("ann"), await place.start("bob")
+    first = await ann.open("bob", PROTO)
+    assert await mirrored(first) == BLOCK
+    await bob.stop()
+    await place.start("bob")
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
+
+
+async def test_who_is_not_reached_is_not_tried_again_for_a_while(place: Place, monkeypatch: pytest.MonkeyPatch):
+    ann = await place.start("ann")
+    assert await ann.open("bob", PROTO) is None
+    await place.start("bob")
+    assert await ann.open("bob", PROTO) is None
+    assert place.introductions == 1
+    now = asyncio.get_running_loop().time()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + direct.RETRY_S + 1)
+    stream = await ann.open("bob", PROTO)
+    monkeypatch.undo()
+    assert await mirrored(stream) == BLOCK
+
+
+async def test_a_firewall_that_drops_what_comes_costs_a_bounded_time(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(direct, "DIAL_S", 0.2)
+    ann, bob = await place.start("ann"), await place.start("bob")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        bob._port = silent.getsockname()[1]
+        async with asyncio.timeout(5):
+            assert await ann.open("bob", PROTO) is None
+
+
+async def test_an_impostor_on_the_port_gets_nothing(place: Place):
+    ann, bob, eve = [await place.start(name) for name in ("ann", "bob", "eve")]
+    await eve.introduce("ann", pack({"certificate": ann._certificate}))  # she would take the connection
+    bob._port = eve._port
+    assert await ann.open("bob", PROTO) is None
+    assert place.served == []
+
+
+def dial(port: int, name: str, chain: Path | None) -> bytes:
+    """What a TLS client that trusts everybody reads first. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if chain is not None:
+        context.load_cert_chain(chain)
+    with (
+        socket.create_connection(("127.0.0.1", port), 5) as plain,
+        context.wrap_socket(plain, server_hostname=name) as tls,
+    ):
+        tls.sendall(bytes([len(PROTO)]) + PROTO.encode() + b"hello")
+        return tls.recv(5)
+
+
+@pytest.mark.parametrize("case", ["nobody's name", "no certificate", "another one's certificate", "its own"])
+async def test_only_who_was_introduced_gets_in_and_only_with_its_own_certificate(place: Place, case: str):
+    ann, bob, eve = [await place.start(name) for name in ("ann", "bob", "eve")]
+    for name, peer in (("ann", ann), ("eve", eve)):
+        await bob.introduce(name, pack({"certificate": peer._certificate}))
+    of_ann = direct._name(ann._certificate)
+    name, chain = {
+        "nobody's name": ("unknown", ann._key_file),
+        "no certificate": (of_ann, None),
+        "another one's certificate": (of_ann, eve._key_file),
+        "its own": (of_ann, ann._key_file),
+    }[case]
+    if case == "its own":
+        assert await asyncio.to_thread(dial, bob._port, name, chain) == b"hello"
+        assert place.served == [("ann", PROTO)]
+        return
+    with contextlib.suppress(OSError):  # with TLS 1.3 a client hears of it only when it reads
+        assert await asyncio.to_thread(dial, bob._port, name, chain) == b""
+    assert place.served == []
+
+
+async def test_nobody_takes_the_certificate_of_another(place: Place):
+    ann, bob = await place.start("ann"), await place.start("bob")
+    await bob.introduce("ann", pack({"certificate": ann._certificate}))
+    with pytest.raises(ValueError, match="somebody else"):
+        await bob.introduce("eve", pack({"certificate": ann._certificate}))
+
+
+async def test_strangers_cannot_fill_the_memory(place: Place):
+    bob = await place.start("bob")
+    made = direct._new_certificate(place.folder / "bob" / "other.pem")
+    for number in range(MAX_PEERS + 5):
+        bob._callers[str(number)] = (str(number), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    await bob.introduce("ann", pack({"certificate": made}))
+    (place.folder / "bob" / "other.pem").unlink()
+    assert len(bob._callers) == MAX_PEERS
+    assert direct._name(made) in bob._callers
+
+
+@settings(max_examples=100, deadline=None)
+@given(payload=st.binary(max_size=300) | st.builds(lambda raw: pack({"certificate": raw}), st.binary(max_size=1200)))
+def test_what_is_no_introduction_is_refused(payload: bytes):
+    async def none(*_: object) -> list[str]:
+        return []
+
+    async def introduced() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            peer = Direct(Traffic(), none, none, none)  # type: ignore[arg-type]
+            peer._key_file = Path(folder) / "key.pem"
+            direct._new_certificate(peer._key_file)
+            with pytest.raises(ValueError):
+                await peer.introduce("ann", payload)
+            assert peer._callers == {}
+
+    asyncio.run(introduced())
+
+
+async def test_the_key_is_private_and_goes_with_the_node(place: Place):
+    ann = await place.start("ann")
+    file = place.folder / "ann" / "direct.pem"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    answer = unpack(await ann.introduce("ann", pack({"certificate": ann._certificate})), 2048)
+    assert answer["certificate"] == ann._certificate
+    await ann.stop()
+    assert not file.exists()
+    assert await ann.open("bob", PROTO) is None
+
+
+async def test_a_port_that_is_taken_is_named(place: Place, tmp_path: Path):
+    ann = await place.start("ann")
+    other = Direct(Traffic(), *[None] * 3)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=rf"port {ann._port} .*direct_port"):
+        await other.start(tmp_path, "127.0.0.1", ann._port)
+    assert not (tmp_path / "direct.pem").exists()
