@@ -116,6 +116,8 @@ class Direct:
         if self._server is not None:
             await self._server.close()
             self._server = None
+            self._callers.clear()  # with the certificate that goes
+            self._known.clear()
             self._key_file.unlink(missing_ok=True)
 
     # -- dialling --------------------------------------------------------------------------------------------
