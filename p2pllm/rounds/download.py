@@ -52,13 +52,14 @@ class Download:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> bool:
-        """Fetch all; False if no source is left that could give what is missing."""
+        """Fetch all; False if no source is left that could give what is missing. Raises what `fetch` raises."""
         each = in_flight(len(self._sources))
         self._tasks = {asyncio.create_task(self._work(source)) for source in self._sources for _ in range(each)}
         try:
             while self._missing and self._tasks:
                 done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
                 self._tasks -= done
+                await asyncio.gather(*done)
             return not self._missing
         finally:
             for task in self._tasks:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 
 import pytest
 
+from p2pllm.errors import StateError
 from p2pllm.rounds.download import (
     IN_FLIGHT,
     LEAST_IN_FLIGHT,
@@ -174,3 +176,15 @@ async def test_who_gives_up_leaves_no_task_behind() -> None:
         await download(sources, 5.0)
     assert not +sources.at_it
     assert asyncio.all_tasks() == before
+
+
+@virtual
+async def test_what_fails_here_is_no_source_that_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+    async def fetch(source: str, piece: int) -> bool:
+        await asyncio.sleep(1.0)
+        raise StateError("The disk is full.")
+
+    with pytest.raises(StateError, match="full"):
+        await Download(PIECES, ["a", "b"], fetch).run()
+    gc.collect()
+    assert not caplog.records, "nobody looked at an error"
