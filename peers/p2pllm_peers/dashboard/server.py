@@ -182,7 +182,7 @@ async def _stream(feed: Feed, page: Page, response: web.StreamResponse) -> None:
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
         found = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UsageError("What was sent is no JSON object.")

@@ -123,6 +123,12 @@ async def test_errors_are_a_sentence(visitor: Visitor, daemon: FakeDaemon, monke
         response = await visitor.post(path, body)
         assert response.status == 400 and (await response.json())["error"].endswith("."), (path, body)
     assert not (daemon.folder / "config").exists()
+    nested = await visitor.session.post(
+        f"{visitor.origin}/api/pause",
+        headers=visitor.cookie | {"Origin": visitor.origin, "Content-Type": "application/json"},
+        data="[" * 16_000,
+    )
+    assert nested.status == 400 and "no JSON object" in (await nested.json())["error"]
     await daemon.stop()
     response = await visitor.post("/api/resume", {})
     assert response.status == 400 and "not running" in (await response.json())["error"]
