@@ -3,15 +3,16 @@
 A stream of p2pd shares one TCP connection with all others to the same peer and crosses two more processes. A socket of
 its own fills a long line, keeps calls out of the queue behind bulk, and costs a third of the processor time. Each start
 of a node has a certificate of its own. Peers tell each other theirs in a call, which p2pd has authenticated, and take
-no other: that binds it to the peer id, and both ends check it. What does not live here: which streams are worth a dial
-(`node`), and NAT: whoever is not reached within DIAL_S is not tried again for a while.
+no other: that binds it to the peer id, and both ends check it.
+
+What does not live here: which streams are worth a dial (`node`), what certificates are (`certificates`), and ways
+through NAT: whoever is not reached within DIAL_S is not tried again for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import logging
 import os
 import socket
@@ -22,13 +23,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from blake3 import blake3
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
-
 from p2pllm.errors import NetworkError, SettingsError
+from p2pllm.network.certificates import context, name_of, name_of_other, new_certificate
 from p2pllm.network.messages import pack, unpack
 from p2pllm.network.streams import CountedReader, CountedWriter, Server, Traffic, count, open_with
 from p2pllm.network.wire import short
@@ -96,10 +92,10 @@ class Direct:
     async def start(self, folder: Path, host: str, port: int) -> None:
         """Listen. folder: private, for the key. port: 0 for any. Raises SettingsError if the port is taken."""
         self._key_file = folder / _KEY_FILE
-        self._certificate = _new_certificate(self._key_file)
-        context = self._context(ssl.PROTOCOL_TLS_SERVER)
-        context.sni_callback = self._choose
-        server = Server(self._accepted, lambda make: _listen(make, host, port, context))
+        self._certificate = new_certificate(self._key_file)
+        trusting_nobody = context(ssl.PROTOCOL_TLS_SERVER, self._key_file)
+        trusting_nobody.sni_callback = self._choose
+        server = Server(self._accepted, lambda make: _listen(make, host, port, trusting_nobody))
         try:
             await server.start()
         except OSError as error:
@@ -160,9 +156,9 @@ class Direct:
         port, certificate = answer.get("port"), _certificate_in(answer)
         if type(port) is not int or not 0 < port < 1 << 16:
             raise ValueError("it listens on no port for that")
-        context = self._context(ssl.PROTOCOL_TLS_CLIENT, certificate)
+        trusting = context(ssl.PROTOCOL_TLS_CLIENT, self._key_file, certificate)
         hosts = tuple(dict.fromkeys(await self._hosts(peer)))[:MAX_HOSTS]
-        return _Known(context, _name(certificate), port, hosts)
+        return _Known(trusting, name_of(certificate), port, hosts)
 
     async def _connect(self, known: _Known) -> Stream:
         """To the first of its hosts that answers, which is the only one from then on. Raises OSError."""
@@ -193,13 +189,13 @@ class Direct:
             await loop.sock_connect(sock, address)
             stream = await open_with(
                 lambda make: loop.create_connection(
-                    make, sock=sock, ssl=known.context, server_hostname=_name(self._certificate)
+                    make, sock=sock, ssl=known.context, server_hostname=name_of(self._certificate)
                 )
             )
         except BaseException:
             sock.close()
             raise
-        if _name_of_other(stream[1]) != known.name:
+        if name_of_other(stream[1]) != known.name:
             stream[1].transport.abort()
             raise OSError("it has another certificate than it said")
         return stream
@@ -212,11 +208,11 @@ class Direct:
     async def introduce(self, peer: str, payload: bytes) -> bytes:
         """Answer a peer's introduction: from now on it may dial us. Raises ValueError for what is no certificate."""
         certificate = _certificate_in(_unpack(payload))
-        name = _name(certificate)
+        name = name_of(certificate)
         if name not in self._callers:
             for old in [old for old, (other, _) in self._callers.items() if other == peer]:
                 del self._callers[old]
-            self._callers[name] = (peer, self._context(ssl.PROTOCOL_TLS_SERVER, certificate))
+            self._callers[name] = (peer, context(ssl.PROTOCOL_TLS_SERVER, self._key_file, certificate))
             _bound(self._callers)
         elif self._callers[name][0] != peer:
             raise ValueError("this is the certificate of somebody else")
@@ -232,7 +228,7 @@ class Direct:
 
     async def _accepted(self, reader: CountedReader, writer: CountedWriter) -> None:
         try:
-            peer, _ = self._callers[_name_of_other(writer)]
+            peer, _ = self._callers[name_of_other(writer)]
             if self._server is None or self._server.open > MAX_OPEN:
                 return
             async with asyncio.timeout(DIAL_S):
@@ -244,22 +240,6 @@ class Direct:
             log.debug("a direct stream ended: %r", error)
         except Exception:
             log.exception("a stream handler failed")
-
-    def _context(self, protocol: int, trusted: bytes = b"") -> ssl.SSLContext:
-        """Ours, which trusts nobody but who has this certificate. Raises ValueError for what is none."""
-        context = ssl.SSLContext(protocol)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False  # names are those of certificates, which are compared
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_cert_chain(self._key_file)
-        if protocol == ssl.PROTOCOL_TLS_SERVER:
-            context.num_tickets = 0
-        if trusted:
-            try:
-                context.load_verify_locations(cadata=trusted)
-            except ssl.SSLError:
-                raise ValueError("this is no certificate") from None
-        return context
 
 
 async def _drop(tasks: Iterable[asyncio.Task[Stream]]) -> None:
@@ -293,37 +273,6 @@ def _tune(sock: socket.socket) -> None:
     if hasattr(socket, "TCP_CONGESTION"):
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
-
-
-def _new_certificate(file: Path) -> bytes:
-    """Write a key and its certificate to a file of mode 0600; returns the certificate, DER."""
-    key = Ed25519PrivateKey.generate()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "p2pllm")])
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.datetime(1970, 1, 2))  # UTC; clocks may be wrong by years
-        .not_valid_after(datetime.datetime(9999, 12, 31))
-        .sign(key, None)
-    )
-    file.unlink(missing_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        out.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        out.write(made.public_bytes(Encoding.PEM))
-    return made.public_bytes(Encoding.DER)
-
-
-def _name(certificate: bytes) -> str:
-    """What a certificate is called; fit for a host's name, as which the caller sends its own."""
-    return blake3(certificate).hexdigest(length=16)
-
-
-def _name_of_other(writer: CountedWriter) -> str:
-    tls = writer.get_extra_info("ssl_object")
-    return _name(tls.getpeercert(True) or b"")
 
 
 def _unpack(payload: bytes) -> dict[str, object]:

@@ -17,6 +17,7 @@ from p2pllm.averaging.channel import Channel
 from p2pllm.averaging.vigil import Vigil, Want
 from p2pllm.errors import NetworkError, SettingsError
 from p2pllm.network import direct
+from p2pllm.network.certificates import name_of, new_certificate
 from p2pllm.network.direct import MAX_PEERS, Direct
 from p2pllm.network.messages import pack, unpack
 from p2pllm.network.streams import Traffic
@@ -181,7 +182,7 @@ async def test_only_who_was_introduced_gets_in_and_only_with_its_own_certificate
     ann, bob, eve = [await place.start(name) for name in ("ann", "bob", "eve")]
     for name, peer in (("ann", ann), ("eve", eve)):
         await bob.introduce(name, pack({"certificate": peer._certificate}))
-    of_ann = direct._name(ann._certificate)
+    of_ann = name_of(ann._certificate)
     name, chain = {
         "nobody's name": ("unknown", ann._key_file),
         "no certificate": (of_ann, None),
@@ -206,13 +207,13 @@ async def test_nobody_takes_the_certificate_of_another(place: Place):
 
 async def test_strangers_cannot_fill_the_memory(place: Place):
     bob = await place.start("bob")
-    made = direct._new_certificate(place.folder / "bob" / "other.pem")
+    made = new_certificate(place.folder / "bob" / "other.pem")
     for number in range(MAX_PEERS + 5):
         bob._callers[str(number)] = (str(number), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     await bob.introduce("ann", pack({"certificate": made}))
     (place.folder / "bob" / "other.pem").unlink()
     assert len(bob._callers) == MAX_PEERS
-    assert direct._name(made) in bob._callers
+    assert name_of(made) in bob._callers
 
 
 @settings(max_examples=100, deadline=None)
@@ -225,7 +226,7 @@ def test_what_is_no_introduction_is_refused(payload: bytes):
         with tempfile.TemporaryDirectory() as folder:
             peer = Direct(Traffic(), none, none, none)  # type: ignore[arg-type]
             peer._key_file = Path(folder) / "key.pem"
-            direct._new_certificate(peer._key_file)
+            new_certificate(peer._key_file)
             with pytest.raises(ValueError):
                 await peer.introduce("ann", payload)
             assert peer._callers == {}
