@@ -161,19 +161,18 @@ class Direct:
         return _Known(trusting, name_of(certificate), port, hosts)
 
     async def _connect(self, known: _Known) -> Stream:
-        """To the first of its hosts that answers, which is the only one from then on. Raises OSError."""
+        """To the first of its hosts that answers, which is the only one from then on. Raises OSError, ValueError."""
         tasks = {asyncio.create_task(self._connect_to(host, known)): host for host in known.hosts}
-        error: Exception = OSError("no host of it is known")
+        error: BaseException = OSError("no host of it is known")
         try:
-            for done in asyncio.as_completed(tasks):
-                try:
-                    stream = await done
-                except OSError as one:
-                    error = one
-                    continue
-                winner = next(task for task in tasks if task.done() and not task.cancelled() and not task.exception())
-                known.hosts = (tasks.pop(winner),)
-                return stream
+            pending = set(tasks)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (failure := task.exception()) is None:
+                        known.hosts = (tasks.pop(task),)
+                        return task.result()
+                    error = failure
         finally:
             await _drop(tasks)
         raise error

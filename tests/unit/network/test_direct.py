@@ -46,7 +46,7 @@ class Place:
             return await self.peers[peer].introduce(name, payload)
 
         async def hosts(peer: str) -> list[str]:
-            return ["127.0.0.1"]
+            return ["127.0.0.1", "localhost", "127.0.0.2"]  # all the same, and the last one shut
 
         async def accept(peer, proto, reader, writer) -> None:
             self.served.append((peer, proto))
