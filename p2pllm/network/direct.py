@@ -34,8 +34,12 @@ log = logging.getLogger(__name__)
 METHOD = "direct/1"
 """The call in which peers introduce themselves: {certificate} -> {certificate, port}."""
 
-DIAL_S = 3.0
-"""Time for the introduction and the dial, both; a firewall that drops what comes must not hold up a round."""
+DIAL_S = 1.5
+"""Time for the introduction and the dial, both; a firewall that drops what comes must not hold up a round, and who is
+behind it must not seem silent in an exchange (`averaging.patience`)."""
+
+HANDSHAKE_S = 5.0
+"""Time in which a caller shows its certificate, and again in which it says what it wants."""
 
 RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
 """A peer that was not reached is tried again after so long, and twice as long after every further failure."""
@@ -127,9 +131,7 @@ class Direct:
             async with asyncio.timeout(DIAL_S):
                 stream = await self._dial(peer)
         except (OSError, NetworkError, ValueError) as error:  # TimeoutError is an OSError
-            pause = min(2 * self._failed.get(peer, (0.0, RETRY_S / 2))[1], LONGEST_RETRY_S)
-            self._failed[peer] = (clock() + pause, pause)
-            _bound(self._failed)
+            self._fail(peer, clock())
             log.info("peer %s is not reached directly (%s); p2pd carries its bulk", short(peer), error or "no answer")
             return None
         self._failed.pop(peer, None)
@@ -137,6 +139,14 @@ class Direct:
         stream[1].write(bytes([len(word)]) + word)
         self._count(stream, peer, proto, 0)
         return stream
+
+    def _fail(self, peer: str, now: float) -> None:
+        until, pause = self._failed.get(peer, (0.0, RETRY_S / 2))
+        if until > now:
+            return  # several streams failed at once
+        pause = min(2 * pause, LONGEST_RETRY_S)
+        self._failed[peer] = (now + pause, pause)
+        _bound(self._failed)
 
     async def _dial(self, peer: str) -> Stream:
         """Raises OSError, NetworkError, ValueError."""
@@ -230,7 +240,7 @@ class Direct:
             peer, _ = self._callers[name_of_other(writer)]
             if self._server is None or self._server.open > MAX_OPEN:
                 return
-            async with asyncio.timeout(DIAL_S):
+            async with asyncio.timeout(HANDSHAKE_S):
                 length = (await reader.readexactly(1))[0]
                 proto = (await reader.readexactly(length)).decode()
             self._count((reader, writer), peer, proto, handshake=1 + length)
@@ -261,7 +271,7 @@ async def _listen(
         _tune(sock)  # what is accepted inherits it
         sock.bind((host, port))
         loop = asyncio.get_running_loop()
-        return await loop.create_server(make, sock=sock, ssl=context, ssl_handshake_timeout=DIAL_S, backlog=256)
+        return await loop.create_server(make, sock=sock, ssl=context, ssl_handshake_timeout=HANDSHAKE_S, backlog=256)
     except BaseException:
         sock.close()
         raise

@@ -152,7 +152,8 @@ async def test_a_firewall_that_drops_what_comes_costs_a_bounded_time(place: Plac
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         bob._port = silent.getsockname()[1]
         async with asyncio.timeout(5):
-            assert await ann.open("bob", PROTO) is None
+            assert set(await asyncio.gather(*(ann.open("bob", PROTO) for _ in range(8)))) == {None}
+    assert ann._failed["bob"][1] == direct.RETRY_S  # once for all of them
 
 
 async def test_an_impostor_on_the_port_gets_nothing(place: Place):
