@@ -74,6 +74,12 @@ def _pairs(settings: PeerSettings) -> Iterable[Rule]:
         else "",
     )
     yield (
+        ("direct_port", "listen_port"),
+        f"direct_port and listen_port are both {settings.direct_port}, and one port has one listener; set another, or 0"
+        if settings.direct_port and settings.direct_port == settings.listen_port
+        else "",
+    )
+    yield (
         ("max_celsius",),
         f"max_celsius = {settings.max_celsius:g} would pause for good, as a machine at work is warmer; set "
         f"{LEAST_CELSIUS:g} or more, or 0 for no limit"

@@ -27,6 +27,7 @@ REFUSED = [
     ("hours=7-7", "begins when it ends"), ("hours=22:-7", "22:30-07:00"), ("hours=７-8", "22:30-07:00"),
     ("hours=24-7", "22:30-07:00"), ("only_on_mains=perhaps", "boolean"), ("only_when_idle=", "boolean"),
     ("max_celsius=200", "150"), ("max_celsius=20", "pause for good"), ("startup_timeout_s=0", "startup_timeout_s"),
+    ("direct_port=70000", "65535"), ("listen_port=4001 direct_port=4001", "both 4001"),
     ("nonsense=1", "not a known field"), ("nice=3 nice=4", "twice"), ("device=cpu gpu_memory_gb=4", "gpu_memory_gb=0"),
 ]  # fmt: skip
 
@@ -62,6 +63,8 @@ def test_the_command_refuses(machine, changes: str, words: str) -> None:
         ({"gpu_memory_gb": 4, "device": "cpu,cuda:0"}, "device", Here(), ""),
         ({"announce": "/ip4/192.0.2.1/tcp/1", "listen_port": 0}, "listen_port", Here(), "listen_port"),
         ({"announce": "/ip4/192.0.2.1/tcp/1", "listen_port": 1}, "announce", Here(), ""),
+        ({"direct_port": 4001, "listen_port": 4002}, "direct_port", Here(), ""),
+        ({"direct_port": 0, "listen_port": 0}, "direct_port", Here(), ""),
         ({"max_celsius": 80}, "max_celsius", Here(has_sensors=False), "no sensor"),
         ({"max_celsius": 80}, "max_celsius", Here(), ""),
         ({"max_celsius": 0}, "max_celsius", Here(has_sensors=False), ""),
