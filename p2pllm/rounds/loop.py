@@ -37,6 +37,9 @@ ROOM_S = 60.0
 RETRY_S = 1.0
 """Pause after an update or a state could not be had."""
 
+MEND_S = 30.0
+"""The longest pause between two tries on a disk that takes nothing: each of them may fetch a state for nothing."""
+
 PARK_S = 60.0
 """A pause that lasts longer ends the compute process: to load a model again takes seconds, to keep it takes memory."""
 
@@ -69,6 +72,7 @@ class TrainingLoop:
         self._pending: Update | None = None  # computed, and in no committed round yet
         self._failed_follows = 0
         self._arrivals = 0  # how often we were near the head since we were last in a record
+        self._troubles = 0  # in a row
         self._mended = False  # what was found damaged on our disk when it was opened
         self.trouble = ""
         """Why this peer takes no part now although it should; empty: it does."""
@@ -100,13 +104,14 @@ class TrainingLoop:
             try:
                 if await self._step():
                     return
-                self.trouble = ""
+                self.trouble, self._troubles = "", 0
             except StateError as error:  # our disk: nothing is committed that it does not hold
                 if str(error) != self.trouble:
                     log.error("this peer takes no part until this is mended: %s", error)
                 self.trouble = str(error)
+                self._troubles += 1
                 await self._compute.abandon()
-                await self._rest()
+                await self._rest(pause_s=min(MEND_S, RETRY_S * 2 ** min(self._troubles - 1, 10)))
 
     async def _step(self) -> bool:
         """Do what is next; True when the run is complete."""
@@ -181,11 +186,12 @@ class TrainingLoop:
     def _is_behind(self) -> bool:
         return plan.branch_to_follow(self._own(), self._view.statuses()) is not None
 
-    async def _rest(self, phase: Phase = "starting") -> None:
+    async def _rest(self, phase: Phase = "starting", pause_s: float = RETRY_S) -> None:
         """The worker, the disk or others may need a moment; nobody is to wait for us meanwhile."""
         self._view.say(phase=phase, samples=0)
         # Not until the next change: others' statuses change many times a second.
-        await self._view.wait_until(lambda: self._stopping, RETRY_S)
+        paused = self.paused
+        await self._view.wait_until(lambda: self._stopping or self.paused != paused, pause_s)
 
     async def _collect(self) -> None:
         """Gather samples until the swarm has enough of them, or the deadline passes and we have some."""

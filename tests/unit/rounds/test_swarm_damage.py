@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from p2pllm.errors import StateError
+from p2pllm.rounds.loop import MEND_S
 from p2pllm.rounds.messages import Vote
 from p2pllm.rounds.record import Record
 from p2pllm.rounds.update import Update
@@ -68,6 +69,31 @@ async def test_a_full_disk_at_one_peer_stops_no_other(
     await swarm.until(lambda: poor.disk.log.has(others[0].keeper.head) or others[0].disk.log.has(poor.keeper.head))
     swarm.check_states()
     swarm.check_rounds()
+
+
+@virtual
+async def test_a_disk_that_stays_full_costs_little_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = MemorySwarm(rounds=10**6)
+    other, poor = swarm.add(2)
+    await swarm.start()
+    await swarm.until(lambda: poor.keeper.head[0] >= 2)
+    switch = fail_disk(poor, "aggregates", monkeypatch)
+    other.compute.step_s = 4.0  # long rounds, a short test
+    swarm_time = asyncio.get_running_loop().time
+    tries, put = set[float](), poor.disk.aggregates.put
+
+    def counted(*arguments: Any) -> Any:
+        tries.add(swarm_time())
+        return put(*arguments)
+
+    monkeypatch.setattr(poor.disk.aggregates, "put", counted)
+    await asyncio.sleep(20 * MEND_S)
+    assert 10 < len(tries) < 40, "each may come after a state that was fetched for nothing"
+    await poor.loop.pause("for a test")
+    await swarm.until(lambda: poor.view.own.phase == "paused", timeout=1.0)
+    await poor.loop.resume()
+    switch(False)
+    await swarm.until(lambda: poor.id in other.records[-1].members, timeout=2 * MEND_S)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
