@@ -27,6 +27,7 @@ from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
 from p2pllm.state import FLOAT, Layout, moments_of
 from p2pllm_peers.priority import stand_back
+from p2pllm_peers.questions import Questions
 from p2pllm_peers.speed import Speed
 from p2pllm_peers.worker_process import KILLED, Event, KeptWorker, shared_file
 
@@ -75,7 +76,7 @@ class ComputeProcess:
         self._building: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._heard = time.monotonic()
-        self._answer: asyncio.Future[Event | None] | None = None
+        self._questions = Questions()
         self._begun: Event | None = None
         self._held = False
         self._share: Event = {"do": "share", "share": 1.0, "cores": None}
@@ -279,12 +280,11 @@ class ComputeProcess:
         """Send a command and wait for its answer; None if the worker is not up, dies over it, or does not answer."""
         if not self.ready:
             return None
-        answer = self._answer = asyncio.get_running_loop().create_future()
+        number, answer = self._questions.put()
         try:
-            await self._worker.send(command)
+            await self._worker.send(command | {"number": number})
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                event: Event | None = await answer
-                return event
+                return await answer
         except WorkerError:
             return None
         except TimeoutError:
@@ -292,7 +292,7 @@ class ComputeProcess:
             self._worker.kill()
             return None
         finally:
-            self._answer = None
+            answer.cancel()
 
     def _on_event(self, event: Event) -> None:
         self._heard = time.monotonic()
@@ -316,8 +316,7 @@ class ComputeProcess:
                 if not self.failed.done():
                     self.failed.set_exception(kind(event["message"]))
             case _:
-                if self._answer is not None and not self._answer.done():
-                    self._answer.set_result(event)
+                self._questions.answer(event.pop("number", None), event)
 
     def _built_is(self, event: Event) -> None:
         """The worker has its model and its data."""
@@ -360,8 +359,7 @@ class ComputeProcess:
         self.exit_code = code
         self._ready.clear()
         self._samples = 0
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(None)
+        self._questions.give_up()
         self._on_change()
         return not self.failed.done()
 

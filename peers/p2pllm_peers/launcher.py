@@ -90,6 +90,7 @@ class DaemonProcess:
             self._forget_run()
             raise
         code = self._process.wait()
+        self._forget_run()
         stderr = self._process.stderr.read().strip().splitlines() if self._process.stderr else []
         raise DaemonError(
             f"The daemon ended with code {code} before it was ready: {stderr[-1] if stderr else 'no message'}."

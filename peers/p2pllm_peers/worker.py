@@ -10,6 +10,8 @@ object a line. The first line in is the job. Parameters come and updates go thro
              {"do": "abandon" | "evaluate" | "memory" | "exit"}
     out      progress, ready, step, micro_batch, update, abandoned, validation, memory, error
 
+What is answered (finish, abandon, evaluate, memory) carries a "number", and so does its answer.
+
 When its standard input closes the daemon is gone, however it died: the worker then removes the sockets that the
 daemon could not remove, and ends at once.
 """
@@ -137,6 +139,7 @@ class Worker:
         self._loss = 0.0
         self._goes_on = False  # on from our own parameters, while an update travels
         self._held = False
+        self._number: int | None = None  # of the command that is being answered
         self._rest = Rest()
         pipe.emit(
             "ready",
@@ -152,6 +155,7 @@ class Worker:
         while True:
             idle = self._held or self._round is None
             command = self._pipe.next(None if idle else self._rest.left())
+            self._number = command.get("number") if command else None
             match command and command["do"]:
                 case None:
                     self._step()
@@ -169,7 +173,7 @@ class Worker:
                     self._rest.share, self._rest.cores = command["share"], command["cores"]
                 case "abandon":
                     self._abandon()
-                    self._pipe.emit("abandoned")
+                    self._answer("abandoned")
                 case "evaluate":
                     self._evaluate()
                 case "memory":
@@ -210,7 +214,7 @@ class Worker:
             self._step()  # the swarm is done before our first one: it is nearly free and makes us a member
         elements, samples = self._work.finish(self._update)
         loss = self._loss / max(1, samples)
-        self._pipe.emit("update", elements=elements, samples=samples, loss=loss, steps=self._steps)
+        self._answer("update", elements=elements, samples=samples, loss=loss, steps=self._steps)
         if not go_on or self._round is None or self._local is None:
             self._abandon()
             return
@@ -227,12 +231,15 @@ class Worker:
         windows = self._corpus.validation_windows()
         with self._work.holding(self._params):
             loss = validation_loss(self._model, windows, self._device, self._work.micro_batch)
-        self._pipe.emit("validation", loss=loss)
+        self._answer("validation", loss=loss)
 
     def _tell_memory(self) -> None:
         from p2pllm.training.device import memory_of
 
-        self._pipe.emit("memory", **memory_of(self._device))
+        self._answer("memory", **memory_of(self._device))
+
+    def _answer(self, event: str, **fields: Any) -> None:
+        self._pipe.emit(event, number=self._number, **fields)
 
     def _keep(self) -> None:
         """What is this peer's own, for its next session."""

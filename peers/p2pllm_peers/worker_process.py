@@ -204,12 +204,16 @@ class KeptWorker:
             await self._wanted.wait()
             worker = await WorkerProcess.launch(self._memory, self._runtime_dir, self._on_event)
             first, *others = self._orders()
-            with contextlib.suppress(WorkerError):  # it died again; the next turn sees that
-                await worker.send(first)
-                self._worker = worker  # not before the job: it must be the first thing that the worker hears
+            try:
+                with contextlib.suppress(WorkerError):  # it died again; the next turn sees that
+                    await worker.send(first)
+            except asyncio.CancelledError:
+                worker.kill()  # nobody else knows of it
+                raise
+            self._worker = worker  # not before the job: it must be the first thing that the worker hears
+            with contextlib.suppress(WorkerError):
                 for order in others:
                     await worker.send(order)
-            self._worker = worker
 
 
 def shared_file() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pllm_peers.worker_process import WorkerProcess, shared_file
+from p2pllm_peers.worker_process import KeptWorker, WorkerProcess, shared_file
 
 TIMEOUT_S = 60.0
 
@@ -30,3 +30,40 @@ async def test_a_worker_whose_daemon_was_killed_before_its_job_ends_and_removes_
         assert await worker.wait() == 0
     assert not sockets.exists()
     os.close(memory)
+
+
+class Deaf:
+    """A worker that takes no order, as one does that is stopped while its pipe is full."""
+
+    def __init__(self) -> None:
+        self.ended, self.asked = asyncio.Event(), asyncio.Event()
+
+    async def send(self, order: object) -> None:
+        self.asked.set()
+        await asyncio.Event().wait()
+
+    async def wait(self) -> int:
+        await self.ended.wait()
+        return -9
+
+    def kill(self) -> None:
+        self.ended.set()
+
+
+async def test_a_worker_that_starts_while_the_peer_leaves_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = [Deaf(), Deaf()]
+    coming = iter(workers)
+
+    async def launch(*_: object) -> Deaf:
+        return next(coming)
+
+    monkeypatch.setattr(WorkerProcess, "launch", launch)
+    kept = KeptWorker(-1, tmp_path, lambda event: None, lambda: [{"draft": {}}], lambda code: True, lambda error: None)
+    await kept.launch()
+    kept.kill()
+    async with asyncio.timeout(TIMEOUT_S):
+        await workers[1].asked.wait()
+        await kept.close()
+        await workers[1].ended.wait()
