@@ -88,13 +88,14 @@ def test_a_daemon_that_dies_without_a_word(daemon) -> None:
 @pytest.mark.parametrize(
     ("source", "error"),
     [
-        ("print(json.dumps({'event': 'error', 'kind': 'UnreachableError', 'message': 'No.'}))", errors.UnreachableError),
+        (
+            "print(json.dumps({'event': 'error', 'kind': 'UnreachableError', 'message': 'No.'}))",
+            errors.UnreachableError,
+        ),
         ("sys.exit(3)", DaemonError),
     ],
 )
-def test_a_failed_join_leaves_no_folder_of_the_run(
-    daemon, tmp_path: Path, source: str, error: type[Exception]
-) -> None:
+def test_a_failed_join_leaves_no_folder_of_the_run(daemon, tmp_path: Path, source: str, error: type[Exception]) -> None:
     invite = Invite("ab" * 32, Identity.generate().peer_id, ("/ip4/127.0.0.1/tcp/1",))
     order = Order(SETTINGS.model_copy(update={"home": tmp_path}), invite=invite.encode())
     run = RunFolder(tmp_path, invite.run_id)
