@@ -68,9 +68,10 @@ class Throttle:
         while True:
             if self.cpu_percent < 100:
                 before, before_at = taken, at
-                at, taken = time.monotonic(), self._taken()
-                worker_s, others_s = (max(0.0, now - then) for now, then in zip(taken, before, strict=True))
-                await self._hold(worker_s, others_s, at - before_at)
+                with contextlib.suppress(psutil.Error, OSError):  # no descriptor is left, say; the next look counts it
+                    at, taken = time.monotonic(), self._taken()
+                    worker_s, others_s = (max(0.0, now - then) for now, then in zip(taken, before, strict=True))
+                    await self._hold(worker_s, others_s, at - before_at)
             elif self._feedback is not None or self.duty_percent / 100 != self._duty:
                 self._feedback = None
                 await self._tell_limits(None)

@@ -108,9 +108,9 @@ class Dashboard:
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """What is new. `after` in the address, or Last-Event-ID of a browser that comes back: the last round it has."""
+        _, shown = await self._chosen(request)
         if self._pages >= MAX_PAGES:
             raise web.HTTPServiceUnavailable(text="Too many pages are open; try again later.")
-        _, shown = await self._chosen(request)
         after = request.headers.get("Last-Event-ID") or request.query.get("after", "")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         task = asyncio.current_task()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from p2pllm.network.pacing import ON_THE_LINE
-from p2pllm_peers.meter import FILE, SAVE_BYTES, Meter
+from p2pllm_peers.meter import FILE, MONTHS, SAVE_BYTES, Meter
 
 NOVEMBER, DECEMBER = datetime.datetime(2026, 11, 30, 23, 59), datetime.datetime(2026, 12, 1)
 
@@ -52,8 +52,23 @@ def test_all_peers_of_the_machine_count_and_broken_files_do_not(tmp_path: Path) 
     second.used(NOVEMBER)
     assert first.used(NOVEMBER) == pytest.approx(6e6 * ON_THE_LINE, abs=2)
     (peer(tmp_path, "c", "z") / FILE).write_text("[")
-    (peer(tmp_path, "d", "z") / FILE).write_text(json.dumps({"month": "2026-10", "bytes": 10**12}))
+    (peer(tmp_path, "d", "z") / FILE).write_text(json.dumps({"2026-10": 10**12}))
+    (peer(tmp_path, "e", "z") / FILE).write_text('{"2026-11": null}')
     assert first.used(NOVEMBER) == pytest.approx(6e6 * ON_THE_LINE, abs=2)
+
+
+def test_a_clock_that_was_wrong_costs_no_count(tmp_path: Path) -> None:
+    moved, folder = [0], peer(tmp_path, "a", "x")
+    meter = Meter(folder, lambda: moved[0])
+    meter.used(NOVEMBER)
+    for year in range(1970, 1990):
+        moved[0] += 2 * SAVE_BYTES
+        meter.used(NOVEMBER)
+        wrong = Meter(folder, lambda: moved[0])
+        wrong.used(datetime.datetime(year, 1, 1))
+        wrong.save()
+    assert Meter(folder, lambda: 0).used(NOVEMBER) == pytest.approx(moved[0] * ON_THE_LINE, abs=30)
+    assert len(json.loads((folder / FILE).read_text())) <= MONTHS
 
 
 def test_a_killed_daemon_forgets_little(tmp_path: Path) -> None:

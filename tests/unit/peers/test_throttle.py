@@ -120,3 +120,28 @@ async def test_a_share_of_the_time_is_told_when_it_changes(monkeypatch: pytest.M
     limit.duty_percent = 100.0
     assert await told.get() == (1.0, None)
     task.cancel()
+
+
+async def test_a_look_that_fails_does_not_end_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throttle, "MEASURE_S", 0.001)
+    looks: list[str] = []
+    told_after = asyncio.Event()
+
+    async def tell(share: float, cores: float | None) -> None:
+        if "failed" in looks:
+            told_after.set()
+
+    def taken() -> tuple[float, float]:
+        if looks == ["done"]:
+            looks.append("failed")
+            raise OSError(24, "Too many open files")
+        looks.append("done")
+        return 0.0, 0.0
+
+    limit = Throttle(frozenset, tell)
+    limit.cpu_percent = 50.0
+    monkeypatch.setattr(limit, "_taken", taken)
+    task = asyncio.create_task(limit.run())
+    async with asyncio.timeout(10):
+        await told_after.wait()
+    task.cancel()
