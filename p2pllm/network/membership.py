@@ -154,9 +154,12 @@ class Membership:
             self._hearsay(peer, known, pinned=True)
         self._wake.set()
 
-    def push(self) -> None:
-        """Our status has changed: tell the living now; each at most 10 times a second, less often if there are many."""
-        self._table.push()
+    def push(self, but: Iterable[str] = ()) -> None:
+        """Our status has changed: tell the living now; each at most 10 times a second, less often if there are many.
+
+        but: who hears of it with the next beat is early enough.
+        """
+        self._table.push(but)
         self._wake.set()
 
     # -- sending ---------------------------------------------------------------------------------------------

@@ -243,9 +243,12 @@ class MemberTable:
             if len(self._left) < MAX_MEMBERS:
                 self._left[peer] = now
 
-    def push(self) -> None:
-        """Our status changed: every living member is due, unless it was told something just now."""
+    def push(self, but: Iterable[str] = ()) -> None:
+        """Our status changed: every living member is due, unless it was told something just now, or is in `but`."""
         self._status += 1
+        for peer in but:
+            if peer in self._members:
+                self._members[peer].told = self._status
 
     def forgive(self, gap: float, now: float) -> None:
         """We ourselves did not run for `gap` seconds: nobody's silence in that time counts."""

@@ -40,8 +40,8 @@ class Liveness(Protocol):
         """Peers heard of lately, without ourselves."""
         ...
 
-    def push(self) -> None:
-        """Tell the others our status soon."""
+    def push(self, but: Iterable[str] = ()) -> None:
+        """Tell the others our status soon; those in `but` hear it with their next heartbeat."""
         ...
 
     def is_turned_away(self) -> bool:
@@ -153,8 +153,8 @@ class SwarmView:
 
     def announce(self) -> None:
         """Tell our status to the others now."""
-        if self._liveness is not None:
-            self._liveness.push()
+        if self._liveness is not None:  # a paused peer is to be left in peace
+            self._liveness.push([peer for peer, status in self.statuses().items() if status.phase == "paused"])
 
     def own_bytes(self) -> bytes:
         """Our status for a heartbeat."""

@@ -99,6 +99,17 @@ def test_push_is_limited():
     assert not table.due(0.52 + 2 * PUSH_EVERY_S)
 
 
+def test_who_need_not_know_soon_is_told_with_its_next_beat():
+    table = table_with(ANN, BOB)
+    for peer in (ANN, BOB):
+        table.beat_sent(peer, 0.5)
+    table.push(but=[BOB, "unknown"])
+    assert table.due(0.6 + PUSH_EVERY_S) == [ANN]
+    assert set(table.due(2.0)) == {ANN, BOB}
+    table.push()
+    assert set(table.due(0.6 + PUSH_EVERY_S)) == {ANN, BOB}
+
+
 def test_a_joiner_calls_those_whom_it_does_not_know_to_live_a_few_at_a_time():
     table = table_with(ANN)
     strangers = [peer_number(number) for number in range(10, 10 + 3 * DIALS)]

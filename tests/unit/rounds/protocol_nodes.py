@@ -33,7 +33,7 @@ class Node:
         self.living: set[str] = set()
         self.view = SwarmView(self.id, RUN, last_round=100)
         liveness = SimpleNamespace(
-            alive=lambda: frozenset(self.living), push=lambda: None, is_turned_away=lambda: False
+            alive=lambda: frozenset(self.living), push=lambda but=(): None, is_turned_away=lambda: False
         )
         self.view.attach(cast(Liveness, liveness))
         self.view.say(branch=branch(*HEAD), phase="roster")

@@ -31,12 +31,25 @@ async def test_what_is_not_urgent_is_told_with_the_next_heartbeat() -> None:
     node, _ = await make_nodes(2)
     pushes: list[int] = []
     assert node.view._liveness is not None
-    node.view._liveness.push = lambda: pushes.append(node.view.own.samples)  # type: ignore[method-assign]
+    node.view._liveness.push = lambda but=(): pushes.append(node.view.own.samples)  # type: ignore[method-assign]
     node.view.say(samples=4, at_once=False)
     assert pushes == [] and node.view.own.samples == 4
     node.view.say(samples=8)
     node.view.announce()
     assert pushes == [8, 8]
+
+
+@virtual
+async def test_a_paused_peer_is_left_in_peace() -> None:
+    node, other = await make_nodes(2)
+    spared: list[list[str]] = []
+    assert node.view._liveness is not None
+    node.view._liveness.push = lambda but=(): spared.append(list(but))  # type: ignore[method-assign]
+    for phase in ("collecting", "paused", "collecting"):
+        other.view.say(phase=phase)
+        node.view.hear(other.id, other.view.own_bytes())
+        node.view.announce()
+    assert spared == [[], [other.id], []]
 
 
 @virtual
