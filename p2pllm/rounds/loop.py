@@ -20,11 +20,11 @@ from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase
 from p2pllm.rounds.record import Head, Record
+from p2pllm.rounds.report import round_record
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.round import RoundResult, RoundRunner
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.update import Compute, Update, joined
-from p2pllm.state.adamw import learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -288,25 +288,14 @@ class TrainingLoop:
         seconds["validation"] = now - begin
         round_s, self._at_head_since = now - self._at_head_since, now
         self._on_round(
-            RoundRecord(
-                round=body.round,
-                unix_time=time.time(),
-                samples=body.samples,
-                tokens=body.samples * data.context_length,
-                members={claim.peer: claim.samples for claim in body.members},
-                loss=body.loss,
+            round_record(
+                self._manifest,
+                record,
+                result,
                 validation_loss=validation_loss,
-                learning_rate=learning_rate(self._manifest.optimizer, self._manifest.round.rounds, body.round - 1),
-                record_digest=body.digest.hex(),
-                aggregate_digest=body.aggregate.hex(),
-                state_digest=body.state.hex(),
-                attempts=result.attempts,
-                failures=result.failures,
                 own_steps=self._compute.own_steps,
-                bytes_sent=result.bytes_sent,
-                bytes_received=result.bytes_received,
-                seconds={name: round(value, 6) for name, value in seconds.items()},
-                round_s=round(round_s, 6),
+                seconds=seconds,
+                round_s=round_s,
             )
         )
 

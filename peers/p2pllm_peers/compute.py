@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import json
 import logging
 import math
 import mmap
@@ -21,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from p2pllm import errors
-from p2pllm.errors import P2PLLMError, StateError, VersionError, WorkerError
+from p2pllm.errors import P2PLLMError, VersionError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
 from p2pllm.state import FLOAT, Layout, moments_of
 from p2pllm_peers.priority import stand_back
 from p2pllm_peers.questions import Questions
+from p2pllm_peers.remembered import Remembered
 from p2pllm_peers.speed import Speed
 from p2pllm_peers.worker_process import KILLED, Event, KeptWorker, shared_file
 
@@ -72,7 +72,7 @@ class ComputeProcess:
         )
         self._job: dict[str, Any] = {}
         self._drawn_for: Event = {}
-        self._remembered: Path | None = None
+        self._remembered = Remembered()
         self._building: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._heard = time.monotonic()
@@ -90,15 +90,14 @@ class ComputeProcess:
     def belongs_to(self, run_id: str, peer_id: str, folder: Path) -> None:
         """Whose samples are drawn, and where what is this peer's own stays from one start to the next."""
         self._drawn_for = {"run_id": run_id, "peer": peer_id, "moments": str(folder / "moments.safetensors")}
-        self._remembered = folder / "worker.json"
+        self._remembered.stays_in(folder)
         if self.ready:
             self._remember()
 
     def remembered_layout(self, draft: RunDraft) -> Layout | None:
         """Of the model as it was built here before; None if it never was."""
-        with contextlib.suppress(StateError):
-            return Layout.from_json(str(self._recall().get("layout"))).with_moments(moments_of(draft))
-        return None
+        layout = self._remembered.layout
+        return None if layout is None else layout.with_moments(moments_of(draft))
 
     async def build(self, draft: RunDraft, tokenizer: bytes | None, timeout: float) -> Layout:
         """Hand over the job and wait until model and data are ready; `params` then holds the initial parameters.
@@ -125,14 +124,13 @@ class ComputeProcess:
 
     async def _send_job(self, draft: RunDraft, tokenizer: bytes | None, fresh: bool) -> None:
         self._moments = moments_of(draft)
-        micro_batch = self._recall().get("micro_batch", 0)
         self._job = {
             "draft": draft.model_dump(mode="json", include=set(RunDraft.model_fields)),
             "tokenizer": base64.b64encode(tokenizer).decode() if tokenizer is not None else "",
             "settings": self._settings.model_dump(mode="json"),
             "shared_fd": self._memory,
             "fresh": fresh,
-            "micro_batch": self._settings.micro_batch or (micro_batch if isinstance(micro_batch, int) else 0),
+            "micro_batch": self._settings.micro_batch or self._remembered.micro_batch,
         }
         await self._worker.send(self._job)
         self._heard = time.monotonic()
@@ -333,19 +331,7 @@ class ComputeProcess:
         self._on_change()
 
     def _remember(self) -> None:
-        """What makes the next start quicker, and nothing that it needs."""
-        if self._remembered is not None:
-            found_one = 0 if self._settings.micro_batch else self.micro_batch
-            found = {"micro_batch": found_one, "layout": self.layout.to_json()}
-            with contextlib.suppress(OSError):
-                self._remembered.write_text(json.dumps(found))
-
-    def _recall(self) -> dict[str, Any]:
-        """What `_remember` wrote; empty if it is not there or not readable."""
-        found: Any = None
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self._remembered.read_text()) if self._remembered is not None else None
-        return found if isinstance(found, dict) else {}
+        self._remembered.keep(self.layout, 0 if self._settings.micro_batch else self.micro_batch)
 
     def _orders(self) -> list[Event]:
         """What a worker that was started again must hear to be where we are; the job first."""
