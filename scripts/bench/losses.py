@@ -103,9 +103,12 @@ WAYS: dict[str, Way] = {
 }
 
 
-def _with(strategy: str, rate: float, outer: dict[str, float] | None = None, **fields: Any) -> Way:
-    """A strategy with this inner learning rate and these outer ones."""
-    return Way(strategy, changes={"optimizer": {"learning_rate": rate}, "outer": outer or {}}, **fields)
+def _with(
+    strategy: str, rate: float, outer: dict[str, float] | None = None, inner: str = "adamw", **fields: Any
+) -> Way:
+    """A strategy with this inner optimizer and learning rate, and these outer ones."""
+    optimizer = {"type": inner, "learning_rate": rate}
+    return Way(strategy, changes={"optimizer": optimizer, "outer": outer or {}}, **fields)
 
 
 SEARCH: dict[str, Way] = {
@@ -126,6 +129,10 @@ SEARCH: dict[str, Way] = {
         )
     },
     **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (2e-3, 4e-3)},
+    **{
+        f"diloco, muon, rate {rate}": _with("diloco", rate, {"learning_rate": 1.0, "momentum": 0.0}, inner="muon")
+        for rate in (2e-3, 4e-3, 8e-3, 16e-3)
+    },
     "sparse_loco, rate 0.002, error decay 0.9": _with("sparse_loco", 2e-3, decay=0.9),
     "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),
 }
