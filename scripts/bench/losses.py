@@ -130,8 +130,24 @@ SEARCH: dict[str, Way] = {
     },
     **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (2e-3, 4e-3)},
     **{
-        f"diloco, muon, rate {rate}": _with("diloco", rate, {"learning_rate": 1.0, "momentum": 0.0}, inner="muon")
-        for rate in (2e-3, 4e-3, 8e-3, 16e-3)
+        f"one process, muon, rate {rate}": replace(
+            ALONE, changes={**PLAIN, "optimizer": {"type": "muon", "learning_rate": rate}}
+        )
+        for rate in (4e-3, 8e-3, 16e-3)
+    },
+    **{
+        f"diloco, muon, rate {rate}": _with("diloco", rate, PLAIN["outer"], inner="muon")
+        for rate in (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+    },
+    **{
+        f"diloco, muon, rate 0.016, outer {outer} momentum {momentum}": _with(
+            "diloco", 16e-3, {"learning_rate": outer, "momentum": momentum}, inner="muon"
+        )
+        for outer, momentum in ((0.7, 0.9), (0.9, 0.6))
+    },
+    **{
+        f"sparse_loco, muon, rate {rate}": _with("sparse_loco", rate, inner="muon")
+        for rate in (4e-3, 8e-3, 16e-3, 32e-3)
     },
     "sparse_loco, rate 0.002, error decay 0.9": _with("sparse_loco", 2e-3, decay=0.9),
     "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),

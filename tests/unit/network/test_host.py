@@ -66,7 +66,8 @@ def test_addresses():
 
 def test_book_keeps_peers_that_we_talk_with():
     book = AddressBook()
-    book.learn(PEER, [f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}", "/nonsense", f"/ip4/1.2.3.4/tcp/5/p2p/{PEER[:-1]}x"])
+    other = Identity.generate().peer_id
+    book.learn(PEER, [f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}", "/nonsense", f"/ip4/1.2.3.4/tcp/5/p2p/{other}"])
     assert book.meet(PEER) and not book.meet(PEER)
     for number in range(2 * MAX_PEERS):
         book.learn(f"peer {number}", ["/a"])
