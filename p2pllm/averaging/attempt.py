@@ -77,6 +77,7 @@ class Attempt:
         }
         self._interrupted: asyncio.Future[None] = loop.create_future()
         self._over = asyncio.Event()
+        self._is_done = False
 
     # -- from start to end -------------------------------------------------------------------------------
 
@@ -88,6 +89,7 @@ class Attempt:
         try:
             await asyncio.wait([*tasks, self._interrupted], timeout=timeout, return_when=FIRST_COMPLETED)
             self._judge(*tasks)
+            self._is_done = True
             self.longest_silence = self._vigil.longest_silence  # what follows is not of the exchange
             await self._linger(min(self._stall / 2, until - clock()))
         finally:
@@ -101,9 +103,15 @@ class Attempt:
             self._interrupted.set_exception(reason)
 
     def close(self) -> None:
-        """Drop every stream that still stands; the handlers of incoming ones return."""
+        """Drop every stream that still stands; the handlers of incoming ones return.
+
+        Once we are done, whoever is slower than we waited for still gets the means that we have sent.
+        """
         for channel in self.channels:
-            channel.abort()
+            if self._is_done:
+                channel.close()
+            else:
+                channel.abort()
         for arrival in self._arrivals.values():
             arrival.cancel()
         self._interrupted.cancel()
@@ -261,7 +269,7 @@ class Attempt:
     async def _give_out(self, inbound: list[Channel], data: memoryview) -> None:
         for at in range(0, len(data), CHUNK_BYTES):
             for channel in inbound:
-                channel.put(data[at : at + CHUNK_BYTES])
+                await channel.put(data[at : at + CHUNK_BYTES])
             for channel in inbound:
                 with blaming(channel.peer):
                     await channel.flush()

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import weakref
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Callable
 from contextlib import suppress
 
 from p2pllm.averaging.vigil import Wait
-from p2pllm.network.streams import limits_intake, pace, take_it_slowly
+from p2pllm.network.streams import limits_intake, limits_upload, pace, take_it_slowly
 
 CHUNK_BYTES = 256 * 1024
 """Bytes handed to a writer at a time: a socket takes most of it at once, so that little is copied."""
+
+PACED_BYTES = 64 * 1024
+"""The same where this machine sends or receives no faster than a set rate."""
+
+CLOSE_S = 30.0
+"""Time in which the other side may read the last of what was sent."""
 
 _REFUSAL_SECONDS = 1.0
 
@@ -64,7 +71,7 @@ class Channel:
             if at < len(view) and self._direct is None:
                 await self._read_into(view[at:])
                 at = len(view)
-        size = CHUNK_BYTES if limits_intake(self._reader) else len(view)
+        size = PACED_BYTES if limits_intake(self._reader) else len(view)
         for start in range(at, len(view), max(1, size)):
             await self._fill(view[start : start + size])
         self.received += len(view)
@@ -97,30 +104,36 @@ class Channel:
         """Hand `data` to the stream, waiting while it is full. Raises ConnectionError if it is gone."""
         view = memoryview(data)
         for at in range(0, len(view), CHUNK_BYTES):
-            self.put(view[at : at + CHUNK_BYTES])
+            await self.put(view[at : at + CHUNK_BYTES])
             await self.flush()
 
-    def put(self, data: memoryview) -> None:
-        """Queue `data`; `flush` must follow before much more."""
-        self._writer.write(data)
-        self.sent += len(data)
+    async def put(self, data: memoryview) -> None:
+        """Queue `data` as soon as this machine may send it; `flush` must follow before much more."""
+        size = PACED_BYTES if limits_upload(self._writer) else len(data)
+        for at in range(0, len(data), max(1, size)):
+            piece = data[at : at + size]
+            await pace(self._writer, len(piece))  # for which the other side is not to blame
+            self._writer.write(piece)
+            self.sent += len(piece)
 
     async def flush(self) -> None:
         """Wait until the stream takes more. Raises ConnectionError if it is gone."""
-        await pace(self._writer)  # for which the other side is not to blame
         with self.sending.waiting():
             await self._writer.drain()
 
     def close(self) -> None:
-        """Close once what was sent has left; does not wait."""
+        """Close once what was sent has left, or in CLOSE_S seconds; does not wait."""
         self._writer.close()
+        asyncio.get_running_loop().call_later(CLOSE_S, _abort, weakref.ref(self._writer.transport))
 
     def abort(self) -> None:
         """Close now and drop what has not left."""
-        with suppress(
-            AttributeError
-        ):  # asyncio's own: a transport that was closing and has just sent all forgot its loop
-            self._writer.transport.abort()
+        _abort(weakref.ref(self._writer.transport))
+
+
+def _abort(transport: weakref.ref[asyncio.WriteTransport]) -> None:
+    with suppress(AttributeError):  # it is gone, or asyncio's own: one that was closing and sent all forgot its loop
+        transport().abort()  # type: ignore[union-attr]
 
 
 def _widen(writer: StreamWriter) -> None:

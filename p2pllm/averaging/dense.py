@@ -33,10 +33,10 @@ NOTICE_METHOD = "allreduce/1/gave-up"
 NOTICE_SECONDS = 1.0
 """Longest time to tell the others that we gave up, within the deadline."""
 
-MAX_PENDING = 512
+MAX_LANES = 4
+MAX_PENDING = MAX_MEMBERS * MAX_LANES
 """Streams, over all peers, whose group we have not started; we stop reading them after their header."""
 
-MAX_LANES = 4
 LANE_BYTES = 2 << 20
 """A member's values of a span, and their mean, go over one stream for so many bytes, at most MAX_LANES."""
 

@@ -212,12 +212,15 @@ class Gather:
         return self._groups[group_id]
 
     async def _give(self, writer: StreamWriter, data: bytes | None) -> None:
+        if writer.get_extra_info("socket") is not None:
+            # else a piece would wait until a whole buffer has left
+            writer.transport.set_write_buffer_limits(high=_PIECE_BYTES)
         writer.write(_LENGTH.pack(_NOTHING if data is None else len(data)))
         for at in range(0, len(data or b""), _PIECE_BYTES):
             piece = (data or b"")[at : at + _PIECE_BYTES]
+            await pace(writer, len(piece))
             writer.write(piece)
             self._sent += len(piece)
-            await pace(writer)
             async with asyncio.timeout(GIVE_S):
                 await writer.drain()
         async with asyncio.timeout(GIVE_S):

@@ -5,6 +5,7 @@ What lives here: texts and bytes. What does not: dialling.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 
 from multiaddr import Multiaddr
@@ -12,7 +13,16 @@ from multiaddr import Multiaddr
 from p2pllm.identity import is_peer_id
 from p2pllm.invite import MAX_ADDRESS_BYTES, MAX_ADDRESSES
 
-__all__ = ["MAX_ADDRESSES", "MAX_ADDRESS_BYTES", "checked_addresses", "is_loopback", "ordered", "port_of", "split"]
+__all__ = [
+    "MAX_ADDRESSES",
+    "MAX_ADDRESS_BYTES",
+    "checked_addresses",
+    "host_of",
+    "is_loopback",
+    "ordered",
+    "port_of",
+    "split",
+]
 
 
 def checked_addresses(value: object) -> list[str]:
@@ -68,12 +78,15 @@ def is_loopback(address: str) -> bool:
     return address.startswith(("/ip4/127.", "/ip6/::1/"))
 
 
-def host_of(address: str) -> str | None:
-    """The IP address or the host's name in an address of TCP; None for a relay's and all others."""
+def host_of(address: str) -> str:
+    """The IP address in a multiaddress; "" where it has none of its own, as a relay's or one with a name."""
     parts = address.split("/")
-    if "/p2p-circuit" in address or len(parts) < 4 or parts[3] != "tcp":
-        return None
-    return parts[2] if parts[1] in {"ip4", "ip6", "dns", "dns4", "dns6"} else None
+    if "p2p-circuit" in parts or len(parts) < 3 or parts[1] not in {"ip4", "ip6"}:
+        return ""
+    try:
+        return str(ipaddress.ip_address(parts[2]))
+    except ValueError:
+        return ""
 
 
 def port_of(address: str) -> int | None:

@@ -116,8 +116,9 @@ async def _send(writer: StreamWriter, blob: Blob | None) -> None:
     for buffer in blob.buffers if blob else ():
         view = memoryview(buffer).cast("B")
         for start in range(0, len(view), PIECE_BYTES):
-            await pace(writer)
-            writer.write(view[start : start + PIECE_BYTES])
+            piece = view[start : start + PIECE_BYTES]
+            await pace(writer, len(piece))
+            writer.write(piece)
             async with asyncio.timeout(STALL_TIMEOUT_S):
                 await writer.drain()
 

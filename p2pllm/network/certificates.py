@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 
-def new_certificate(file: Path) -> bytes:
-    """Write a key and its certificate to a file of mode 0600; returns the certificate, DER."""
+def new_certificate(file: Path, owner: str) -> bytes:
+    """Write a key and its certificate to a file of mode 0600; returns the certificate, DER. owner: its peer id."""
     key = Ed25519PrivateKey.generate()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "p2pllm")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, owner)])
     made = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -42,6 +42,12 @@ def new_certificate(file: Path) -> bytes:
 def name_of(certificate: bytes) -> str:
     """What a certificate is called; fit for a host's name, as which the caller sends its own."""
     return blake3(certificate).hexdigest(length=16)
+
+
+def owner_of(certificate: bytes) -> str:
+    """The peer id that a certificate, DER, is made out to. Raises ValueError for what is none."""
+    names = x509.load_der_x509_certificate(certificate).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
 
 
 def name_of_other(writer: StreamWriter) -> str:

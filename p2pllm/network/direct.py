@@ -17,16 +17,19 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from p2pllm.errors import NetworkError, SettingsError
-from p2pllm.network.certificates import context, name_of, name_of_other, new_certificate
+from p2pllm.network.certificates import context, name_of, name_of_other, new_certificate, owner_of
+from p2pllm.network.door import HANDSHAKE_S, buffer_little, family_of, listen, tune
 from p2pllm.network.messages import pack, unpack
 from p2pllm.network.streams import CountedReader, CountedWriter, Server, Traffic, count, open_with
+from p2pllm.network.transport import StreamHandler
 from p2pllm.network.wire import short
 
 log = logging.getLogger(__name__)
@@ -38,9 +41,6 @@ DIAL_S = 1.5
 """Time for the introduction and the dial, both; a firewall that drops what comes must not hold up a round, and who is
 behind it must not seem silent in an exchange (`averaging.patience`)."""
 
-HANDSHAKE_S = 5.0
-"""Time in which a caller shows its certificate, and again in which it says what it wants."""
-
 RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
 """A peer that was not reached is tried again after so long, and twice as long after every further failure."""
 
@@ -50,16 +50,14 @@ MAX_PEERS = 256
 MAX_HOSTS = 4
 """Hosts of one peer that are tried, all at once."""
 
-MAX_OPEN = 512
-"""Streams of others that are open at a time."""
+MAX_OPEN, MAX_OPEN_PER_PEER = 4096, 48
+"""Streams that others have open at a time: a group of 256 in 4 lanes, several times; a peer's lanes and its fetches."""
 
 _MAX_CERTIFICATE_BYTES = 1024
 _MAX_INTRODUCTION_BYTES = 2048
 _KEY_FILE = "direct.pem"
 
 Stream = tuple[CountedReader, CountedWriter]
-Accept = Callable[[str, str, CountedReader, CountedWriter], Awaitable[None]]
-"""(caller's peer id, protocol, reader, writer)"""
 
 
 @dataclass
@@ -77,13 +75,16 @@ class Direct:
 
     def __init__(
         self,
+        peer_id: str,
         traffic: Traffic,
         call: Callable[[str, bytes], Awaitable[bytes]],
         hosts: Callable[[str], Awaitable[Iterable[str]]],
-        accept: Accept,
+        served: Callable[[str], StreamHandler | None],
     ) -> None:
-        """call: introduces us to a peer, and returns its answer. hosts: where a peer may be, likely ones first."""
-        self._traffic, self._call, self._hosts, self._handler = traffic, call, hosts, accept
+        """peer_id: ours. call: introduces us to a peer, and returns its answer. hosts: IP addresses where a peer may
+        be, likely ones first. served: who takes streams of a protocol.
+        """
+        self._peer_id, self._traffic, self._call, self._hosts, self._served = peer_id, traffic, call, hosts, served
         self._key_file = Path(os.devnull)
         self._certificate = b""
         self._port = 0
@@ -91,15 +92,16 @@ class Direct:
         self._callers: dict[str, tuple[str, ssl.SSLContext]] = {}  # by the name of their certificate
         self._known: dict[str, _Known] = {}
         self._introducing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._open: Counter[str] = Counter()
         self._failed: dict[str, tuple[float, float]] = {}  # until when, and for how long, a peer is not tried
 
     async def start(self, folder: Path, host: str, port: int) -> None:
         """Listen. folder: private, for the key. port: 0 for any. Raises SettingsError if the port is taken."""
         self._key_file = folder / _KEY_FILE
-        self._certificate = new_certificate(self._key_file)
+        self._certificate = new_certificate(self._key_file, self._peer_id)
         trusting_nobody = context(ssl.PROTOCOL_TLS_SERVER, self._key_file)
         trusting_nobody.sni_callback = self._choose
-        server = Server(self._accepted, lambda make: _listen(make, host, port, trusting_nobody))
+        server = Server(self._accepted, lambda make: listen(make, host, port, trusting_nobody))
         try:
             await server.start()
         except OSError as error:
@@ -132,6 +134,7 @@ class Direct:
                 stream = await self._dial(peer)
         except (OSError, NetworkError, ValueError) as error:  # TimeoutError is an OSError
             self._fail(peer, clock())
+            self._known.pop(peer, None)  # it may be somewhere else by then
             log.info("peer %s is not reached directly (%s); p2pd carries its bulk", short(peer), error or "no answer")
             return None
         self._failed.pop(peer, None)
@@ -163,7 +166,7 @@ class Direct:
 
     async def _introduced(self, peer: str) -> _Known:
         answer = _unpack(await self._call(peer, pack({"certificate": self._certificate})))
-        port, certificate = answer.get("port"), _certificate_in(answer)
+        port, certificate = answer.get("port"), _certificate_in(answer, peer)
         if type(port) is not int or not 0 < port < 1 << 16:
             raise ValueError("it listens on no port for that")
         trusting = context(ssl.PROTOCOL_TLS_CLIENT, self._key_file, certificate)
@@ -189,13 +192,11 @@ class Direct:
 
     async def _connect_to(self, host: str, known: _Known) -> Stream:
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, known.port, type=socket.SOCK_STREAM)
-        family, kind, number, _, address = found[0]
-        sock = socket.socket(family, kind, number)
+        sock = socket.socket(family_of(host), socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
-            _tune(sock)
-            await loop.sock_connect(sock, address)
+            tune(sock)
+            await loop.sock_connect(sock, (host, known.port))
             stream = await open_with(
                 lambda make: loop.create_connection(
                     make, sock=sock, ssl=known.context, server_hostname=name_of(self._certificate)
@@ -210,22 +211,23 @@ class Direct:
         return stream
 
     def _count(self, stream: Stream, peer: str, proto: str, handshake: int) -> None:
+        if self._traffic.intake.mbit:
+            buffer_little(stream[1].transport, self._traffic.intake.mbit)
         count(*stream, self._traffic.of(proto), handshake, self._traffic.with_(peer))
 
     # -- answering -------------------------------------------------------------------------------------------
 
     async def introduce(self, peer: str, payload: bytes) -> bytes:
         """Answer a peer's introduction: from now on it may dial us. Raises ValueError for what is no certificate."""
-        certificate = _certificate_in(_unpack(payload))
+        certificate = _certificate_in(_unpack(payload), peer)
         name = name_of(certificate)
         if name not in self._callers:
             for old in [old for old, (other, _) in self._callers.items() if other == peer]:
                 del self._callers[old]
             self._callers[name] = (peer, context(ssl.PROTOCOL_TLS_SERVER, self._key_file, certificate))
             _bound(self._callers)
-        elif self._callers[name][0] != peer:
-            raise ValueError("this is the certificate of somebody else")
-        self._failed.pop(peer, None)  # it was started anew, or is reached again
+            self._failed.pop(peer, None)  # it was started anew
+            self._known.pop(peer, None)
         return pack({"certificate": self._certificate, "port": self._port})
 
     def _choose(self, tls: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> int | None:
@@ -238,17 +240,30 @@ class Direct:
     async def _accepted(self, reader: CountedReader, writer: CountedWriter) -> None:
         try:
             peer, _ = self._callers[name_of_other(writer)]
-            if self._server is None or self._server.open > MAX_OPEN:
-                return
-            async with asyncio.timeout(HANDSHAKE_S):
-                length = (await reader.readexactly(1))[0]
-                proto = (await reader.readexactly(length)).decode()
-            self._count((reader, writer), peer, proto, handshake=1 + length)
-            await self._handler(peer, proto, reader, writer)
+            with self._place(peer):
+                async with asyncio.timeout(HANDSHAKE_S):
+                    length = (await reader.readexactly(1))[0]
+                    proto = (await reader.readexactly(length)).decode()
+                if handler := self._served(proto):
+                    self._count((reader, writer), peer, proto, handshake=1 + length)
+                    await handler(peer, reader, writer)
         except (OSError, EOFError, ValueError, KeyError) as error:
             log.debug("a direct stream ended: %r", error)
         except Exception:
             log.exception("a stream handler failed")
+
+    @contextlib.contextmanager
+    def _place(self, peer: str) -> Iterator[None]:
+        """One of the streams that a peer may have open. Raises OSError."""
+        if self._open.total() >= MAX_OPEN or self._open[peer] >= MAX_OPEN_PER_PEER:
+            raise OSError("it has too many streams open, or all have")
+        self._open[peer] += 1
+        try:
+            yield
+        finally:
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
 
 
 async def _drop(tasks: Iterable[asyncio.Task[Stream]]) -> None:
@@ -261,29 +276,6 @@ async def _drop(tasks: Iterable[asyncio.Task[Stream]]) -> None:
             result[1].transport.abort()
 
 
-async def _listen(
-    make: Callable[[], asyncio.BaseProtocol], host: str, port: int, context: ssl.SSLContext
-) -> asyncio.Server:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _tune(sock)  # what is accepted inherits it
-        sock.bind((host, port))
-        loop = asyncio.get_running_loop()
-        return await loop.create_server(make, sock=sock, ssl=context, ssl_handshake_timeout=HANDSHAKE_S, backlog=256)
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _tune(sock: socket.socket) -> None:
-    """BBR, where the system lets us: one lost packet in 200 leaves the usual control a tenth of a line."""
-    if hasattr(socket, "TCP_CONGESTION"):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
-
-
 def _unpack(payload: bytes) -> dict[str, object]:
     value = unpack(payload, _MAX_INTRODUCTION_BYTES)
     if not isinstance(value, dict):
@@ -291,10 +283,13 @@ def _unpack(payload: bytes) -> dict[str, object]:
     return value
 
 
-def _certificate_in(value: dict[str, object]) -> bytes:
+def _certificate_in(value: dict[str, object], peer: str) -> bytes:
+    """Made out to the peer, which p2pd has authenticated: nobody takes another one's."""
     found = value.get("certificate")
     if not isinstance(found, bytes) or not 0 < len(found) <= _MAX_CERTIFICATE_BYTES:
         raise ValueError("there is no certificate in an introduction")
+    if owner_of(found) != peer:
+        raise ValueError("this is the certificate of somebody else")
     return found
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from p2pllm.errors import NetworkError
+from p2pllm.network.addresses import host_of
 from p2pllm.network.messages import pack, unpack
 from p2pllm.network.transport import Transport
 
@@ -221,14 +222,6 @@ async def greets(host: str, port: int) -> bool:
     finally:
         if writer is not None:
             writer.transport.abort()
-
-
-def host_of(address: str) -> str:
-    """The IP address in a multiaddress; "" if it has none of its own, as a relay's."""
-    parts = address.split("/")
-    if "p2p-circuit" in parts or len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
-        return ""
-    return parts[2]
 
 
 async def _asked(

@@ -62,7 +62,7 @@ class Node:
         self._book = AddressBook()
         self._calls = Calls(lambda peer: self._stream(peer, CALLS))
         self._streams: dict[str, StreamHandler] = {CALLS: self._calls.accept}
-        self._direct = Direct(self.traffic, self._ask_for_direct, self._hosts, self._accept_direct)
+        self._direct = Direct(identity.peer_id, self.traffic, self._ask_for_direct, self._hosts, self._served)
         self._calls.serve(DIRECT, self._direct.introduce)
         self._background: set[asyncio.Task[Any]] = set()
         self.on_reconnect: Callable[[], None] = lambda: None
@@ -256,10 +256,10 @@ class Node:
     async def _hosts(self, peer: str) -> list[str]:
         """Where a peer may be reached: from where it is connected with us, then where it says that it is."""
         texts = [*await self.seen_at(peer), *self._book.texts(peer)]
-        return [host for text in texts if (host := host_of(text)) is not None]
+        return [host for host in map(host_of, texts) if host]
 
-    async def _accept_direct(self, peer: str, proto: str, reader: StreamReader, writer: StreamWriter) -> None:
-        await self._streams[proto.removeprefix(self._prefix)](peer, reader, writer)
+    def _served(self, proto: str) -> StreamHandler | None:
+        return self._streams.get(proto.removeprefix(self._prefix)) if proto.startswith(self._prefix) else None
 
     async def _introduced(self, peer: str) -> Control:
         """The connection to p2pd, which now knows the addresses that we know of the peer."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import StreamReader, StreamReaderProtocol, StreamWriter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from p2pllm.network.pacing import Pacer
 
@@ -124,16 +124,14 @@ class CountedReader(StreamReader):
 
 
 class CountedWriter(StreamWriter):
-    """A StreamWriter that counts what is written."""
+    """A StreamWriter that counts what is written; who writes bulk awaits `pace` before."""
 
     moved: Moved | None = None
     link: Moved | None = None
-    unpaced = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """As asyncio's."""
         size = data.nbytes if isinstance(data, memoryview) else len(data)
-        self.unpaced += size
         if self.moved is not None:
             self.moved.sent += size
         if self.link is not None:
@@ -146,11 +144,16 @@ class CountedWriter(StreamWriter):
             self.write(piece)
 
 
-async def pace(writer: StreamWriter) -> None:
-    """Wait until more may follow what was written, where this machine limits its upload; else return at once."""
+async def pace(writer: StreamWriter, count: int) -> None:
+    """Wait until `count` bytes may be written, where this machine limits its upload; else return at once."""
     if isinstance(writer, CountedWriter) and writer.moved is not None and writer.moved.pacer is not None:
-        written, writer.unpaced = writer.unpaced, 0
-        await writer.moved.pacer.pay(written)
+        await writer.moved.pacer.pay(count)
+
+
+def limits_upload(writer: StreamWriter) -> bool:
+    """Whether this machine sends no faster than a set rate."""
+    moved = writer.moved if isinstance(writer, CountedWriter) else None
+    return moved is not None and moved.pacer is not None and moved.pacer.mbit > 0
 
 
 def limits_intake(reader: StreamReader) -> bool:
@@ -230,19 +233,27 @@ async def open_unix(path: Path) -> tuple[CountedReader, CountedWriter]:
     return await open_with(lambda make: loop.create_unix_connection(make, str(path)))
 
 
+class Listener(Protocol):
+    """What a Server needs of an `asyncio.Server`."""
+
+    @property
+    def sockets(self) -> Sequence[Any]:
+        """On which it listens."""
+        ...
+
+    def close(self) -> None:
+        """Stop listening."""
+        ...
+
+
 class Server:
     """Accepts streams and runs one task for each, until it is closed."""
 
-    def __init__(self, accept: Accept, listen: Callable[[Make], Awaitable[asyncio.Server]]) -> None:
+    def __init__(self, accept: Accept, listen: Callable[[Make], Awaitable[Listener]]) -> None:
         """listen: makes the server of a protocol, as the loop's `create_server`."""
         self._handler, self._listen = accept, listen
-        self._server: asyncio.Server | None = None
+        self._server: Listener | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def open(self) -> int:
-        """Streams that are served."""
-        return len(self._tasks)
 
     @property
     def port(self) -> int:

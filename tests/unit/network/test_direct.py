@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from p2pllm.averaging.channel import Channel
 from p2pllm.averaging.vigil import Vigil, Want
 from p2pllm.errors import NetworkError, SettingsError
-from p2pllm.network import direct
+from p2pllm.network import direct, door
 from p2pllm.network.certificates import name_of, new_certificate
 from p2pllm.network.direct import MAX_PEERS, Direct
 from p2pllm.network.messages import pack, unpack
@@ -35,6 +35,8 @@ class Place:
         self.traffic: dict[str, Traffic] = {}
         self.served: list[tuple[str, str]] = []
         self.introductions = 0
+        self.handlers = {}  # of further protocols
+        self.hosts = ["127.0.0.1", "127.0.0.3", "127.0.0.2"]  # the last two shut
 
     async def start(self, name: str) -> Direct:
         """A peer, or the same one anew."""
@@ -46,10 +48,10 @@ class Place:
             return await self.peers[peer].introduce(name, payload)
 
         async def hosts(peer: str) -> list[str]:
-            return ["127.0.0.1", "localhost", "127.0.0.2"]  # all the same, and the last one shut
+            return self.hosts
 
-        async def accept(peer, proto, reader, writer) -> None:
-            self.served.append((peer, proto))
+        async def accept(peer, reader, writer) -> None:
+            self.served.append(peer)
             while data := await reader.read(1 << 16):
                 writer.write(data)
                 await writer.drain()
@@ -57,7 +59,7 @@ class Place:
         folder = self.folder / name
         folder.mkdir(mode=0o700, exist_ok=True)
         self.traffic[name] = Traffic()
-        self.peers[name] = made = Direct(self.traffic[name], call, hosts, accept)
+        self.peers[name] = made = Direct(name, self.traffic[name], call, hosts, {PROTO: accept, **self.handlers}.get)
         await made.start(folder, "127.0.0.1", 0)
         return made
 
@@ -94,7 +96,7 @@ async def test_a_stream_carries_bytes_both_ways_and_both_ends_count_them(place: 
     tls = stream[1].get_extra_info("ssl_object")
     assert tls.version() == "TLSv1.3"
     assert await mirrored(stream) == BLOCK
-    assert place.served == [("ann", PROTO)]
+    assert place.served == ["ann"]
     ours, theirs = place.traffic["ann"].streams[PROTO], place.traffic["bob"].streams[PROTO]
     assert ours.received == theirs.received == theirs.sent == len(BLOCK)
     assert ours.sent == len(BLOCK)  # what says which stream it is counts no more than with p2pd
@@ -124,6 +126,33 @@ async def test_the_all_reduces_channel_reads_and_writes_through_tls(place: Place
     channel.abort()
 
 
+async def test_who_is_slow_gets_all_that_was_sent_before_the_end(place: Place):
+    sent = asyncio.Event()
+
+    def channel_of(reader, writer) -> Channel:
+        vigil = Vigil(5.0)
+        return Channel(reader, writer, vigil.wait("", Want.PULL), vigil.wait("", Want.PUSH))
+
+    async def reduce(peer, reader, writer) -> None:
+        channel = channel_of(reader, writer)
+        await channel.take_over()
+        await channel.send(BLOCK[: 1 << 20])
+        channel.close()
+        sent.set()
+
+    place.handlers["/p2pllm/1/test/reduce"] = reduce
+    ann, _ = await place.start("ann"), await place.start("bob")
+    channel = channel_of(*await ann.open("bob", "/p2pllm/1/test/reduce"))
+    await channel.take_over()
+    await channel.send(BLOCK[: 1 << 18])  # which bob does not read
+    came = bytearray(1 << 20)
+    async with asyncio.timeout(20):
+        await sent.wait()
+        await channel.receive_into(memoryview(came))
+    assert came == BLOCK[: 1 << 20]
+    channel.abort()
+
+
 async def test_a_peer_that_was_started_anew_is_found_again(place: Place):
     ann, bob = await place.start("ann"), await place.start("bob")
     first = await ann.open("bob", PROTO)
@@ -144,6 +173,74 @@ async def test_who_is_not_reached_is_not_tried_again_for_a_while(place: Place, m
     stream = await ann.open("bob", PROTO)
     monkeypatch.undo()
     assert await mirrored(stream) == BLOCK
+
+
+async def test_a_peer_that_has_moved_is_found_when_it_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch):
+    ann, bob = await place.start("ann"), await place.start("bob")
+    place.hosts = ["127.0.0.2"]
+    assert await ann.open("bob", PROTO) is None
+    place.hosts = ["127.0.0.1"]
+    now = asyncio.get_running_loop().time()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + direct.RETRY_S + 1)
+    first = await ann.open("bob", PROTO)
+    monkeypatch.undo()
+    assert await mirrored(first) == BLOCK
+    await bob.stop()
+    assert await ann.open("bob", PROTO) is None
+    bob = await place.start("bob")
+    await ann.introduce("bob", pack({"certificate": bob._certificate}))  # it has dialled, with a new certificate
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
+
+
+async def test_a_stream_of_what_nobody_serves_is_closed_and_not_counted(place: Place):
+    ann, bob = await place.start("ann"), await place.start("bob")
+    reader, writer = await ann.open("bob", "/p2pllm/1/test/nothing")
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    assert place.served == [] and place.traffic["bob"].streams == {} and not bob._open
+
+
+async def test_a_peer_has_a_share_of_the_streams(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(direct, "MAX_OPEN_PER_PEER", 2)
+    ann, bob = await place.start("ann"), await place.start("bob")
+    first = [await ann.open("bob", PROTO) for _ in range(2)]
+    for reader, writer in first:
+        writer.write(b"x")
+        assert await asyncio.wait_for(reader.readexactly(1), 5) == b"x"
+    reader, writer = await ann.open("bob", PROTO)
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    for _, other in [*first, (reader, writer)]:
+        other.close()
+    async with asyncio.timeout(5):
+        while bob._open:  # noqa: ASYNC110 - the other side notices at once
+            await asyncio.sleep(0.01)
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
+
+
+async def test_strangers_that_say_nothing_wait_for_a_place_and_time_out(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(door, "MAX_HANDSHAKES", 2)
+    monkeypatch.setattr(door, "HANDSHAKE_S", 0.3)
+    ann, bob = await place.start("ann"), await place.start("bob")
+    strangers = [socket.create_connection(("127.0.0.1", bob._port)) for _ in range(5)]
+    try:
+        stream = await ann.open("bob", PROTO)  # behind all of them
+        assert stream is not None and await mirrored(stream) == BLOCK
+    finally:
+        for sock in strangers:
+            sock.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_WINDOW_CLAMP"), reason="Linux has it")
+async def test_little_of_what_a_limited_line_brings_waits_in_the_kernel(place: Place):
+    ann, _ = await place.start("ann"), await place.start("bob")
+    place.traffic["ann"].intake.mbit = 16
+    for _ in range(2):
+        stream = await ann.open("bob", PROTO)
+        clamp = stream[1].get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
+        assert clamp == 500_000  # of a quarter of a second
+        begun = asyncio.get_running_loop().time()
+        assert await mirrored(stream) == BLOCK
+        assert asyncio.get_running_loop().time() - begun >= 0.8 * len(BLOCK) * 8 / 16e6
 
 
 async def test_a_firewall_that_drops_what_comes_costs_a_bounded_time(place: Place, monkeypatch: pytest.MonkeyPatch):
@@ -192,7 +289,7 @@ async def test_only_who_was_introduced_gets_in_and_only_with_its_own_certificate
     }[case]
     if case == "its own":
         assert await asyncio.to_thread(dial, bob._port, name, chain) == b"hello"
-        assert place.served == [("ann", PROTO)]
+        assert place.served == ["ann"]
         return
     with contextlib.suppress(OSError):  # with TLS 1.3 a client hears of it only when it reads
         assert await asyncio.to_thread(dial, bob._port, name, chain) == b""
@@ -204,11 +301,15 @@ async def test_nobody_takes_the_certificate_of_another(place: Place):
     await bob.introduce("ann", pack({"certificate": ann._certificate}))
     with pytest.raises(ValueError, match="somebody else"):
         await bob.introduce("eve", pack({"certificate": ann._certificate}))
+    made = new_certificate(place.folder / "bob" / "other.pem", "bob")  # before bob has said which is his
+    (place.folder / "bob" / "other.pem").unlink()
+    with pytest.raises(ValueError, match="somebody else"):
+        await ann.introduce("eve", pack({"certificate": made}))
 
 
 async def test_strangers_cannot_fill_the_memory(place: Place):
     bob = await place.start("bob")
-    made = new_certificate(place.folder / "bob" / "other.pem")
+    made = new_certificate(place.folder / "bob" / "other.pem", "ann")
     for number in range(MAX_PEERS + 5):
         bob._callers[str(number)] = (str(number), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     await bob.introduce("ann", pack({"certificate": made}))
@@ -225,9 +326,9 @@ def test_what_is_no_introduction_is_refused(payload: bytes):
 
     async def introduced() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            peer = Direct(Traffic(), none, none, none)  # type: ignore[arg-type]
+            peer = Direct("bob", Traffic(), none, none, none)  # type: ignore[arg-type]
             peer._key_file = Path(folder) / "key.pem"
-            new_certificate(peer._key_file)
+            new_certificate(peer._key_file, "bob")
             with pytest.raises(ValueError):
                 await peer.introduce("ann", payload)
             assert peer._callers == {}
@@ -248,7 +349,7 @@ async def test_the_key_is_private_and_goes_with_the_node(place: Place):
 
 async def test_a_port_that_is_taken_is_named(place: Place, tmp_path: Path):
     ann = await place.start("ann")
-    other = Direct(Traffic(), *[None] * 3)  # type: ignore[arg-type]
+    other = Direct("bob", Traffic(), *[None] * 3)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match=rf"port {ann._port} .*direct_port"):
         await other.start(tmp_path, "127.0.0.1", ann._port)
     assert not (tmp_path / "direct.pem").exists()

@@ -231,4 +231,5 @@ async def test_only_what_greets_as_libp2p_does_is_taken_for_it() -> None:
 
 def test_hosts_of_addresses() -> None:
     assert host_of("/ip4/192.0.2.1/tcp/1") == "192.0.2.1" and host_of("/ip6/2001:db8::1/tcp/1") == "2001:db8::1"
+    assert host_of("/ip4/router/tcp/1") == "" and host_of("/dns4/router/tcp/1") == ""  # nothing is asked of DNS
     assert host_of("/ip4/192.0.2.1/tcp/1/p2p/x/p2p-circuit") == "" and host_of("") == "" and host_of("/ip4") == ""

@@ -1,0 +1,121 @@
+"""Door: listens for TLS connections, and lets in a few at a time.
+
+asyncio's own server starts a handshake, with a buffer of 256 KiB, for everybody who connects; here further ones wait in
+the kernel's queue. Also what sockets that carry bulk are set to. What does not live here: whose certificate is taken,
+and what is said on a connection (`direct`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+
+from p2pllm.network.streams import Make
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_S = 5.0
+"""Time in which a caller shows its certificate, and again in which it says what it wants."""
+
+MAX_HANDSHAKES = 128
+"""At a time."""
+
+_BACKLOG = 256
+_REST_S = 1.0
+
+_BUFFER_S = 0.25
+"""What a limited line brings in so many seconds may wait in the kernel: as much as the longest round trips need."""
+
+_LEAST_BUFFER_BYTES = 64 * 1024
+
+
+class Door:
+    """Accepts connections on a socket until it is closed."""
+
+    def __init__(self, sock: socket.socket, make: Make, context: ssl.SSLContext) -> None:
+        """make: a protocol for each that shows a certificate that the context takes."""
+        self.sockets = (sock,)
+        self._make, self._context = make, context
+        self._free = asyncio.Semaphore(MAX_HANDSHAKES)
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._accepting = asyncio.create_task(self._accept(sock))
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._free.acquire()
+            try:
+                sock, _ = await loop.sock_accept(listening)
+            except OSError as error:  # as too many open files
+                log.warning("A connection for bulk cannot be accepted: %s.", error.strerror or error)
+                self._free.release()
+                await asyncio.sleep(_REST_S)
+                continue
+            task = asyncio.create_task(self._let_in(sock))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+
+    async def _let_in(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            with contextlib.suppress(OSError):  # ssl.SSLError is one, and so is TimeoutError
+                await loop.connect_accepted_socket(
+                    self._make, sock, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S
+                )
+        except BaseException:
+            sock.close()
+            raise
+        finally:
+            self._free.release()
+
+    def close(self) -> None:
+        """Stop listening, and give up what has not come in."""
+        asyncio.get_running_loop().remove_reader(self.sockets[0])  # before another socket has its number
+        self.sockets[0].close()
+        self._accepting.cancel()
+        for task in self._handshakes:
+            task.cancel()
+
+
+async def listen(make: Make, host: str, port: int, context: ssl.SSLContext) -> Door:
+    """A Door on this IP address and port, 0 for any. Raises OSError."""
+    sock = socket.socket(family_of(host), socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tune(sock)  # what is accepted inherits it
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+        return Door(sock, make, context)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Of an IP address."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def tune(sock: socket.socket) -> None:
+    """BBR, where the system lets us: one lost packet in 200 leaves the usual control a tenth of a line."""
+    if hasattr(socket, "TCP_CONGESTION"):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
+
+def buffer_little(transport: asyncio.BaseTransport, mbit: float) -> None:
+    """Let no more wait to be read than a line of this rate brings in a moment.
+
+    The kernel would take megabytes as fast as they come, whatever the rate at which they are read.
+    """
+    count = max(_LEAST_BUFFER_BYTES, int(mbit * 1e6 / 8 * _BUFFER_S))
+    sock = transport.get_extra_info("socket")
+    if sock is not None and hasattr(socket, "TCP_WINDOW_CLAMP"):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, count)
+    if hasattr(transport, "set_read_buffer_limits"):  # asyncio's for TLS
+        transport.set_read_buffer_limits(high=count)
