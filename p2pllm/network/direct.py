@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from p2pllm.errors import NetworkError, SettingsError
 from p2pllm.network.certificates import context, name_of, name_of_other, new_certificate, owner_of
@@ -93,6 +93,7 @@ class Direct:
         self._known: dict[str, _Known] = {}
         self._introducing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._open: Counter[str] = Counter()
+        self._limited: WeakSet[asyncio.WriteTransport] = WeakSet()  # those that read no faster than a set rate
         self._failed: dict[str, tuple[float, float]] = {}  # until when, and for how long, a peer is not tried
 
     async def start(self, folder: Path, host: str, port: int) -> None:
@@ -212,7 +213,8 @@ class Direct:
 
     def _count(self, stream: Stream, peer: str, proto: str, handshake: int) -> None:
         if self._traffic.intake.mbit:
-            buffer_little(stream[1].transport, self._traffic.intake.mbit)
+            self._limited.add(stream[1].transport)
+            buffer_little([each for each in self._limited if not each.is_closing()], self._traffic.intake.mbit)
         count(*stream, self._traffic.of(proto), handshake, self._traffic.with_(peer))
 
     # -- answering -------------------------------------------------------------------------------------------

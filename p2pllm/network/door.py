@@ -12,6 +12,7 @@ import contextlib
 import logging
 import socket
 import ssl
+from collections.abc import Collection
 
 from p2pllm.network.streams import Make
 
@@ -26,10 +27,10 @@ MAX_HANDSHAKES = 128
 _BACKLOG = 256
 _REST_S = 1.0
 
-_BUFFER_S = 0.25
-"""What a limited line brings in so many seconds may wait in the kernel: as much as the longest round trips need."""
+_BUFFER_S = 0.15
+"""What a limited line brings in so many seconds may wait to be read: as much as long round trips need."""
 
-_LEAST_BUFFER_BYTES = 64 * 1024
+_LEAST_BUFFER_BYTES = 16 * 1024
 
 
 class Door:
@@ -107,15 +108,16 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
 
 
-def buffer_little(transport: asyncio.BaseTransport, mbit: float) -> None:
-    """Let no more wait to be read than a line of this rate brings in a moment.
+def buffer_little(transports: Collection[asyncio.BaseTransport], mbit: float) -> None:
+    """Let no more wait to be read, on all of these, than a line of this rate brings in a moment.
 
     The kernel would take megabytes as fast as they come, whatever the rate at which they are read.
     """
-    count = max(_LEAST_BUFFER_BYTES, int(mbit * 1e6 / 8 * _BUFFER_S))
-    sock = transport.get_extra_info("socket")
-    if sock is not None and hasattr(socket, "TCP_WINDOW_CLAMP"):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, count)
-    if hasattr(transport, "set_read_buffer_limits"):  # asyncio's for TLS
-        transport.set_read_buffer_limits(high=count)
+    count = max(_LEAST_BUFFER_BYTES, int(mbit * 1e6 / 8 * _BUFFER_S / max(1, len(transports))))
+    for transport in transports:
+        sock = transport.get_extra_info("socket")
+        if sock is not None and hasattr(socket, "TCP_WINDOW_CLAMP"):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, count)
+        if hasattr(transport, "set_read_buffer_limits"):  # asyncio's for TLS
+            transport.set_read_buffer_limits(high=count)

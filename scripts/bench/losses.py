@@ -83,6 +83,7 @@ WARMUP_STEPS = 90
 BATCH = 8
 AHEAD = 6  # with overlap, one of so many steps of a round is computed while the update before travels
 PLAIN = {"outer": {"learning_rate": 1.0, "momentum": 0.0}}
+MUON = {"optimizer": {"type": "muon", "learning_rate": 16e-3}}
 ALONE = Way("diloco", peers=1, changes=PLAIN)
 
 WAYS: dict[str, Way] = {
@@ -96,8 +97,10 @@ WAYS: dict[str, Way] = {
     "sparse_loco": Way("sparse_loco"),
     "sparse_loco, by all": Way("sparse_loco", divide_by="all"),
     "sparse_loco, overlap": Way("sparse_loco", overlap=True),
-    "diloco fp32, muon": Way("diloco", changes={**PLAIN, "optimizer": {"type": "muon"}}),
-    "sparse_loco, muon": Way("sparse_loco", changes={"optimizer": {"type": "muon"}}),
+    "one process, muon": replace(ALONE, changes={**PLAIN, **MUON}),
+    "diloco fp32, muon": Way("diloco", changes={**PLAIN, **MUON}),
+    "diloco fp32, muon, H 10": Way("diloco", steps=10, changes={**PLAIN, **MUON}),
+    "sparse_loco, muon": Way("sparse_loco", changes={"optimizer": {"type": "muon", "learning_rate": 4e-3}}),
     **{f"diloco fp32, H {steps}": Way("diloco", steps=steps, changes=PLAIN) for steps in (10, 5)},
     **{f"sparse_loco, H {steps}": Way("sparse_loco", steps=steps) for steps in (10, 5)},
 }
@@ -133,7 +136,7 @@ SEARCH: dict[str, Way] = {
         f"one process, muon, rate {rate}": replace(
             ALONE, changes={**PLAIN, "optimizer": {"type": "muon", "learning_rate": rate}}
         )
-        for rate in (4e-3, 8e-3, 16e-3)
+        for rate in (4e-3, 8e-3, 16e-3, 32e-3)
     },
     **{
         f"diloco, muon, rate {rate}": _with("diloco", rate, PLAIN["outer"], inner="muon")

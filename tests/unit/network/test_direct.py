@@ -234,13 +234,13 @@ async def test_strangers_that_say_nothing_wait_for_a_place_and_time_out(place: P
 async def test_little_of_what_a_limited_line_brings_waits_in_the_kernel(place: Place):
     ann, _ = await place.start("ann"), await place.start("bob")
     place.traffic["ann"].intake.mbit = 16
-    for _ in range(2):
-        stream = await ann.open("bob", PROTO)
-        clamp = stream[1].get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
-        assert clamp == 500_000  # of a quarter of a second
-        begun = asyncio.get_running_loop().time()
-        assert await mirrored(stream) == BLOCK
-        assert asyncio.get_running_loop().time() - begun >= 0.8 * len(BLOCK) * 8 / 16e6
+    streams = [await ann.open("bob", PROTO) for _ in range(3)]
+    for _, writer in streams:
+        clamp = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
+        assert clamp == 100_000  # together, what comes in 0.15 s
+    begun = asyncio.get_running_loop().time()
+    assert all(came == BLOCK for came in await asyncio.gather(*(mirrored(stream) for stream in streams)))
+    assert asyncio.get_running_loop().time() - begun >= 0.8 * 3 * len(BLOCK) * 8 / 16e6
 
 
 async def test_a_firewall_that_drops_what_comes_costs_a_bounded_time(place: Place, monkeypatch: pytest.MonkeyPatch):
