@@ -100,7 +100,7 @@ WAYS: dict[str, Way] = {
     "one process, muon": replace(ALONE, changes={**PLAIN, **MUON}),
     "diloco fp32, muon": Way("diloco", changes={**PLAIN, **MUON}),
     "diloco fp32, muon, H 10": Way("diloco", steps=10, changes={**PLAIN, **MUON}),
-    "sparse_loco, muon": Way("sparse_loco", changes={"optimizer": {"type": "muon", "learning_rate": 4e-3}}),
+    "sparse_loco, muon": Way("sparse_loco", changes={"optimizer": {"type": "muon"}}),
     **{f"diloco fp32, H {steps}": Way("diloco", steps=steps, changes=PLAIN) for steps in (10, 5)},
     **{f"sparse_loco, H {steps}": Way("sparse_loco", steps=steps) for steps in (10, 5)},
 }

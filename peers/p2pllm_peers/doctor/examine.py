@@ -26,6 +26,7 @@ from p2pllm.training.tokenizer import load_tokenizer
 from p2pllm_peers.doctor import machine, sizes
 from p2pllm_peers.doctor.findings import DiskNeed, Findings, Outside, Run
 from p2pllm_peers.doctor.measure import Bench, Measurement, encoded_size
+from p2pllm_peers.doctor.memory import free_memory
 from p2pllm_peers.pace import Pace
 
 Progress = Callable[[str], None]
@@ -55,7 +56,7 @@ async def examine(
     """
     machine.check_writable(settings.home)
     machine.check_writable(settings.cache)
-    free, folder = machine.free_memory(), new_runtime_dir()
+    free, folder = free_memory(), new_runtime_dir()
     prepare_runtime_dir(folder)
     own = settings.model_copy(update={"cache": folder / "cache", "data_path": ""})
     bench = Bench(own, folder, progress)

@@ -1,4 +1,4 @@
-"""Machine: what is found out without computing and without the network: versions, arithmetic, memory, disk, text."""
+"""Machine: what is found out without computing and without the network: versions, arithmetic, disk, text."""
 
 from __future__ import annotations
 
@@ -48,11 +48,6 @@ def arithmetic_problem() -> str:
     except StateError as error:
         return str(error)
     return ""
-
-
-def free_memory() -> int:
-    """Bytes that programs can still have without swapping."""
-    return int(psutil.virtual_memory().available)
 
 
 def check_writable(path: Path) -> None:
