@@ -150,7 +150,7 @@ SEARCH: dict[str, Way] = {
     },
     **{
         f"sparse_loco, muon, rate {rate}": _with("sparse_loco", rate, inner="muon")
-        for rate in (4e-3, 8e-3, 16e-3, 32e-3)
+        for rate in (2e-3, 4e-3, 8e-3, 16e-3)
     },
     "sparse_loco, rate 0.002, error decay 0.9": _with("sparse_loco", 2e-3, decay=0.9),
     "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),
