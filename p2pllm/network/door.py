@@ -27,10 +27,12 @@ MAX_HANDSHAKES = 128
 _BACKLOG = 256
 _REST_S = 1.0
 
-_BUFFER_S = 0.15
+_BUFFER_S = 0.1
 """What a limited line brings in so many seconds may wait to be read: as much as long round trips need."""
 
-_LEAST_BUFFER_BYTES = 16 * 1024
+_LEAST_BUFFER_BYTES, _MOST_BUFFER_BYTES = 16 * 1024, 200_000
+"""Of one socket. Linux grants no more than the latter where nobody has changed that, and takes about as much by itself
+while it is read slowly."""
 
 
 class Door:
@@ -111,13 +113,13 @@ def tune(sock: socket.socket) -> None:
 def buffer_little(transports: Collection[asyncio.BaseTransport], mbit: float) -> None:
     """Let no more wait to be read, on all of these, than a line of this rate brings in a moment.
 
-    The kernel would take megabytes as fast as they come, whatever the rate at which they are read.
+    Kernels would take megabytes as fast as they come, whatever the rate at which they are read.
     """
     count = max(_LEAST_BUFFER_BYTES, int(mbit * 1e6 / 8 * _BUFFER_S / max(1, len(transports))))
     for transport in transports:
         sock = transport.get_extra_info("socket")
-        if sock is not None and hasattr(socket, "TCP_WINDOW_CLAMP"):
+        if sock is not None and count <= _MOST_BUFFER_BYTES:
             with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, count)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, count)
         if hasattr(transport, "set_read_buffer_limits"):  # asyncio's for TLS
             transport.set_read_buffer_limits(high=count)
