@@ -72,9 +72,10 @@ class Disk:
         return round_ % self._every == 0 or round_ == 1
 
     @property
-    def is_over_budget(self) -> bool:
-        """There are more aggregates than there may be; a snapshot now would make most of them needless."""
-        return self.aggregates.total > self.budget
+    def is_full(self) -> bool:
+        """Another aggregate would be more than there may be; a snapshot now would make most of them needless."""
+        sizes = self.aggregates.sizes()
+        return sum(sizes) + max(sizes, default=0) > self.budget
 
     def on_branch(self) -> list[Snapshot]:
         """The snapshots of our branch, newest first."""
@@ -155,7 +156,7 @@ class Disk:
 
     def collect(self) -> None:
         """Drop snapshots and aggregates that no replay needs: the older ones, and those of abandoned branches."""
-        kept = self.on_branch()[: 1 if self.is_over_budget else KEPT_SNAPSHOTS]
+        kept = self.on_branch()[: 1 if self.is_full else KEPT_SNAPSHOTS]
         for found in self.snapshots.all():
             if found not in kept:
                 self.snapshots.drop(found)

@@ -212,7 +212,7 @@ class StateKeeper:
         self._in_spare = b""
         self._held.clear()
         self.branch, self.has_state = self.disk.log.branch, True
-        if self.disk.is_snapshot_round(new.round) or self.disk.is_over_budget:
+        if self.disk.is_snapshot_round(new.round) or self.disk.is_full:
             await self._save()
 
     # -- what others hold ---------------------------------------------------------------------------------------------

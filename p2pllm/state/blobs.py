@@ -89,10 +89,9 @@ class BlobStore:
         with self._reading():
             return {bytes.fromhex(name) for name in self._folder.names() if _NAME.fullmatch(name)}
 
-    @property
-    def total(self) -> int:
-        """Bytes of all blobs."""
-        return sum(self.size(digest) for digest in self.digests())
+    def sizes(self) -> list[int]:
+        """Bytes of each blob."""
+        return [self.size(digest) for digest in self.digests()]
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
         return explained(f"The aggregates in {self._folder} cannot be read")
