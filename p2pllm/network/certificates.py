@@ -46,7 +46,10 @@ def name_of(certificate: bytes) -> str:
 
 def owner_of(certificate: bytes) -> str:
     """The peer id that a certificate, DER, is made out to. Raises ValueError for what is none."""
-    names = x509.load_der_x509_certificate(certificate).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    try:
+        names = x509.load_der_x509_certificate(certificate).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except (ValueError, TypeError, x509.InvalidVersion):
+        raise ValueError("this is no certificate") from None
     return str(names[0].value) if names else ""
 
 

@@ -20,13 +20,15 @@ from p2pllm.averaging.channel import Channel
 from p2pllm.averaging.vigil import Vigil, Want
 from p2pllm.errors import NetworkError, SettingsError
 from p2pllm.network import direct, door
-from p2pllm.network.certificates import name_of, new_certificate
+from p2pllm.network.certificates import name_of, new_certificate, owner_of
 from p2pllm.network.direct import MAX_PEERS, Direct
 from p2pllm.network.messages import pack, unpack
 from p2pllm.network.streams import Traffic
 
 PROTO = "/p2pllm/1/test/mirror"
 BLOCK = os.urandom(3 << 20)
+with tempfile.TemporaryDirectory() as made_in:
+    CERTIFICATE = new_certificate(Path(made_in) / "key.pem", "ann")
 
 
 class Place:
@@ -338,6 +340,16 @@ async def test_strangers_cannot_fill_the_memory(place: Place):
     (place.folder / "bob" / "other.pem").unlink()
     assert len(bob._callers) == MAX_PEERS
     assert name_of(made) in bob._callers
+
+
+@settings(max_examples=500, deadline=None)
+@given(at=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 2))
+def test_a_damaged_certificate_is_refused_or_taken_and_nothing_else(at: int, value: int, cut: int):
+    damaged = bytearray(CERTIFICATE)
+    damaged[at % len(damaged)] = value
+    del damaged[at : at + cut]
+    with contextlib.suppress(ValueError):
+        assert isinstance(owner_of(bytes(damaged)), str)
 
 
 @settings(max_examples=100, deadline=None)
