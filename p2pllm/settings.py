@@ -55,7 +55,9 @@ class PeerSettings(BaseSettings):
         pattern=r"^(auto|(cpu|mps|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$",
         description="auto, cpu, mps, cuda or cuda:N; several with commas work side by side, as cuda:0,cuda:1",
     )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0 = as torch chooses")
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads of the worker; 0 = as many as other programs leave cores"
+    )
     nice: int = Field(10, ge=0, le=19, description="how far the worker stands back for the machine's other programs")
     io_idle: bool = Field(True, description="the worker reads the disk only while nobody else does (Linux)")
     micro_batch: int = Field(0, ge=0, le=65536, description="samples computed at once; 0 = found by itself")

@@ -72,8 +72,9 @@ class LabView:
                 self._shown = ahead["recorded_round"]
                 _line(f"round {ahead['recorded_round']} at {t:.1f} s  {achieved}")
             return
-        left = f" of {self._scenario.duration_s:.0f}" if self._scenario.duration_s else ""
-        self._head = [Text(f"{t:.0f}{left} s  round {ahead['recorded_round']}  {achieved}")]
+        lasts = self._scenario.duration_s
+        seconds, rounds = (f" of {lasts:.0f}", "") if lasts else ("", f" of {ahead['rounds']}")
+        self._head = [Text(f"{t:.0f}{seconds} s  round {ahead['recorded_round']}{rounds}  {achieved}")]
         if len(ahead["losses"]) > 1:
             self._head.append(Text(f"loss {curve(ahead['losses'])}", no_wrap=True, overflow="crop"))
         self._rows = self._table(t, swarm, sample)

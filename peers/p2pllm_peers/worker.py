@@ -39,6 +39,7 @@ import numpy as np
 from p2pllm.errors import P2PLLMError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
+from p2pllm_peers.crew import Crew
 from p2pllm_peers.rest import Rest
 
 Command = dict[str, Any]
@@ -97,8 +98,11 @@ class Pipe:
 class Worker:
     """The model, the data and the round under way."""
 
-    def __init__(self, pipe: Pipe, job: Command) -> None:
-        """Build everything the job names. Raises what the training package raises for input that is not usable."""
+    def __init__(self, pipe: Pipe, job: Command, crew: Crew) -> None:
+        """Build everything the job names. Raises what the training package raises for input that is not usable.
+
+        crew: has looked at other programs since this process began.
+        """
         # Here and not at the top: the daemon hears progress before these seconds, and tests import this module.
         import torch
 
@@ -109,6 +113,8 @@ class Worker:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._device = device.choose_device(settings.device)
+        chosen = settings.threads or self._device.type != "cpu"
+        self._crew, self._most_threads = None if chosen else crew, torch.get_num_threads()
         device.limit_memory(self._device, settings.gpu_memory_gb)
         tokens = tokenizer.load_tokenizer(base64.b64decode(job["tokenizer"]) if job["tokenizer"] else None)
         pipe.emit("progress", text="building the model")
@@ -131,6 +137,7 @@ class Worker:
         samples_per_s = 0.0  # not measured
         if not job["micro_batch"]:
             pipe.emit("progress", text="finding the micro-batch that suits this device")
+            self._take_cores()
             samples_per_s = self._work.find_micro_batch()
         self._drawn_for = ("", "")
         self._moments: Path | None = None
@@ -207,6 +214,15 @@ class Worker:
         if self._work.micro_batch != before:
             self._pipe.emit("micro_batch", micro_batch=self._work.micro_batch)
         self._rest.stepped(began)
+        if self._crew is not None and self._crew.due():
+            self._take_cores()
+
+    def _take_cores(self) -> None:
+        """Compute with as many threads as others leave cores, where nobody has chosen."""
+        if self._crew is not None:
+            import torch
+
+            torch.set_num_threads(self._crew.size(self._most_threads))
 
     def _finish(self, go_on: bool) -> None:
         """Hand over the update in the shared memory, and go on with the next round if we shall and can."""
@@ -266,6 +282,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints must not break the protocol
     pipe = Pipe(sys.stdin, events, sys.argv[1])
     pipe.start()
+    crew = Crew()
     gc.disable()  # while libraries load, of which all stays; a fifth of that time
     # load the libraries while the daemon finds out what to compute: torch, and what all models of transformers need
     for name in ("torch", "p2pllm.training.inner", "transformers.modeling_utils", "transformers.generation"):
@@ -274,7 +291,7 @@ def main() -> None:
     job = pipe.next(None)
     assert job is not None  # noqa: S101 - waited for
     try:
-        Worker(pipe, job).run()
+        Worker(pipe, job, crew).run()
     except P2PLLMError as error:
         pipe.emit("error", kind=type(error).__name__, message=str(error))
         sys.exit(error.exit_code)

@@ -28,6 +28,11 @@ MAX_CRASHES = 5
 CLOSE_TIMEOUT_S = 2.0
 """A worker that does not end by itself in this time is killed."""
 
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+"""For how many turns a thread of torch spins for the others before it sleeps; OpenMP takes as many where it has more
+threads than cores. By default it spins for milliseconds: no core ever looks free, so one that shares its core with
+another program is moved to none, and all wait for it. One busy program then takes 99 % of a worker's speed."""
+
 KILLED = -9
 """Exit code of a worker that somebody killed; nobody but the kernel's out-of-memory killer does so uninvited."""
 
@@ -54,6 +59,7 @@ class WorkerProcess:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=(memory,),
+            env={**ENVIRONMENT, **os.environ},
             start_new_session=True,  # Linux shares the CPU out by sessions first, so only so its niceness counts
             limit=_LINE_LIMIT,
         )

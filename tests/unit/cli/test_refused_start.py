@@ -27,6 +27,7 @@ from p2pllm.invite import Invite
 from p2pllm.manifest import load_draft
 from p2pllm.network.node import Node, NodeSettings
 from p2pllm_peers import daemon, launcher, orders, worker_process
+from p2pllm_peers.crew import Crew
 from p2pllm_peers.entry import serve_manifest
 from p2pllm_peers.folders import FOUNDER, SIGNING_DOMAIN, PeerFolder, RunFolder
 from p2pllm_peers.launcher import DaemonProcess, Order
@@ -73,7 +74,7 @@ class WorkerHere:
             self._ended.set()
             return
         with pytest.raises(P2PLLMError) as caught:
-            Worker(Pipe(io.StringIO(), io.StringIO(), ""), command)
+            Worker(Pipe(io.StringIO(), io.StringIO(), ""), command, Crew())
         self._on_event({"event": "error", "kind": type(caught.value).__name__, "message": str(caught.value)})
 
     async def wait(self) -> int:

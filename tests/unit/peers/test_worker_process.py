@@ -6,6 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from p2pllm_peers.worker_process import KeptWorker, WorkerProcess, shared_file
@@ -30,6 +31,25 @@ async def test_a_worker_whose_daemon_was_killed_before_its_job_ends_and_removes_
         assert await worker.wait() == 0
     assert not sockets.exists()
     os.close(memory)
+
+
+async def test_threads_of_a_worker_do_not_spin_for_long_unless_somebody_wants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert await _environment(tmp_path) >= {"GOMP_SPINCOUNT=1000"}
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert await _environment(tmp_path) >= {"GOMP_SPINCOUNT=7"}
+
+
+async def _environment(folder: Path) -> set[str]:
+    memory = shared_file()
+    worker = await WorkerProcess.launch(memory, folder / "runtime", lambda event: None)
+    variables = {f"{name}={value}" for name, value in psutil.Process(worker.pid).environ().items()}
+    worker.kill()
+    await worker.wait()
+    os.close(memory)
+    return variables
 
 
 class Deaf:
