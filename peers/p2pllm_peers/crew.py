@@ -56,9 +56,17 @@ class Crew:
 
 
 def taken() -> Reading:
-    """Of the cores that this process may run on. Time that a host withholds from a virtual machine counts as free."""
-    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    each = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if here is None or core in here]
+    """Of the cores that this process may run on; no seconds where the system does not tell, as if we were alone.
+
+    Time that a host withholds from a virtual machine counts as free.
+    """
+    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    try:
+        each = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in here]
+    except (psutil.Error, OSError):
+        each = []
+    if len(each) < len(here):  # a container may hide them, or give them other numbers
+        return 0.0, len(here)
     idle = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests are in user and nice, too
     busy = sum(seconds for times in each for name, seconds in times._asdict().items() if name not in idle)
-    return busy, len(each)
+    return busy, len(here)

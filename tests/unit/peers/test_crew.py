@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import psutil
 import pytest
 
 from p2pllm_peers.crew import MEASURE_S, Crew, taken
@@ -51,6 +54,15 @@ def test_a_moment_says_nothing_about_others() -> None:
     crew = machine.crew()
     machine.go_on(0.01, own=0, others=4)
     assert crew.size(4) == 4
+
+
+def test_where_the_system_does_not_tell_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "cpu_times", mock.Mock(side_effect=PermissionError))
+    machine = Machine(0)
+    crew = Crew(lambda: machine.now, lambda: machine.own_s, taken)
+    machine.go_on(MEASURE_S, own=1, others=0)
+    _, cores = taken()
+    assert crew.size(most=cores) == cores
 
 
 def test_the_time_of_this_machine_is_read() -> None:
