@@ -32,7 +32,12 @@ MIB = 1 << 20
 
 def p2pds() -> list[psutil.Process]:
     """The p2pd processes that this process started."""
-    return [child for child in psutil.Process().children(recursive=True) if "p2pd" in child.name()]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if "p2pd" in child.name():
+                found.append(child)
+    return found
 
 
 async def until(condition, limit: float) -> float:
