@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
 import pytest
 
 HARD_LIMIT_S = 60.0
@@ -24,3 +25,11 @@ def until(condition: Callable[[], Found], what: str, limit: float = HARD_LIMIT_S
             pytest.fail(f"not within {limit:.0f} s: {what}")
         time.sleep(EVERY_S)
     return found
+
+
+def lives(process: psutil.Process) -> bool:
+    """It has not ended; one that only its parent has not collected has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two questions
+        return False

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from polling import until
+from polling import lives, until
 
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
@@ -162,12 +162,9 @@ def remains_of(peer: SwarmPeer) -> dict[str, Any]:
 
 def left_of(remains: dict[str, Any]) -> list[str]:
     """What of them is still there; a dead process that its parent has not collected is gone."""
-    alive = [
-        f"{process.pid} {process.name()} {process.status()}"
-        for process in remains["processes"]
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return [str(process) for process in remains["processes"] if lives(process)] + [
+        str(entry) for entry in remains["sockets"].glob("*")
     ]
-    return alive + [str(entry) for entry in remains["sockets"].glob("*")]
 
 
 def nothing_is_left(remains: dict[str, Any]) -> None:

@@ -74,8 +74,10 @@ def test_it_has_a_machine_of_its_own(lab: Lab, monkeypatch: pytest.MonkeyPatch) 
 
 
 def gone(pid_file: Path) -> bool:
-    pid = int(pid_file.read_text())
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(int(pid_file.read_text())).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_process_that_is_left_fails_the_test_and_is_ended(lab: Lab, tmp_path: Path) -> None:
