@@ -174,8 +174,9 @@ def draft_template(strategy: str = "sync") -> str:
     for name in ("model", "tokenizer", "data", "optimizer", "round", "outer"):
         section = getattr(draft, name)
         fields = _field_lines(section)
-        if name == "outer":
-            fields = [f"# {line}" for line in fields]  # what is left out depends on the strategy
+        if name == "outer":  # what is left out depends on the strategy
+            suited = SUITED[strategy].get(name, {})
+            fields = [line if line.split()[0] in suited else f"# {line}" for line in fields]
         lines += ["", f"[{name}]  # {(type(section).__doc__ or '').splitlines()[0]}", *fields]
         if name == "model":
             lines += ["", f"[model.config]  # {ModelSection.model_fields['config'].description}"]

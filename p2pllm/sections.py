@@ -131,17 +131,20 @@ OUTER: dict[str, dict[str, float]] = {
 
 
 _LOCAL_STEPS = {"batch": 8, "learning_rate": 2e-3, "warmup_rounds": 3}
+_MUON_STEPS = {**_LOCAL_STEPS, "type": "muon", "learning_rate": 16e-3}
 _LONG_ROUNDS = {"overlap": True, "samples": 960, "deadline_s": 300.0}
 
 SUITED: dict[str, dict[str, Any]] = {
     "sync": {},
     "diloco": {
-        "optimizer": _LOCAL_STEPS,
+        "optimizer": _MUON_STEPS,
         "round": {"strategy": "diloco", "codec": "int8", **_LONG_ROUNDS},
+        "outer": {"learning_rate": 1.0, "momentum": 0.0},
     },
     "sparse_loco": {"optimizer": _LOCAL_STEPS, "round": {"strategy": "sparse_loco", **_LONG_ROUNDS}},
 }
-"""What a new run file says for a strategy where the default does not suit it: some 30 steps of four peers a round."""
+"""What a new run file says for a strategy where the default does not suit it: some 30 steps of four peers a round, and
+what learned most in scripts/bench/losses.py."""
 
 
 class RoundSection(Section):

@@ -99,6 +99,7 @@ WAYS: dict[str, Way] = {
     "sparse_loco, overlap": Way("sparse_loco", overlap=True),
     "one process, muon": replace(ALONE, changes={**PLAIN, **MUON}),
     "diloco fp32, muon": Way("diloco", changes={**PLAIN, **MUON}),
+    "diloco int8, muon, overlap": Way("diloco", overlap=True, codec="int8", changes={**PLAIN, **MUON}),
     "diloco fp32, muon, H 10": Way("diloco", steps=10, changes={**PLAIN, **MUON}),
     "sparse_loco, muon": Way("sparse_loco", changes={"optimizer": {"type": "muon"}}),
     **{f"diloco fp32, H {steps}": Way("diloco", steps=steps, changes=PLAIN) for steps in (10, 5)},
