@@ -45,7 +45,9 @@ async def test_threads_of_a_worker_do_not_spin_for_long_unless_somebody_wants_it
 async def _environment(folder: Path) -> set[str]:
     memory = shared_file()
     worker = await WorkerProcess.launch(memory, folder / "runtime", lambda event: None)
-    variables = {f"{name}={value}" for name, value in psutil.Process(worker.pid).environ().items()}
+    while not (found := psutil.Process(worker.pid).environ()):  # the system shows none in the moment of its start
+        pass
+    variables = {f"{name}={value}" for name, value in found.items()}
     worker.kill()
     await worker.wait()
     os.close(memory)
