@@ -28,9 +28,9 @@ def test_run_that_cannot_be_built(peer_env) -> None:
 
 @contextlib.contextmanager
 def small_disk(path: Path) -> Iterator[bool]:
-    """A file system of 2 MB of our own; False where mounting is not permitted."""
+    """A file system of 16 MB, three times what the tiny run needs; False where mounting is not permitted."""
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path]
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", path]
     mounted = not subprocess.run(command, capture_output=True).returncode
     try:
         yield mounted
