@@ -96,6 +96,7 @@ class Status:
             "bytes_received": self._node.traffic.received,
             "traffic": self.traffic(),
             "links": self.links.rows(),
+            "parameters": self._compute.layout.size,
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
             "worker_restarts": self._compute.restarts,

@@ -113,6 +113,7 @@ class Facts(_Row):
     cpus: int = 0
     links: list[LinkCheck] = []
     emulator: Emulator = Emulator(kind="none")
+    parameters: int = 0  # of the model; 0: no peer told
     peers: list[PeerFacts] = []
     events: list[Strike] = []
     struck: list[Struck] = []

@@ -154,6 +154,7 @@ class Experiment:
         """Bring the peers' own records together."""
         facts = self.facts
         facts.emulator = machines.emulator()
+        facts.parameters = max(peer.last.get("parameters", 0) for peer in swarm.peers.values())
         for row in facts.peers:
             peer = swarm.peers[row.name]
             peer.keep(self._out)

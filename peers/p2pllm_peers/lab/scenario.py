@@ -174,6 +174,9 @@ class Verdict(_Section):
         le=1,
         description="rounds by those of a run without faults that lasts as long; 0: any",
     )
+    max_waiting: float | None = Field(
+        None, ge=0, le=1, description="share of its time that any peer waited: neither computing nor in an exchange"
+    )
     min_attendance: float | None = Field(
         None, ge=0, le=1, description="share of the rounds that every peer was a member of; 1: nobody was ever left out"
     )

@@ -89,12 +89,14 @@ def test_bytes_by_both_counters(tmp_path: Path) -> None:
         sample(2.0, a={"phase": "collecting", "wire_up": 512, "wire_down": 768, "cpu_s": 3.5, "traffic": own}),
         sample(3.0, a={"phase": ""}),
     ]
-    found = report(evidence(tmp_path, both(record(1, 2.0), record(2, 4.0)), samples=samples))
+    found = report(evidence(tmp_path, both(record(1, 2.0), record(2, 4.0)), samples=samples, parameters=1000))
     first, second = found["peers"]
     assert first["wire"] == {"up": 512, "down": 768} and first["payload"] == {"sent": 315, "received": 420}
     assert first["own"] == own and first["cpu_s"] == 3.5
     assert first["rounds"] == 2 and first["samples"] == 8 and first["tokens"] == 256
     assert first["bytes_per_round"] == {"up": 256, "down": 384} and first["bytes_per_token"] == {"up": 2, "down": 3}
+    assert first["bits_per_parameter"] == {"updates": 8 * own["updates_sent"] / 2e3, "payload": 1.26, "wire": 2.048}
+    assert "bits sent by a peer in a round, for each parameter (mean): updates" in "\n".join(summary_lines(found))
     assert second["wire"] == {"up": None, "down": None} and second["payload"] == {"sent": None, "received": None}
     assert found["swarm"]["bytes"] == {
         "source": "wire", "total": 512, "payload": 315, "per_round": 256, "per_token": 1.0, "cpu_s": 3.5

@@ -20,7 +20,8 @@ def costs(
 ) -> list[dict[str, Any]]:
     """One row a peer, in the order of the facts; see `report` for the fields."""
     kept = {commit.round: commit for row in commits.values() for commit in row if _is_kept(commit, main)}
-    return [_cost(peer, samples, commits.get(peer.name, []), kept, main) for peer in facts.peers]
+    rows = [_cost(peer, samples, commits.get(peer.name, []), kept, main) for peer in facts.peers]
+    return [row | {"bits_per_parameter": _bits(row, facts.parameters)} for row in rows]
 
 
 def _is_kept(commit: Commit, main: Mapping[int, str]) -> bool:
@@ -53,6 +54,14 @@ def _cost(
         "payload": payload,
         "bytes_per_round": {"up": _ratio(up, len(mine)), "down": _ratio(down, len(mine))},
         "bytes_per_token": {"up": _ratio(up, tokens), "down": _ratio(down, tokens)},
+    }
+
+
+def _bits(row: Mapping[str, Any], parameters: int) -> dict[str, float | None]:
+    """What the peer sent in a round in the mean: its updates, all its payload, and all on the wire with headers."""
+    sent = {"updates": row["own"].get("updates_sent"), "payload": row["payload"]["sent"], "wire": row["wire"]["up"]}
+    return {
+        what: _ratio(None if count is None else 8 * count, row["rounds"] * parameters) for what, count in sent.items()
     }
 
 

@@ -20,7 +20,8 @@ The report is JSON:
     peers           name, peer_id, cores, link, alone_tokens_per_s, rounds (that it committed), samples and tokens (that
                     it gave), cpu_s, wire {up, down}, own {<control|updates|state>_<sent|received>}, payload {sent,
                     received}, bytes_per_round and bytes_per_token (of its own rounds and tokens, on the wire if that
-                    was measured) {up, down}, crashes, log
+                    was measured) {up, down}, bits_per_parameter (sent in one of its rounds, to all members together)
+                    {updates, payload, wire}, crashes, log
     parts           a row a peer and round: peer, round, time_s, and seconds of each of `commits.PARTS`
     anatomy         swarm and peers[name]: part -> {median, mean, max}
     links           peer, what, unit, asked, measured, tolerance, passed (None: not judged)
@@ -174,9 +175,18 @@ def _achieved(report: Row) -> list[str]:
         f"training loss: {losses}; validation loss: {amount(swarm['final_validation_loss'], '')} nats a token",
         f"bytes sent ({source(swarm)}): {size(spent['total'])}, {size(spent['per_round'])} a round, "
         f"{size(spent['per_token'])} a token",
+        *_bits(report["peers"]),
         f"a round (mean): {', '.join(parts)}",
         f"states: {'; '.join(apart) or f'equal after {shared} of {shared} rounds that several peers recorded'}",
     ]
+
+
+def _bits(peers: list[Row]) -> list[str]:
+    """What the peers sent for each parameter and round, in the mean over them; no line where that is not known."""
+    rows = [row["bits_per_parameter"] for row in peers]
+    known = {what: [row[what] for row in rows if row[what] is not None] for what in ("updates", "payload", "wire")}
+    parts = [f"{what} {statistics.fmean(values):.3g}" for what, values in known.items() if values]
+    return [f"bits sent by a peer in a round, for each parameter (mean): {', '.join(parts)}"] if parts else []
 
 
 def _minus(seconds: float | None, calm: list[float]) -> float | None:

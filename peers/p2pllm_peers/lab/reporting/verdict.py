@@ -56,6 +56,8 @@ def judge(report: Report, limits: Verdict) -> list[Check]:
     checks += [_returns(report, do, limit) for do, limit in limits.returns_within_s.items()]
     if limits.min_pace:
         checks.append(_pace(report, limits.min_pace))
+    if limits.max_waiting is not None:
+        checks.append(_waiting(report, limits.max_waiting))
     if limits.min_attendance is not None:
         checks.append(_attendance(report, limits.min_attendance))
     if limits.nothing_left:
@@ -256,6 +258,20 @@ def _pace(report: Report, limit: float) -> Check:
         return Check(name, wanted, "not measured: no round was without faults", False)
     told = f"{swarm['pace']:.1%}, peers were up {swarm['share_up']:.1%} of the time"
     return Check(name, wanted, told, swarm["pace"] >= limit)
+
+
+def _waiting(report: Report, limit: float) -> Check:
+    """What no part of a round explains (`commits.PARTS`) is time in which a peer had nothing to do."""
+    name, wanted = "waiting", f"at most {limit:.0%} of any peer's time"
+    shares = {}
+    for peer, parts in report["anatomy"]["peers"].items():
+        whole = sum(part["mean"] for part in parts.values())
+        if "idle" in parts and whole:
+            shares[peer] = parts["idle"]["mean"] / whole
+    if not shares:
+        return Check(name, wanted, "no peer recorded how long its rounds took", False)
+    worst = max(shares, key=lambda peer: (shares[peer], peer))
+    return Check(name, wanted, f"{worst} {shares[worst]:.1%}, the others less", shares[worst] <= limit)
 
 
 def _attendance(report: Report, limit: float) -> Check:
