@@ -1,6 +1,6 @@
 """What the strategies learn from the same tokens: validation loss of each, against one process and against each other.
 
-    .venv/bin/python scripts/bench/losses.py [--search] [--seeds 1 2 3] [--only NAME ...] [--rounds 10] [--json FILE]
+    .venv/bin/python scripts/bench/losses.py [--search] [--seeds 1 2 3] [--only NAME ...] [--rounds 10] [--warmup 90]
 
 Several peers train in turn in one process, with the real inner work, compression, aggregation and outer step, and
 nothing between them: losses depend on no clock and no line, so they can be had without a network. A row is one way to
@@ -65,12 +65,12 @@ class Way:
     decay: float = 0.95
     changes: dict[str, Any] = field(default_factory=dict)  # of the run file's sections
 
-    def draft(self, seed: int, rounds: int, batch: int) -> RunDraft:
+    def draft(self, seed: int, rounds: int, batch: int, warmup_steps: int) -> RunDraft:
         """The run file."""
         section = {"strategy": self.strategy, "rounds": rounds, "samples": self.peers * self.steps * batch}
         section |= {"overlap": self.overlap, "fragments": self.fragments}
         values: dict[str, Any] = {"seed": seed, "round": section}
-        warmup = max(1, WARMUP_STEPS // self.steps)
+        warmup = max(1, warmup_steps // self.steps)
         optimizer = {"batch": batch, "warmup_rounds": warmup, "learning_rate": RATE}
         values["optimizer"] = optimizer | self.changes.get("optimizer", {})
         values["outer"] = self.changes.get("outer", {})
@@ -132,7 +132,11 @@ SEARCH: dict[str, Way] = {
             (4e-3, 1.0, 0.0),
         )
     },
-    **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (2e-3, 4e-3)},
+    **{f"sparse_loco, rate {rate}": _with("sparse_loco", rate) for rate in (1e-3, 2e-3, 4e-3)},
+    **{
+        f"sparse_loco, rate 0.002, outer {outer}": _with("sparse_loco", 2e-3, {"learning_rate": outer})
+        for outer in (0.7, 1.3, 1.7)
+    },
     **{
         f"one process, muon, rate {rate}": replace(
             ALONE, changes={**PLAIN, "optimizer": {"type": "muon", "learning_rate": rate}}
@@ -151,9 +155,12 @@ SEARCH: dict[str, Way] = {
     },
     **{
         f"sparse_loco, muon, rate {rate}": _with("sparse_loco", rate, inner="muon")
-        for rate in (2e-3, 4e-3, 8e-3, 16e-3)
+        for rate in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
     },
-    "sparse_loco, rate 0.002, error decay 0.9": _with("sparse_loco", 2e-3, decay=0.9),
+    **{
+        f"sparse_loco, rate 0.002, error decay {decay}": _with("sparse_loco", 2e-3, decay=decay)
+        for decay in (0.8, 0.9, 0.99)
+    },
     "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),
 }
 SEARCH_SEED = 11
@@ -193,7 +200,7 @@ def sparse(way: Way, layout: Layout) -> Exchange:
     return exchange
 
 
-def train(name: str, seed: int, rounds: int) -> list[float]:
+def train(name: str, seed: int, rounds: int, warmup_steps: int = WARMUP_STEPS) -> list[float]:
     """Validation loss after every fourth of a run, nats a token."""
     torch.set_num_threads(1)
     way = {**WAYS, **SEARCH}[name]
@@ -201,7 +208,7 @@ def train(name: str, seed: int, rounds: int) -> list[float]:
     steps = way.steps * (4 if name.endswith("batch of one") else 1)
     rounds = rounds * STEPS // way.steps
     batch = BATCH * (4 if alone and not name.endswith("batch of one") else 1)
-    draft = way.draft(seed, rounds, batch)
+    draft = way.draft(seed, rounds, batch, warmup_steps)
     tokenizer = load_tokenizer(None)
     models = [build(draft, tokenizer) for _ in range(way.peers)]
     layout = layout_of(models[0]).with_moments(moments_of(draft))
@@ -246,7 +253,7 @@ def _evaluate(work: Local, model: Any, params: Vector, corpus: Corpus) -> float:
         return validation_loss(model, corpus.validation_windows(), CPU, 16)
 
 
-def _job(job: tuple[str, int, int]) -> tuple[str, int, list[float]]:
+def _job(job: tuple[str, int, int, int]) -> tuple[str, int, list[float]]:
     return job[0], job[1], train(*job)
 
 
@@ -256,12 +263,15 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="the ways of the search, not those of the table")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=10, help="of 30 steps a peer")
-    parser.add_argument("--only", nargs="+", choices=[*WAYS, *SEARCH])
+    parser.add_argument("--warmup", type=int, default=WARMUP_STEPS, help="steps in which the learning rate rises")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*WAYS, *SEARCH], metavar="NAME", help="rows of the table or search"
+    )
     parser.add_argument("--json", type=Path, help="also write all losses here")
     given = parser.parse_args()
     given.only = given.only or list(SEARCH if given.search else WAYS)
     given.seeds = given.seeds or ([SEARCH_SEED] if given.search else [1, 2, 3])
-    jobs = [(name, seed, given.rounds) for seed in given.seeds for name in given.only]
+    jobs = [(name, seed, given.rounds, given.warmup) for seed in given.seeds for name in given.only]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in order, with its processes
     found: dict[str, dict[int, list[float]]] = {name: {} for name in given.only}
     with multiprocessing.get_context("spawn").Pool(2) as pool:
