@@ -25,16 +25,14 @@ from p2pllm.manifest import RunDraft
 from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
 from p2pllm.state import FLOAT, Layout, moments_of
+from p2pllm_peers.micro_batch import MicroBatch
 from p2pllm_peers.priority import stand_back
-from p2pllm_peers.questions import Questions
+from p2pllm_peers.questions import Patience, Questions
 from p2pllm_peers.remembered import Remembered
 from p2pllm_peers.speed import Speed
-from p2pllm_peers.worker_process import KILLED, Event, KeptWorker, shared_file
+from p2pllm_peers.worker_process import End, Event, KeptWorker, shared_file
 
 log = logging.getLogger(__name__)
-
-ANSWER_TIMEOUT_S = 120.0
-"""A worker that does not answer a command in this time is killed and started again."""
 
 SPEED_WINDOW_S = 30.0
 """Tokens a second are measured over this long."""
@@ -54,16 +52,19 @@ class ComputeProcess:
         runtime_dir: Path,
         on_change: Callable[[], None],
         on_progress: Callable[[str], None],
+        workers: int = 1,
     ) -> None:
-        """on_change: called when samples or readiness change. on_progress: called with phrases while it builds."""
+        """on_change: called when samples or readiness change. on_progress: called with phrases while it builds.
+
+        workers: of this peer on the processor, among which its cores are shared out.
+        """
         self.tokens = 0  # computed so far, those of dropped rounds included
         self.device = self.data_digest = ""
-        self.micro_batch = 0
         self.samples_per_s = 0.0  # as the worker found the micro-batch; 0 if it was given one
-        self.exit_code = 0  # of the last process that ended; -9: the kernel killed it
+        self.ended: End | None = None  # why the last process that ended did so
         self.own_steps: list[int] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._settings = settings
+        self._settings, self._workers = settings, workers
         self._on_change = on_change
         self._on_progress = on_progress
         self._memory = shared_file()
@@ -73,10 +74,11 @@ class ComputeProcess:
         self._job: dict[str, Any] = {}
         self._drawn_for: Event = {}
         self._remembered = Remembered()
+        self._micro_batch = MicroBatch(settings.micro_batch)
         self._building: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._heard = time.monotonic()
-        self._questions = Questions()
+        self._questions, self._patience = Questions(), Patience()
         self._begun: Event | None = None
         self._held = False
         self._share: Event = {"do": "share", "share": 1.0, "cores": None}
@@ -123,14 +125,15 @@ class ComputeProcess:
         self._building = asyncio.create_task(self._fail_unless_built(timeout))
 
     async def _send_job(self, draft: RunDraft, tokenizer: bytes | None, fresh: bool) -> None:
-        self._moments = moments_of(draft)
+        self._moments, self._validation_samples = moments_of(draft), draft.data.validation_samples
         self._job = {
             "draft": draft.model_dump(mode="json", include=set(RunDraft.model_fields)),
             "tokenizer": base64.b64encode(tokenizer).decode() if tokenizer is not None else "",
             "settings": self._settings.model_dump(mode="json"),
             "shared_fd": self._memory,
             "fresh": fresh,
-            "micro_batch": self._settings.micro_batch or self._remembered.micro_batch,
+            "micro_batch": self._micro_batch.start(self._remembered.micro_batch),
+            "workers": self._workers,
         }
         await self._worker.send(self._job)
         self._heard = time.monotonic()
@@ -189,6 +192,16 @@ class ComputeProcess:
         return self._samples
 
     @property
+    def micro_batch(self) -> int:
+        """Samples that it computes at once; 0: not known yet."""
+        return self._micro_batch.size
+
+    @property
+    def notice(self) -> str:
+        """A sentence for the user while memory is short, else empty."""
+        return self._micro_batch.notice
+
+    @property
     def restarts(self) -> int:
         """How often the process had to be started again."""
         return self._worker.restarts
@@ -209,8 +222,9 @@ class ComputeProcess:
             self._samples = 0
         self._begun = self._beginning(round_number)
         self._worker.wake()
+        fit = self._micro_batch.due() if self.ready else None
         with contextlib.suppress(WorkerError):  # it died, or was parked; it begins when it is back
-            await self._worker.send(self._begun)
+            await self._worker.send(*([fit] if fit else []), self._begun)
 
     def _beginning(self, round_number: int) -> Event:
         return {"do": "begin", "round": round_number, **self._drawn_for}
@@ -264,7 +278,7 @@ class ComputeProcess:
 
         None, too, where it is no number, as no JSON that a peer writes or answers could hold it.
         """
-        answer = await self._ask({"do": "evaluate"})
+        answer = await self._ask({"do": "evaluate"}, self._validation_samples)
         return None if answer is None or not math.isfinite(answer["loss"]) else float(answer["loss"])
 
     async def memory(self) -> dict[str, int]:
@@ -274,19 +288,23 @@ class ComputeProcess:
 
     # -- the worker ----------------------------------------------------------------------------------------------------
 
-    async def _ask(self, command: Event) -> Event | None:
-        """Send a command and wait for its answer; None if the worker is not up, dies over it, or does not answer."""
+    async def _ask(self, command: Event, samples: int = 0) -> Event | None:
+        """Send a command and wait for its answer; None if the worker is not up, dies over it, or does not answer.
+
+        samples: that it computes for the answer.
+        """
         if not self.ready:
             return None
         number, answer = self._questions.put()
+        patience_s = self._patience.seconds(samples)
         try:
             await self._worker.send(command | {"number": number})
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            async with asyncio.timeout(patience_s):
                 return await answer
         except WorkerError:
             return None
         except TimeoutError:
-            log.error("the worker does not answer; killing it")
+            log.error("the worker has not answered `%s` for %.0f s; killing it", command["do"], patience_s)
             self._worker.kill()
             return None
         finally:
@@ -299,14 +317,18 @@ class ComputeProcess:
                 self._on_progress(event["text"])
             case "ready":
                 self._built_is(event)
+            case "trying":
+                self._micro_batch.trying(event["micro_batch"])
+            case "fitted":
+                self._fitted(self._micro_batch.again, event)
             case "micro_batch":
-                self.micro_batch = event["micro_batch"]
-                self._remember()
+                self._fitted(self._micro_batch.shrunk, event)
             case "step" if self._begun is None or event["round"] != self._begun["round"]:
                 pass  # of a round that was dropped while the worker was starting
             case "step":
                 self._samples = event["samples"]
                 self.tokens += event["tokens"]
+                self._patience.stepped(event["seconds"], event["computed"])
                 self._speed.add(self._heard, event["tokens"])
                 self._on_change()
             case "error":
@@ -322,32 +344,49 @@ class ComputeProcess:
         if not self._job["fresh"] and layout != self.layout:
             self._cannot_live(VersionError(_OTHER_MODEL))
             return
-        self.layout, self.micro_batch = layout, event["micro_batch"]
+        self.layout = layout
+        self._fitted(self._micro_batch.found, event)
         self.samples_per_s = event["samples_per_s"]
         self.device, self.data_digest = event["device"], event["data_digest"]
-        self._remember()
         self._stood_back()  # not before: somebody waits for the start
         self._ready.set()
         self._on_change()
 
+    def _fitted(self, take: Callable[[int], None], event: Event) -> None:
+        """The worker computes so many samples at once from now on."""
+        before = self.notice
+        take(event["micro_batch"])
+        self._job["micro_batch"] = self.micro_batch
+        if self.notice != before:
+            log.warning("%s", self.notice or f"memory suffices for a micro-batch of {self.micro_batch} again")
+        self._remember()
+
     def _remember(self) -> None:
-        self._remembered.keep(self.layout, 0 if self._settings.micro_batch else self.micro_batch)
+        self._remembered.keep(self.layout, self._micro_batch.kept)
 
     def _orders(self) -> list[Event]:
         """What a worker that was started again must hear to be where we are; the job first."""
         begun = [self._begun] if self._begun is not None else []
         return [self._job, *begun, {"do": "hold", "held": self._held}, self._share]
 
-    def _went_down(self, code: int) -> bool:
-        """The worker ended, asked or not; whether another one may do better. code: its exit code."""
-        if code == KILLED and not self._settings.micro_batch and self._job:
-            self._job["micro_batch"] = max(1, self.micro_batch // 2)
-        self.exit_code = code
+    def _went_down(self, end: End) -> bool:
+        """The worker ended, asked or not; whether another one may do better."""
+        self.ended = end
+        if end is End.OUT_OF_MEMORY and self._job:
+            self._lacked_memory()
         self._ready.clear()
         self._samples = 0
         self._questions.give_up()
         self._on_change()
         return not self.failed.done()
+
+    def _lacked_memory(self) -> None:
+        if self._micro_batch.killed():
+            self._worker.forgive()  # a smaller one is an answer; it counts as a failure only where none is left
+        self._job["micro_batch"] = self.micro_batch
+        log.warning("%s", self.notice)
+        if self.ready:
+            self._remember()
 
     def _cannot_live(self, error: P2PLLMError) -> None:
         if not self.failed.done():

@@ -98,6 +98,7 @@ class Status:
             "links": self.links.rows(),
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
+            "notice": self._compute.notice,
             "worker_restarts": self._compute.restarts,
             "network_restarts": self._node.restarts,
             "uptime_s": time.time() - self._started,
