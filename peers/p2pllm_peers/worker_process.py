@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -258,11 +257,3 @@ def _failure(end: End, code: int, times: int) -> WorkerError:
         case End.SILENT:
             return WorkerError(f"The compute process did not answer {times} times in a row; see the log.")
     return WorkerError(f"The compute process died {times} times in a row (code {code}); see the log.")
-
-
-def shared_file() -> int:
-    """Descriptor of a file that has no name, so that nothing is left of it however the processes end."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("p2pllm")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

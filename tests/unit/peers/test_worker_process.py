@@ -11,7 +11,8 @@ import pytest
 
 from p2pllm.errors import OutOfMemoryError, WorkerError
 from p2pllm_peers import worker_process
-from p2pllm_peers.worker_process import MAX_CRASHES, End, KeptWorker, WorkerProcess, shared_file
+from p2pllm_peers.vectors import shared_file
+from p2pllm_peers.worker_process import MAX_CRASHES, End, KeptWorker, WorkerProcess
 
 TIMEOUT_S = 60.0
 
