@@ -12,12 +12,11 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from p2pllm import errors
-from p2pllm.errors import P2PLLMError, VersionError, WorkerError
+from p2pllm.errors import VersionError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings
@@ -25,6 +24,7 @@ from p2pllm.state import Layout, moments_of
 from p2pllm_peers.micro_batch import MicroBatch
 from p2pllm_peers.priority import stand_back
 from p2pllm_peers.questions import Patience, Questions
+from p2pllm_peers.readiness import Readiness
 from p2pllm_peers.remembered import Remembered
 from p2pllm_peers.speed import Speed
 from p2pllm_peers.standing import Standing
@@ -62,7 +62,8 @@ class ComputeProcess:
         self.samples_per_s = 0.0  # as the worker found the micro-batch; 0 if it was given one
         self.ended: End | None = None  # why the last process that ended did so
         self.own_steps: list[int] = []
-        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._readiness = Readiness()
+        self.failed = self._readiness.failed
         self._settings, self._workers = settings, workers
         self._on_change = on_change
         self._on_progress = on_progress
@@ -74,13 +75,11 @@ class ComputeProcess:
             self._on_event,
             lambda: self._standing.all,
             self._went_down,
-            self._cannot_live,
+            self._readiness.fail,
         )
         self._remembered = Remembered()
         self._micro_batch = MicroBatch(settings.micro_batch)
         self._building: asyncio.Task[None] | None = None
-        self._ready = asyncio.Event()
-        self._heard = time.monotonic()
         self._questions, self._patience = Questions(), Patience()
         self._samples = 0
         self._speed = Speed(SPEED_WINDOW_S)
@@ -107,7 +106,7 @@ class ComputeProcess:
         Raises what the worker raised, or WorkerError if it dies, or shows no progress for `timeout` seconds.
         """
         await self._send_job(draft, tokenizer, fresh=True)
-        await self._built(timeout)
+        await self._readiness.within(timeout)
         self._vectors.map(self.layout)
         self._standing.job["fresh"] = False  # a restarted worker must not overwrite what the run has trained
         return self.layout
@@ -121,7 +120,7 @@ class ComputeProcess:
         self.layout = layout
         self._vectors.fit(layout)
         await self._send_job(draft, tokenizer, fresh=False)
-        self._building = asyncio.create_task(self._fail_unless_built(timeout))
+        self._building = asyncio.create_task(self._readiness.fail_unless(timeout))
 
     async def _send_job(self, draft: RunDraft, tokenizer: bytes | None, fresh: bool) -> None:
         self._moments, self._validation_samples = moments_of(draft), draft.data.validation_samples
@@ -135,35 +134,11 @@ class ComputeProcess:
             workers=self._workers,
         )
         await self._worker.send(job)
-        self._heard = time.monotonic()
+        self._readiness.heard()
 
     async def wait_ready(self) -> None:
         """Until the worker has built what it computes with. Raises what ended it for good."""
-        waiting: asyncio.Future[Any] = asyncio.ensure_future(self._ready.wait())
-        either: list[asyncio.Future[Any]] = [waiting, self.failed]
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        if self.failed.done():
-            self.failed.result()
-
-    async def _built(self, timeout: float) -> None:
-        while not self.ready:
-            left = self._heard + timeout - time.monotonic()
-            if left <= 0:
-                raise WorkerError(
-                    f"The compute process shows no progress for {timeout:.0f} s; raise startup_timeout_s."
-                )
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self.wait_ready()
-
-    async def _fail_unless_built(self, timeout: float) -> None:
-        try:
-            await self._built(timeout)
-        except P2PLLMError as error:
-            self._cannot_live(error)
+        await self._readiness.wait()
 
     async def close(self) -> None:
         """End the process and give its memory back, whatever it is doing; takes at most 2 seconds."""
@@ -171,15 +146,14 @@ class ComputeProcess:
             self._building.cancel()
         await self._worker.close()
         self._vectors.close()
-        if self.failed.done() and not self.failed.cancelled():
-            self.failed.exception()  # seen; the owner may be leaving for another reason
+        self._readiness.seen()
 
     # -- what the loop uses --------------------------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
         """The process is up and has a model."""
-        return self._ready.is_set()
+        return self._readiness.is_ready
 
     @property
     def params(self) -> np.ndarray:
@@ -308,7 +282,7 @@ class ComputeProcess:
             answer.cancel()
 
     def _on_event(self, event: Event) -> None:
-        self._heard = time.monotonic()
+        self._readiness.heard()
         match event["event"]:
             case "progress":
                 self._on_progress(event["text"])
@@ -326,12 +300,11 @@ class ComputeProcess:
                 self._samples = event["samples"]
                 self.tokens += event["tokens"]
                 self._patience.stepped(event["seconds"], event["computed"])
-                self._speed.add(self._heard, event["tokens"])
+                self._speed.add(self._readiness.heard_at, event["tokens"])
                 self._on_change()
             case "error":
                 kind = getattr(errors, event["kind"], WorkerError)
-                if not self.failed.done():
-                    self.failed.set_exception(kind(event["message"]))
+                self._readiness.fail(kind(event["message"]))
             case _:
                 self._questions.answer(event.pop("number", None), event)
 
@@ -339,14 +312,14 @@ class ComputeProcess:
         """The worker has its model and its data."""
         layout = Layout.from_json(event["layout"]).with_moments(self._moments)
         if not self._standing.job["fresh"] and layout != self.layout:
-            self._cannot_live(VersionError(_OTHER_MODEL))
+            self._readiness.fail(VersionError(_OTHER_MODEL))
             return
         self.layout = layout
         self._fitted(self._micro_batch.found, event)
         self.samples_per_s = event["samples_per_s"]
         self.device, self.data_digest = event["device"], event["data_digest"]
         self._stood_back()  # not before: somebody waits for the start
-        self._ready.set()
+        self._readiness.set(True)
         self._on_change()
 
     def _fitted(self, take: Callable[[int], None], event: Event) -> None:
@@ -366,7 +339,7 @@ class ComputeProcess:
         self.ended = end
         if end is End.OUT_OF_MEMORY and self._standing.job:
             self._lacked_memory()
-        self._ready.clear()
+        self._readiness.set(False)
         self._samples = 0
         self._questions.give_up()
         self._on_change()
@@ -379,7 +352,3 @@ class ComputeProcess:
         log.warning("%s", self.notice)
         if self.ready:
             self._remember()
-
-    def _cannot_live(self, error: P2PLLMError) -> None:
-        if not self.failed.done():
-            self.failed.set_exception(error)
