@@ -82,6 +82,10 @@ async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDr
         await second.share(1.0, None)
         await second.begin(5)
         assert await second.finish() is not None, "its first step is at the end of the round"
+        second._micro_batch._again_at = 1.0  # as if memory had run out long ago
+        await second.begin(5)
+        assert await second.finish() is not None
+        assert second.micro_batch > 0 and not second._micro_batch._again_at, "it was measured again"
         given_up = asyncio.create_task(second.memory())
         await asyncio.sleep(0)  # it is asked
         given_up.cancel()
