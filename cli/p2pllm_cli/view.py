@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -80,6 +81,7 @@ def status_line(status: dict[str, Any]) -> str:
         f"up {size(status['bytes_sent'])} down {size(status['bytes_received'])}"
         + (f" takes no part: {status['trouble']}" if status.get("trouble") else "")
         + (f" paused: {status['paused']}" if status.get("paused") else "")
+        + (f" note: {status['notice']}" if status.get("notice") else "")
     )
 
 
@@ -105,7 +107,7 @@ def panel(status: dict[str, Any], *, leaving: bool = False, height: int = 0) -> 
         limits = " ".join(f"{name}={value}" for name, value in status["limits"].items())
         parts.append(Text(f"limits  {limits}", no_wrap=True, overflow="ellipsis"))
     for words, style in _words(status):
-        parts.append(Text(words, style=style))
+        parts += [Text(line, style=style) for line in textwrap.wrap(words, min(78, console.width) - 4)]
     me = {**status, "peer": f"{status['peer_id'][-8:]} (this)"}
     parts.append(peer_table([me, *status["peers"]], most=max(3, height - 12 - len(parts)) if height else 0))
     bottom = "leaving: finishing the round ..." if leaving else "Ctrl+C leaves"
@@ -153,7 +155,9 @@ def _words(status: dict[str, Any]) -> list[tuple[str, str]]:
         words.append((f"paused: {status['paused']}", "yellow"))
     elif not status["peers"]:
         words.append(("nobody else is here yet: hand out the invite of `p2pllm status`", "yellow"))
-    if status.get("worker_restarts"):
+    if status.get("notice"):
+        words.append((status["notice"], "yellow"))
+    elif status.get("worker_restarts"):
         times = status["worker_restarts"]
         words.append((f"the compute process died {times} times and was started again; see `p2pllm logs`", "yellow"))
     return words

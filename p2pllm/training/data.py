@@ -130,6 +130,13 @@ def _cache_key(found: list[Document], section: DataSection, tokenizer: Tokenizer
     return str(blake3(json.dumps(what).encode()).hexdigest()[:32])
 
 
+def cached_bytes(section: DataSection, tokenizer: Tokenizer, cache_dir: Path, data_path: str = "") -> int:
+    """What this text's tokens take in the cache; 0 if they are not there. Raises DataError if the text is missing."""
+    found = documents(section.source, data_path)
+    tokens_file = cache_dir / f"{_cache_key(found, section, tokenizer)}.tokens"
+    return tokens_file.stat().st_size if _load_index(tokens_file) else 0
+
+
 def split(found: list[Document], section: DataSection) -> tuple[list[Document], list[Document]]:
     """(training, validation) of two or more documents.
 

@@ -6,7 +6,7 @@ What does not live here: gradients (`inner`), local steps (`local`), and when a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -39,24 +39,38 @@ class InnerWork(Protocol):
         """Samples computed at once; it is halved when memory runs out."""
         ...
 
+    def take_micro_batch(self, size: int) -> None:
+        """Compute so many samples at once from now on."""
+        ...
+
     def draw_for(self, run_id: str, peer: str) -> None:
         """Whose samples to draw."""
         ...
 
-    def find_micro_batch(self) -> float:
-        """Measure and set the micro-batch that this machine computes fastest; returns samples a second."""
+    def find_micro_batch(self, trying: Callable[[int], None]) -> float:
+        """Measure and set the micro-batch that this machine computes fastest; returns samples a second.
+
+        trying: called with each size before it is computed. Raises OutOfMemoryError if no sample fits.
+        """
         ...
 
     def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
-        """Start on the round after state `round`, at `params`."""
+        """Start on the round after state `round`, at `params`, float32 of shape (parameters,), which are copied."""
         ...
 
     def step(self, round: int, number: int) -> StepResult:  # noqa: A002 - the design's word
-        """Compute the smallest piece of work, the one with this number in the round."""
+        """Compute the smallest piece of work, the one with this number in the round, 0 the first.
+
+        Raises OutOfMemoryError if not even one sample fits in memory.
+        """
         ...
 
     def finish(self, out: np.ndarray) -> tuple[int, int]:
-        """Write the update into the beginning of `out`; returns its elements and the samples behind it."""
+        """Write the update into the beginning of `out`, float32 of shape (parameters,).
+
+        Returns its elements, fewer than that for a fragment, and the samples behind it. Raises WorkerError if a number
+        of it is not finite.
+        """
         ...
 
     def reset(self) -> None:
@@ -64,7 +78,7 @@ class InnerWork(Protocol):
         ...
 
     def holding(self, params: np.ndarray) -> contextlib.AbstractContextManager[None]:
-        """Have the model hold `params` for a while, for example to evaluate them."""
+        """Have the model hold `params`, float32 of shape (parameters,), for a while, for example to evaluate them."""
         ...
 
     def save(self, path: Path) -> None:
@@ -100,9 +114,13 @@ class Gradients:
         """See InnerWork."""
         self._accumulator.run_id, self._accumulator.peer = run_id, peer
 
-    def find_micro_batch(self) -> float:
+    def take_micro_batch(self, size: int) -> None:
         """See InnerWork."""
-        self._accumulator.find_micro_batch(limit=self._largest)
+        self._accumulator.micro_batch = size
+
+    def find_micro_batch(self, trying: Callable[[int], None]) -> float:
+        """See InnerWork."""
+        self._accumulator.find_micro_batch(limit=self._largest, trying=trying)
         return self._accumulator.samples_per_s
 
     def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word
@@ -166,9 +184,13 @@ class Local:
         """See InnerWork."""
         self._steps.run_id, self._steps.peer = run_id, peer
 
-    def find_micro_batch(self) -> float:
+    def take_micro_batch(self, size: int) -> None:
         """See InnerWork."""
-        self._steps.find_micro_batch(limit=self._section.batch)
+        self._steps.micro_batch = size
+
+    def find_micro_batch(self, trying: Callable[[int], None]) -> float:
+        """See InnerWork."""
+        self._steps.find_micro_batch(limit=self._section.batch, trying=trying)
         return self._steps.samples_per_s
 
     def begin(self, params: np.ndarray, round: int) -> None:  # noqa: A002 - the design's word

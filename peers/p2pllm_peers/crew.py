@@ -7,11 +7,13 @@ where nobody else wants it (`throttle`, `rest`).
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Callable
 
 import psutil
+
+from p2pllm_peers.cores import cores_here, usable_cores
 
 MEASURE_S = 10.0
 """How often others are looked at."""
@@ -31,10 +33,17 @@ class Crew:
         clock: Callable[[], float] = time.monotonic,
         own: Callable[[], float] = time.process_time,
         all_of_them: Callable[[], Reading] | None = None,
+        usable: Callable[[], float] = usable_cores,
     ) -> None:
-        """own: core seconds that this process has taken. all_of_them: of the cores that it may run on."""
-        self._clock, self._own, self._all = clock, own, all_of_them or taken
-        self._at, self._others_s = clock(), self._look()[0]
+        """own: core seconds that this process has taken. all_of_them: of the cores that it may run on.
+
+        usable: cores that a quota leaves of them.
+        """
+        self.workers = 1
+        """Of this peer on these cores, this one included; each takes the same part of what others leave."""
+        self._clock, self._own, self._all, self._usable = clock, own, all_of_them or taken, usable
+        self._at, self._own_s, self._all_s = clock(), own(), self._all()[0]
+        self._left = math.inf  # cores that others left in the time before
 
     def due(self) -> bool:
         """The last look was long enough ago."""
@@ -43,16 +52,16 @@ class Crew:
     def size(self, most: int) -> int:
         """Threads for the next while, 1 to `most`: as many as there are cores that others left free on average."""
         wall_s = self._clock() - self._at
-        if wall_s < _LEAST_S:
-            return most
-        before = self._others_s
-        self._others_s, cores = self._look()
-        self._at += wall_s
-        return max(1, min(most, round(cores - (self._others_s - before) / wall_s)))
+        if wall_s >= _LEAST_S:
+            self._left = self._free(wall_s)
+        return max(1, min(most, round(min(self._left, self._usable()) / self.workers)))
 
-    def _look(self) -> Reading:
-        seconds, cores = self._all()
-        return seconds - self._own(), cores
+    def _free(self, wall_s: float) -> float:
+        """Cores that others left since the last look; our kin take what we take."""
+        own, (everybody, cores) = self._own(), self._all()
+        others_s = everybody - self._all_s - self.workers * (own - self._own_s)
+        self._at, self._own_s, self._all_s = self._at + wall_s, own, everybody
+        return cores - max(0.0, others_s) / wall_s
 
 
 def taken() -> Reading:
@@ -60,7 +69,7 @@ def taken() -> Reading:
 
     Time that a host withholds from a virtual machine counts as free.
     """
-    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    here = cores_here()
     try:
         each = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in here]
     except (psutil.Error, OSError):

@@ -7,18 +7,22 @@ worker (`compute`), and how a device is chosen (`p2pllm.training.device`).
 from __future__ import annotations
 
 import asyncio
-import os
+import functools
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from p2pllm.errors import VersionError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.rounds.update import Update, joined
 from p2pllm.settings import PeerSettings
 from p2pllm.state import Layout
 from p2pllm_peers.compute import ComputeProcess
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -37,20 +41,38 @@ class Devices:
         """on_change: called when samples or readiness change. on_progress: called with phrases while they build."""
         self.own_steps: list[int] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        names = settings.device.split(",")
         self._all = [
-            ComputeProcess(one, runtime_dir, on_change, on_progress if not at else _unheard)
-            for at, one in enumerate(_each(settings))
+            ComputeProcess(
+                settings.model_copy(update={"device": name}),
+                runtime_dir,
+                on_change,
+                _unheard if at else on_progress,
+                workers=names.count(name),
+            )
+            for at, name in enumerate(names)
         ]
         self._first = self._all[0]
-        for process in self._all:
-            process.failed.add_done_callback(self._on_failed)
+        self._lost: dict[str, str] = {}  # what became of each device that failed, by its name
+        for name, process in zip(names, self._all, strict=True):
+            process.failed.add_done_callback(functools.partial(self._on_failed, name))
 
-    def _on_failed(self, failed: asyncio.Future[None]) -> None:
+    def _on_failed(self, name: str, failed: asyncio.Future[None]) -> None:
+        """A device that fails leaves the others, where there are any; a model that is not the run's is so on all."""
         if failed.cancelled() or self.failed.done():
             return
         error = failed.exception()
         assert error is not None  # noqa: S101 - it ends no other way
-        self.failed.set_exception(error)
+        if not self._living or not isinstance(error, WorkerError) or isinstance(error, VersionError):
+            self.failed.set_exception(error)
+            return
+        self._lost[name] = f"The device {name} failed, and the others go on without it until the next start: {error}"
+        log.error("%s", self._lost[name])
+
+    @property
+    def _living(self) -> list[ComputeProcess]:
+        """Those that have not failed for good."""
+        return [process for process in self._all if not process.failed.done()]
 
     # -- the start -----------------------------------------------------------------------------------------------------
 
@@ -80,7 +102,12 @@ class Devices:
 
     async def wait_ready(self) -> None:
         """See ComputeProcess."""
-        await self._each_of(lambda process: process.wait_ready())
+        outcomes = await asyncio.gather(*(one.wait_ready() for one in self._all), return_exceptions=True)
+        if self.failed.done():
+            self.failed.result()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, WorkerError):
+                raise outcome
 
     async def close(self) -> None:
         """End them and give their memory back, whatever they are doing; takes at most 2 seconds."""
@@ -111,12 +138,18 @@ class Devices:
     @property
     def device(self) -> str:
         """Their names, with commas between them."""
-        return ", ".join(process.device for process in self._all if process.device)
+        return ", ".join(process.device for process in self._living if process.device)
 
     @property
     def micro_batch(self) -> int:
-        """Of the first device."""
-        return self._first.micro_batch
+        """Of the first device that has not failed."""
+        return next(iter(self._living), self._first).micro_batch
+
+    @property
+    def notice(self) -> str:
+        """Sentences for the user about memory that is short and devices that failed; else empty."""
+        found = [*self._lost.values(), *(process.notice for process in self._living)]
+        return " ".join(dict.fromkeys(sentence for sentence in found if sentence))
 
     @property
     def pids(self) -> frozenset[int]:
@@ -177,7 +210,7 @@ class Devices:
 
     async def share(self, share: float, cores: float | None) -> None:
         """Compute in so much of the time, 0 to 1, take so many cores together (None: all), and rest in between."""
-        each = None if cores is None else cores / len(self._all)
+        each = None if cores is None else cores / max(1, len(self._living))
         await self._each_of(lambda process: process.share(share, each))
 
     def stand_back(self, nice: int, io_idle: bool) -> bool:
@@ -190,16 +223,11 @@ class Devices:
         await self._each_of(lambda process: process.park())
 
     async def evaluate(self) -> float | None:
-        """See Compute: by the first device."""
-        return await self._first.evaluate()
-
-
-def _each(settings: PeerSettings) -> list[PeerSettings]:
-    """Settings of each device's worker; processors are shared out where several workers compute on them."""
-    names = settings.device.split(",")
-    on_cpu = names.count("cpu")
-    threads = settings.threads or (max(1, (os.cpu_count() or 1) // on_cpu) if on_cpu > 1 else 0)
-    return [settings.model_copy(update={"device": name, "threads": threads}) for name in names]
+        """See Compute: by the first device that has not failed, from its own copy of the parameters."""
+        one = next(iter(self._living), self._first)
+        if one is not self._first:
+            np.copyto(one.params, self.params)
+        return await one.evaluate()
 
 
 def _unheard(text: str) -> None:

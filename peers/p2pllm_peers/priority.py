@@ -1,4 +1,4 @@
-"""Priority: how far a worker stands back for whoever else wants the processor and the disk, the daemon included.
+"""Priority: how far a worker stands back for whoever else wants processor, disk and memory, the daemon included.
 
 The daemon sets it from outside, so that it can change while a step computes. What does not live here: how much of the
 processor a peer takes where nobody else wants it (`throttle`).
@@ -31,6 +31,12 @@ def stand_back(pid: int, nice: int, io_idle: bool) -> bool:
     with contextlib.suppress(OSError):  # not on macOS, and not where the kernel does not group by session
         Path(f"/proc/{pid}/autogroup").write_text(str(wanted))
     return True
+
+
+def offer(pid: int) -> None:
+    """If memory runs out, the system shall end this process of ours, and not the daemon or what else runs here."""
+    with contextlib.suppress(OSError):  # Linux has this
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def _at_the_disk(pid: int, io_idle: bool) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from p2pllm.errors import StateError
 from p2pllm.state import Layout
+from p2pllm_peers.micro_batch import Kept
 
 FILE = "worker.json"
-"""{"micro_batch": as found, 0: not looked for; "layout": of the model, as JSON}."""
+"""{"micro_batch": in samples, 0: not looked for; "until": Unix time, 0: for good; "layout": of the model, as JSON}."""
 
 
 class Remembered:
@@ -25,10 +26,12 @@ class Remembered:
         self._file = folder / FILE
 
     @property
-    def micro_batch(self) -> int:
-        """As it was found for the device; 0 if it never was."""
-        found = self._read().get("micro_batch")
-        return found if isinstance(found, int) else 0
+    def micro_batch(self) -> Kept:
+        """As it was found for the device, or halved for want of memory."""
+        size, until = (self._read().get(name, 0) for name in ("micro_batch", "until"))
+        if isinstance(size, int) and size > 0 and isinstance(until, (int, float)):
+            return Kept(size, until)
+        return Kept()
 
     @property
     def layout(self) -> Layout | None:
@@ -37,11 +40,12 @@ class Remembered:
             return Layout.from_json(str(self._read().get("layout")))
         return None
 
-    def keep(self, layout: Layout, micro_batch: int) -> None:
+    def keep(self, layout: Layout, micro_batch: Kept) -> None:
         """For the next start. A disk that does not take it costs that start some seconds."""
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.write_text(json.dumps({"micro_batch": micro_batch, "layout": layout.to_json()}))
+                size, until = micro_batch
+                self._file.write_text(json.dumps({"micro_batch": size, "until": until, "layout": layout.to_json()}))
 
     def _read(self) -> dict[str, Any]:
         found: Any = None

@@ -166,6 +166,7 @@ class Systemd(Manager):
             *(f"Environment={_quoted(f'{name}={value}')}" for name, value in environment().items()),
             "Environment=PYTHONUNBUFFERED=1",
             "KillMode=mixed",
+            "OOMPolicy=continue",  # the kernel ends the worker, and the daemon starts a smaller one
             f"TimeoutStopSec={STOP_S}",
             "Restart=on-failure",
             "SuccessExitStatus=130",  # it was told to stop while it was still starting

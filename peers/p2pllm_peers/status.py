@@ -99,6 +99,7 @@ class Status:
             "parameters": self._compute.layout.size,
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
+            "notice": self._compute.notice,
             "worker_restarts": self._compute.restarts,
             "network_restarts": self._node.restarts,
             "uptime_s": time.time() - self._started,

@@ -4,13 +4,28 @@ The daemon starts it, writes commands to its standard input and reads events fro
 object a line. The first line in is the job. Parameters come and updates go through one shared file of
 2 * parameters float32 values: first the parameters, then the update.
 
-    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch"}
+    job      {"draft", "tokenizer", "settings", "shared_fd", "fresh", "micro_batch": 0 to measure it,
+              "workers": of this peer on the processor, to share its cores}
     in       {"do": "begin", "round", "run_id", "peer", "moments"}, {"do": "finish", "go_on"},
-             {"do": "hold", "held"}, {"do": "share", "share", "cores"},
+             {"do": "hold", "held"}, {"do": "share", "share", "cores"}, {"do": "fit", "micro_batch"},
              {"do": "abandon" | "evaluate" | "memory" | "exit"}
-    out      progress, ready, step, micro_batch, update, abandoned, validation, memory, error
 
-What is answered (finish, abandon, evaluate, memory) carries a "number", and so does its answer.
+What comes out, each with its name as "event":
+
+    progress     text: a phrase, while it builds
+    trying       micro_batch: samples that it is about to compute at once, to measure them
+    ready        layout: JSON; device; micro_batch: samples; samples_per_s: as measured, 0 if it was not; data_digest
+    fitted       micro_batch: samples, the answer to fit
+    step         round; samples: gathered in it so far; tokens, seconds, computed: tokens, wall time, samples of it
+    micro_batch  micro_batch: samples, fewer than before, as memory ran out
+    update       elements: of the shared update; samples; loss: mean, nats a token; steps: samples of each
+    abandoned
+    validation   loss: mean, nats a token
+    memory       host_peak, device_peak, device_free, device_total: bytes; those of a device on CUDA only
+    error        kind: name of an error of ours; message: its sentence; the process ends
+
+What is answered (finish, abandon, evaluate, memory) carries a "number", and so does its answer (update, abandoned,
+validation, memory).
 
 When its standard input closes the daemon is gone, however it died: the worker then removes the sockets that the
 daemon could not remove, and ends at once.
@@ -22,17 +37,13 @@ import base64
 import contextlib
 import gc
 import importlib
-import json
 import mmap
 import os
-import queue
-import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -40,59 +51,8 @@ from p2pllm.errors import P2PLLMError, WorkerError
 from p2pllm.manifest import RunDraft
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.crew import Crew
+from p2pllm_peers.pipe import Command, Pipe
 from p2pllm_peers.rest import Rest
-
-Command = dict[str, Any]
-
-_PROGRESS_EVERY_S = 0.5
-
-
-class Pipe:
-    """The worker's end of the talk with the daemon: commands in, events out."""
-
-    def __init__(self, source: TextIO, sink: TextIO, runtime_dir: str) -> None:
-        """runtime_dir: the daemon's, to be removed behind it."""
-        self._source = source
-        self._sink = sink
-        self._runtime_dir = runtime_dir
-        self._commands: queue.Queue[Command] = queue.Queue()
-        self._last_progress = 0.0
-
-    def start(self) -> None:
-        """Listen in a thread of its own."""
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def next(self, wait_s: float | None) -> Command | None:
-        """The next command; None if none comes within so many seconds. None waits for one."""
-        try:
-            return self._commands.get(block=wait_s != 0, timeout=wait_s)
-        except queue.Empty:
-            return None
-
-    def emit(self, event: str, **fields: Any) -> None:
-        """Tell the daemon."""
-        try:
-            self._sink.write(json.dumps({"event": event, **fields}) + "\n")
-            self._sink.flush()
-        except BrokenPipeError:
-            self._end()  # this thread may notice before the listening one
-
-    def tokenising(self, done: int, total: int) -> None:
-        """Report progress of a long preparation, not too often."""
-        if time.monotonic() - self._last_progress > _PROGRESS_EVERY_S:
-            self._last_progress = time.monotonic()
-            self.emit("progress", text=f"reading the text: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
-
-    def _listen(self) -> None:
-        for line in self._source:
-            if line.endswith("\n"):  # else the daemon was killed over it
-                self._commands.put(json.loads(line))
-        self._end()
-
-    def _end(self) -> None:
-        """The daemon is gone, perhaps killed: clean up behind it, whatever the other thread is computing."""
-        shutil.rmtree(self._runtime_dir, ignore_errors=True)
-        os._exit(0)
 
 
 class Worker:
@@ -114,7 +74,9 @@ class Worker:
             torch.set_num_threads(settings.threads)
         self._device = device.choose_device(settings.device)
         chosen = settings.threads or self._device.type != "cpu"
+        crew.workers = job["workers"]
         self._crew, self._most_threads = None if chosen else crew, torch.get_num_threads()
+        self._take_cores()
         device.limit_memory(self._device, settings.gpu_memory_gb)
         tokens = tokenizer.load_tokenizer(base64.b64decode(job["tokenizer"]) if job["tokenizer"] else None)
         pipe.emit("progress", text="building the model")
@@ -138,7 +100,7 @@ class Worker:
         if not job["micro_batch"]:
             pipe.emit("progress", text="finding the micro-batch that suits this device")
             self._take_cores()
-            samples_per_s = self._work.find_micro_batch()
+            samples_per_s = self._work.find_micro_batch(self._trying)
         self._drawn_for = ("", "")
         self._moments: Path | None = None
         self._round: int | None = None
@@ -178,6 +140,9 @@ class Worker:
                 case "share":
                     assert command is not None  # noqa: S101 - matched above
                     self._rest.share, self._rest.cores = command["share"], command["cores"]
+                case "fit":
+                    assert command is not None  # noqa: S101 - matched above
+                    self._fit(command["micro_batch"])
                 case "abandon":
                     self._abandon()
                     self._answer("abandoned")
@@ -210,12 +175,30 @@ class Worker:
         result = self._work.step(self._round, len(self._steps))
         self._steps.append(result.samples)
         self._loss += result.loss * result.samples
-        self._pipe.emit("step", round=self._round, samples=self._work.samples, tokens=result.tokens)
+        self._pipe.emit(
+            "step",
+            round=self._round,
+            samples=self._work.samples,
+            tokens=result.tokens,
+            seconds=time.monotonic() - began,
+            computed=result.samples,
+        )
         if self._work.micro_batch != before:
             self._pipe.emit("micro_batch", micro_batch=self._work.micro_batch)
         self._rest.stepped(began)
         if self._crew is not None and self._crew.due():
             self._take_cores()
+
+    def _trying(self, size: int) -> None:
+        self._pipe.emit("trying", micro_batch=size)
+
+    def _fit(self, size: int) -> None:
+        """Compute so many samples at once, or if 0 as many as suit the device now."""
+        if size:
+            self._work.take_micro_batch(size)
+        else:
+            self._work.find_micro_batch(self._trying)
+        self._pipe.emit("fitted", micro_batch=self._work.micro_batch)
 
     def _take_cores(self) -> None:
         """Compute with as many threads as others leave cores, where nobody has chosen."""

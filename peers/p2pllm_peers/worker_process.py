@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from p2pllm.errors import OutOfMemoryError, WorkerError
+from p2pllm_peers.priority import offer
 
 log = logging.getLogger(__name__)
 
@@ -25,24 +26,39 @@ _LINE_LIMIT = 1 << 22
 MAX_CRASHES = 5
 """Deaths without a finished update in between that are forgiven; the next one ends the peer."""
 
+FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
+"""Before a worker is started again: nothing after its first death, and then twice as long each time."""
+
 CLOSE_TIMEOUT_S = 2.0
 """A worker that does not end by itself in this time is killed."""
 
-ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-"""For how many turns a thread of torch spins for the others before it sleeps; OpenMP takes as many where it has more
-threads than cores. By default it spins for milliseconds: no core ever looks free, so one that shares its core with
-another program is moved to none, and all wait for it. One busy program then takes 99 % of a worker's speed."""
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+"""For how many turns a thread of torch spins for the others before it sleeps, in GNU's OpenMP, and for how many
+milliseconds in LLVM's and Intel's. OpenMP takes as many turns where it has more threads than cores. By default it spins
+for milliseconds: no core ever looks free, so one that shares its core with another program is moved to none, and all
+wait for it. One busy program then takes 99 % of a worker's speed."""
 
-KILLED = -9
-"""Exit code of a worker that somebody killed; nobody but the kernel's out-of-memory killer does so uninvited."""
+_KILLED = -9
 
 Event = dict[str, Any]
+
+
+class End(enum.Enum):
+    """Why a worker ended."""
+
+    ASKED = "it was asked to"
+    OUT_OF_MEMORY = "the system ended it for want of memory"
+    """Nobody but the out-of-memory killers of kernel and system kills a worker that we have not killed."""
+    SILENT = "it did not answer and was killed"
+    CRASHED = "it crashed"
 
 
 class WorkerProcess:
     """A running worker; made by `launch`."""
 
     def __init__(self, process: asyncio.subprocess.Process, on_event: Callable[[Event], None]) -> None:
+        self.killed = False
+        """By us, and not by the system."""
         self._process = process
         self._on_event = on_event
         self._reading = asyncio.gather(self._read_events(), self._read_errors())
@@ -63,6 +79,7 @@ class WorkerProcess:
             start_new_session=True,  # Linux shares the CPU out by sessions first, so only so its niceness counts
             limit=_LINE_LIMIT,
         )
+        offer(process.pid)
         return cls(process, on_event)
 
     @property
@@ -75,11 +92,11 @@ class WorkerProcess:
         """Its process id."""
         return self._process.pid
 
-    async def send(self, command: Event) -> None:
-        """Give it a command. Raises WorkerError if it is gone."""
+    async def send(self, *commands: Event) -> None:
+        """Give it commands, nobody else's between them. Raises WorkerError if it is gone."""
         assert self._process.stdin is not None  # noqa: S101 - it was asked for
         try:
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.writelines(json.dumps(command).encode() + b"\n" for command in commands)
             await self._process.stdin.drain()
         except OSError:
             raise WorkerError("The compute process is gone.") from None
@@ -92,6 +109,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """End it at once."""
         if self.alive:
+            self.killed = True
             self._process.kill()
 
     async def _read_events(self) -> None:
@@ -115,13 +133,13 @@ class KeptWorker:
         runtime_dir: Path,
         on_event: Callable[[Event], None],
         orders: Callable[[], list[Event]],
-        on_end: Callable[[int], bool],
+        on_end: Callable[[End], bool],
         on_failure: Callable[[WorkerError], None],
     ) -> None:
         """orders: what one that was started again must hear; its first is empty while there is nothing to do yet.
 
-        on_end: called with the exit code of each that ended, 0 if it was asked to; whether there may be another.
-        on_failure: called when it died too often.
+        on_end: called for each that ended; whether there may be another. on_failure: called when it
+        died too often.
         """
         self.restarts = 0
         self._memory, self._runtime_dir = memory, runtime_dir
@@ -144,11 +162,11 @@ class KeptWorker:
         """Process id; None while there is none."""
         return self._worker.pid if self._worker is not None and self._worker.alive else None
 
-    async def send(self, command: Event) -> None:
-        """Give it a command. Raises WorkerError if it is gone."""
+    async def send(self, *commands: Event) -> None:
+        """Give it commands, nobody else's between them. Raises WorkerError if it is gone."""
         if self._worker is None:
             raise WorkerError("The compute process was not started.")
-        await self._worker.send(command)
+        await self._worker.send(*commands)
 
     def kill(self) -> None:
         """End it at once; another one follows."""
@@ -197,34 +215,45 @@ class KeptWorker:
         while True:
             assert self._worker is not None  # noqa: S101 - launched before
             code = await self._worker.wait()
-            if not self._on_end(code if self._wanted.is_set() else 0):
+            end = self._why(code)
+            if not self._on_end(end):
                 return None
-            if self._wanted.is_set():
-                log.warning("the worker died with code %d; starting it again", code)
+            if end is not End.ASKED:
+                log.warning("the worker ended with code %d: %s; starting it again", code, end.value)
                 self._crashes += 1
                 if not self._orders()[0] or self._crashes > MAX_CRASHES:
-                    text = f"The compute process died {self._crashes} times in a row (code {code}); see the log."
-                    return self._on_failure(OutOfMemoryError(text) if code == KILLED else WorkerError(text))
+                    return self._on_failure(_failure(end, code, self._crashes))
                 self.restarts += 1
-                await asyncio.sleep(min(30.0, 2.0 ** (self._crashes - 1) - 1))
+                await asyncio.sleep(min(LAST_PAUSE_S, FIRST_PAUSE_S * (2.0 ** (self._crashes - 1) - 1)))
             await self._wanted.wait()
             worker = await WorkerProcess.launch(self._memory, self._runtime_dir, self._on_event)
-            first, *others = self._orders()
             try:
                 with contextlib.suppress(WorkerError):  # it died again; the next turn sees that
-                    await worker.send(first)
+                    await worker.send(self._orders()[0])
             except asyncio.CancelledError:
                 worker.kill()  # nobody else knows of it
                 raise
             self._worker = worker  # not before the job: it must be the first thing that the worker hears
             with contextlib.suppress(WorkerError):
-                for order in others:
-                    await worker.send(order)
+                await worker.send(*self._orders()[1:])  # as they are now: more was wanted while it took its job
+
+    def _why(self, code: int) -> End:
+        assert self._worker is not None  # noqa: S101 - it has just ended
+        if not self._wanted.is_set():
+            return End.ASKED
+        if self._worker.killed:
+            return End.SILENT
+        return End.OUT_OF_MEMORY if code == _KILLED else End.CRASHED
 
 
-def shared_file() -> int:
-    """Descriptor of a file that has no name, so that nothing is left of it however the processes end."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("p2pllm")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+def _failure(end: End, code: int, times: int) -> WorkerError:
+    """What a peer whose worker died so often in a row tells its user."""
+    match end:
+        case End.OUT_OF_MEMORY:
+            return OutOfMemoryError(
+                f"The system ended the compute process {times} times in a row for want of memory; close other "
+                "programs, or choose another --device or a run with a smaller model."
+            )
+        case End.SILENT:
+            return WorkerError(f"The compute process did not answer {times} times in a row; see the log.")
+    return WorkerError(f"The compute process died {times} times in a row (code {code}); see the log.")

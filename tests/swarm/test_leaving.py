@@ -102,6 +102,7 @@ def test_killed_worker_comes_back(swarm: Swarm) -> None:
     os.kill(child(victim, "p2pllm_peers.worker"), signal.SIGKILL)
     the_others_go_on(swarm, without=victim)
     until(lambda: status(victim)["worker_restarts"] == restarts + 1, "the worker is started again")
+    assert "for want of memory" in status(victim)["notice"], "nobody else kills a worker uninvited"
     until(lambda: together(peers_of(swarm)), "the victim contributes again")
 
 

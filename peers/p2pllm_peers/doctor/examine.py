@@ -112,7 +112,10 @@ async def _examine(
     tokenizer = load_tokenizer(target.tokenizer)
     text_bytes = await asyncio.to_thread(machine.tokenised_bytes, found, sample, tokenizer)
     measured = await bench.run(_on_sample(draft, sample), target.tokenizer, seconds)
-    return _put_together(target, settings, measured, free, versions, arithmetic, text_bytes, problem)
+    whole = _put_together(target, settings, measured, free, versions, arithmetic, text_bytes, problem)
+    here = await asyncio.to_thread(machine.files_here, settings.home, target.run_id)
+    tokens = await asyncio.to_thread(machine.text_here, draft, settings, tokenizer)
+    return replace(whole, disk=replace(whole.disk, home_here_bytes=here, text_here_bytes=tokens))
 
 
 def _on_sample(draft: RunDraft, sample: Path) -> RunDraft:

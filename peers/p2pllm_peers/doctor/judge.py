@@ -77,8 +77,8 @@ def disk_short(found: Findings) -> int:
     """Bytes that are missing on the fuller of the disks; 0 if all fits."""
     disk = found.disk
     if disk.same_disk:
-        return max(0, disk.home_bytes + disk.text_bytes - disk.home_free_bytes)
-    return max(0, disk.home_bytes - disk.home_free_bytes, disk.text_bytes - disk.cache_free_bytes)
+        return max(0, disk.home_grows_bytes + disk.text_grows_bytes - disk.home_free_bytes)
+    return max(0, disk.home_grows_bytes - disk.home_free_bytes, disk.text_grows_bytes - disk.cache_free_bytes)
 
 
 def _blocked(found: Findings) -> tuple[str, str, str] | None:

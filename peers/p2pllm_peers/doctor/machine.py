@@ -20,8 +20,11 @@ from p2pllm.manifest import RunDraft
 from p2pllm.network.p2pd import p2pd_file
 from p2pllm.settings import PeerSettings
 from p2pllm.state import check_arithmetic
+from p2pllm.training.data import cached_bytes
 from p2pllm.training.sources import Document, check_digest, documents, read_pieces, text_digest
 from p2pllm.training.tokenizer import Tokenizer
+from p2pllm_peers.folders import RunFolder, name_to_join_as
+from p2pllm_peers.housekeeping import size_of
 
 SAMPLE_BYTES = 1 << 20
 """Of the run's text that the worker computes with, at least."""
@@ -72,6 +75,20 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def files_here(home: Path, run_id: str) -> int:
+    """Bytes of the run's files that the peer has which a join of this run would start; run_id "": of none."""
+    run = RunFolder(home, run_id)
+    return size_of(run.peer(name_to_join_as(run)).path) if run_id else 0
+
+
+def text_here(draft: RunDraft, settings: PeerSettings, tokenizer: Tokenizer) -> int:
+    """Bytes of the run's text that are tokens on this machine already."""
+    try:
+        return cached_bytes(draft.data, tokenizer, settings.cache, settings.data_path)
+    except DataError:
+        return 0
 
 
 def find_text(draft: RunDraft, settings: PeerSettings) -> tuple[list[Document], str]:

@@ -23,6 +23,7 @@ from p2pllm.settings import PeerSettings
 from p2pllm.state import FLOAT, Layout, SharedState
 from p2pllm_peers.compute import ComputeProcess
 from p2pllm_peers.doctor.findings import Compute
+from p2pllm_peers.worker_process import End
 
 BUILD_S = 60.0
 """A model that is not built, and whose micro-batch is not found, after so long is too large for this machine."""
@@ -70,9 +71,9 @@ class Bench:
 
     def _changed(self) -> None:
         compute = self.compute
-        if compute.restarts + 1 > self._restarts and compute.exit_code and not compute.ready:
+        if compute.restarts + 1 > self._restarts and compute.ended not in (None, End.ASKED) and not compute.ready:
             self._restarts = compute.restarts + 1
-            if compute.exit_code == -9:
+            if compute.ended is End.OUT_OF_MEMORY:
                 self._kills += 1
                 self._progress("the system ended the compute process for want of memory; trying a smaller micro-batch")
         if compute.tokens and (not self._steps or self._steps[-1][1] != compute.tokens):
@@ -82,7 +83,6 @@ class Bench:
     async def launch(self) -> None:
         """Start the process; it loads its libraries while the doctor finds out what to compute."""
         await self.compute.launch()
-        _offer(self.compute.pid)
 
     async def close(self) -> None:
         """End the process; takes at most 2 seconds."""
@@ -192,12 +192,6 @@ class Bench:
             device_peak_bytes=memory.get("device_peak", 0),
             device_free_bytes=memory.get("device_free", -1),
         )
-
-
-def _offer(pid: int | None) -> None:
-    """If memory runs out, the system shall take this process, and not the doctor or what else runs here."""
-    with contextlib.suppress(OSError):  # Linux has this
-        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def encoded_size(layout: Layout, update: np.ndarray) -> int:

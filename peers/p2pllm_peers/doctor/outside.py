@@ -76,13 +76,14 @@ async def ask_run(invite: Invite, settings: PeerSettings, folder: Path, progress
 
 
 async def _start(identity: Identity, invite: Invite, settings: PeerSettings, folder: Path) -> Node:
-    """On the port of the settings if it is free: a peer of this machine may be listening there."""
+    """On the port of the settings if it is free: a peer of this machine may be listening there, and at direct_port."""
+    own = settings.model_copy(update={"direct_port": 0})
     try:
-        return await Node.start(identity, invite.run_id, folder, settings, relays=invite.addresses, member=False)
+        return await Node.start(identity, invite.run_id, folder, own, relays=invite.addresses, member=False)
     except NetworkError:
         if not settings.listen_port:
             raise
-        anywhere = settings.model_copy(update={"listen_port": 0, "direct_port": 0})
+        anywhere = own.model_copy(update={"listen_port": 0})
         return await Node.start(identity, invite.run_id, folder, anywhere, relays=invite.addresses, member=False)
 
 

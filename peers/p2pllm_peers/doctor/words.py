@@ -55,7 +55,7 @@ def heading(found: Findings) -> str:
 
 
 def as_json(found: Findings, verdict: Verdict) -> dict[str, Any]:
-    """The one object of `--json`; README lists what is in it."""
+    """The one object of `--json`; `findings` says what is in it."""
     return {
         "can_take_part": verdict.can_take_part,
         "would_help": verdict.would_help,
@@ -141,7 +141,9 @@ def _disk(found: Findings) -> Check:
     )
     named = ", ".join(f"{name} {size(amount)}" for name, amount in parts if amount)
     total = disk.home_bytes + disk.text_bytes
-    text = f"needs {size(total)} at most ({named}); {size(disk.home_free_bytes)} free"
+    already = disk.home_here_bytes + disk.text_here_bytes
+    here = f", {size(already)} of it here already" if already else ""
+    text = f"needs {size(total)} at most ({named}){here}; {size(disk.home_free_bytes)} free"
     return Check("disk", "no" if disk_short(found) else "ok", text)
 
 

@@ -22,7 +22,7 @@ from p2pllm_cli.main import cli
 from p2pllm_peers.folders import RunFolder
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, P2PLLMError)]
-WITHOUT_ERROR = {"full", "complete", "clock"}
+WITHOUT_ERROR = {"full", "complete", "clock", "paused", "service"}
 """Pages about what befalls a peer without an error."""
 
 

@@ -31,7 +31,8 @@ from p2pllm_peers.crew import Crew
 from p2pllm_peers.entry import serve_manifest
 from p2pllm_peers.folders import FOUNDER, SIGNING_DOMAIN, PeerFolder, RunFolder
 from p2pllm_peers.launcher import DaemonProcess, Order
-from p2pllm_peers.worker import Pipe, Worker
+from p2pllm_peers.pipe import Pipe
+from p2pllm_peers.worker import Worker
 
 CLOSED_PORT = 1
 """Nothing listens there on a machine that tests run on."""
@@ -63,13 +64,15 @@ class WorkerHere:
 
     def __init__(self, on_event: Callable[[dict[str, Any]], None]) -> None:
         self._on_event = on_event
+        self.killed = False
         self._ended = asyncio.Event()
 
     @classmethod
     async def launch(cls, memory: int, runtime_dir: Path, on_event: Callable[[dict[str, Any]], None]) -> WorkerHere:
         return cls(on_event)
 
-    async def send(self, command: dict[str, Any]) -> None:
+    async def send(self, *commands: dict[str, Any]) -> None:
+        (command,) = commands
         if "draft" not in command:
             self._ended.set()
             return

@@ -144,7 +144,13 @@ BUSY = {
 }
 
 
-@pytest.mark.parametrize("status", [STATUS, BUSY])
+NOTICE = (
+    "The system ended the compute process for want of memory, so it goes on with a micro-batch of 4 instead of 8; "
+    "see `p2pllm explain memory`."
+)
+
+
+@pytest.mark.parametrize("status", [STATUS, BUSY, {**BUSY, "notice": NOTICE}])
 def test_the_live_panel_fits_into_a_small_terminal(status: dict) -> None:
     lines = shown(view.panel(status, height=24), terminal=True, width=80).splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
@@ -155,5 +161,9 @@ def test_the_panel_says_what_a_volunteer_wants_to_know() -> None:
     said = ["███░░░░░░░ 130 of 400", "[exchange 1.5 s]", "collecting 12.3 s", "  vote  ", "250 (25.0 %)"]
     for words in (*said, "cpu_percent=50.0", "takes no part: the disk is full", "died 2 times", " more"):
         assert words in text, text
+    noticed = {**BUSY, "notice": NOTICE}
+    panel = shown(view.panel(noticed, height=24), terminal=True, width=80)
+    assert "a micro-batch of 4 instead of 8" in " ".join(panel.replace("│", " ").split())
+    assert NOTICE in view.status_line(noticed) and "note:" not in view.status_line(BUSY)
     alone = shown(view.panel({**BUSY, "peers": [], "phase": "joining"}), terminal=True, width=80)
     assert "hand out the invite" in alone and "[joining]" in alone

@@ -52,6 +52,7 @@ STATUS: dict[str, Any] = {
     "links": [{"peer": "12D3KooWBBBB", "bytes": 352_140, "mbit": 3.25}],
     "device": "cpu",
     "micro_batch": 4,
+    "notice": "",
     "worker_restarts": 2,
     "network_restarts": 1,
     "uptime_s": 61.5,

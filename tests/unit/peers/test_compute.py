@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from p2pllm.errors import WorkerError
 from p2pllm.manifest import DataSection, ModelSection, RunDraft
 from p2pllm.settings import PeerSettings
 from p2pllm.state import Layout
+from p2pllm_peers import questions
 from p2pllm_peers.compute import ComputeProcess
+from p2pllm_peers.worker_process import End
 
 TIMEOUT_S = 100.0
 
@@ -31,10 +34,12 @@ def draft(tmp_path: Path) -> RunDraft:
 
 
 @contextlib.asynccontextmanager
-async def process(folder: Path, heard: asyncio.Event | None = None) -> AsyncIterator[ComputeProcess]:
+async def process(
+    folder: Path, heard: asyncio.Event | None = None, micro_batch: int = 0
+) -> AsyncIterator[ComputeProcess]:
     """A launched one. heard: set when its samples or its readiness change."""
     (folder / "runtime").mkdir(exist_ok=True)
-    settings = PeerSettings(home=folder, cache=folder / "cache", device="cpu", threads=1)
+    settings = PeerSettings(home=folder, cache=folder / "cache", device="cpu", threads=1, micro_batch=micro_batch)
     compute = ComputeProcess(settings, folder / "runtime", (heard or asyncio.Event()).set, lambda text: None)
     await compute.launch()
     compute.belongs_to("ab" * 32, "peer", folder)
@@ -77,6 +82,10 @@ async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDr
         await second.share(1.0, None)
         await second.begin(5)
         assert await second.finish() is not None, "its first step is at the end of the round"
+        second._micro_batch._again_at = 1.0  # as if memory had run out long ago
+        await second.begin(5)
+        assert await second.finish() is not None
+        assert second.micro_batch > 0 and not second._micro_batch._again_at, "it was measured again"
         given_up = asyncio.create_task(second.memory())
         await asyncio.sleep(0)  # it is asked
         given_up.cancel()
@@ -89,6 +98,42 @@ async def test_a_known_model_need_not_be_waited_for(tmp_path: Path, draft: RunDr
         await asyncio.wait_for(second.wait_ready(), TIMEOUT_S)
         second.params[:] = np.nan
         assert await second.evaluate() is None, "a loss that is no number is none"
+
+
+async def test_the_systems_kill_halves_the_micro_batch_and_our_own_does_not(
+    tmp_path: Path, draft: RunDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = asyncio.Event()
+
+    async def until(what: Callable[[], object]) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while not what():
+                heard.clear()
+                await heard.wait()
+
+    async with process(tmp_path, heard, micro_batch=8) as compute:
+        await compute.build(draft, None, TIMEOUT_S)
+        await compute.begin(0)
+        await until(lambda: compute.samples)
+        assert compute.micro_batch == 8 and not compute.notice
+        assert compute.pid is not None
+        os.kill(compute.pid, signal.SIGKILL)
+        await until(lambda: not compute.ready)
+        assert "micro-batch of 4 instead of 8" in compute.notice and compute.ended is End.OUT_OF_MEMORY
+        await until(lambda: compute.samples)
+        assert compute.micro_batch == 4
+        compute._micro_batch._again_at = 1.0  # long ago
+        await compute.begin(1)
+        await until(lambda: compute.samples and not compute.notice)
+        assert compute.micro_batch == 8, "it was tried again"
+        assert await compute.finish() is not None
+        monkeypatch.setattr(questions, "MOST_S", 0.1)
+        os.kill(compute.pid, signal.SIGSTOP)
+        await compute.abandon()
+        await until(lambda: not compute.ready)
+        assert compute.ended is End.SILENT and not compute.notice
+        await until(lambda: compute.ready)
+        assert compute.micro_batch == 8 and compute.restarts == 2
 
 
 @pytest.mark.parametrize(("shape", "said"), [((8, 1), "another number of them"), (None, "version of transformers")])

@@ -15,10 +15,11 @@ class Machine:
 
     def __init__(self, cores: int) -> None:
         self.cores = cores
+        self.quota = float(cores)
         self.now = self.own_s = self.all_s = 0.0
 
     def crew(self) -> Crew:
-        return Crew(lambda: self.now, lambda: self.own_s, lambda: (self.all_s, self.cores))
+        return Crew(lambda: self.now, lambda: self.own_s, lambda: (self.all_s, self.cores), lambda: self.quota)
 
     def go_on(self, seconds: float, own: float, others: float) -> None:
         """For so long we take so many cores, and others so many."""
@@ -56,10 +57,30 @@ def test_a_moment_says_nothing_about_others() -> None:
     assert crew.size(4) == 4
 
 
+def test_a_quota_leaves_fewer_threads_than_the_machine_has_cores() -> None:
+    machine = Machine(64)
+    machine.quota = 2.0
+    crew = machine.crew()
+    assert crew.size(64) == 2, "before anything was measured"
+    machine.go_on(MEASURE_S, own=2, others=3)
+    assert crew.size(64) == 2
+
+
+def test_several_workers_share_what_others_leave() -> None:
+    machine = Machine(8)
+    crew = machine.crew()
+    crew.workers = 2
+    assert crew.size(8) == 4
+    machine.go_on(MEASURE_S, own=4, others=4)  # the other worker
+    assert crew.size(8) == 4
+    machine.go_on(MEASURE_S, own=3, others=3 + 2)
+    assert crew.size(8) == 3
+
+
 def test_where_the_system_does_not_tell_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "cpu_times", mock.Mock(side_effect=PermissionError))
     machine = Machine(0)
-    crew = Crew(lambda: machine.now, lambda: machine.own_s, taken)
+    crew = Crew(lambda: machine.now, lambda: machine.own_s, taken, lambda: 1000.0)
     machine.go_on(MEASURE_S, own=1, others=0)
     _, cores = taken()
     assert crew.size(most=cores) == cores

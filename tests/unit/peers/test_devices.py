@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2pllm.errors import SettingsError, WorkerError
+from p2pllm.errors import OutOfMemoryError, P2PLLMError, SettingsError, VersionError, WorkerError
 from p2pllm.rounds.update import Update
 from p2pllm.settings import PeerSettings, load_settings
 from p2pllm_peers import devices
@@ -21,8 +21,9 @@ class Worker:
 
     made: list[Worker]
 
-    def __init__(self, settings: PeerSettings, *_: Any) -> None:
-        self.settings = settings
+    def __init__(self, settings: PeerSettings, *_: Any, workers: int) -> None:
+        self.settings, self.workers = settings, workers
+        self.notice, self.asked = "", 0
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.params = np.zeros(4, np.float32)
         self.update: Update | None = None
@@ -42,6 +43,14 @@ class Worker:
 
     async def finish(self, go_on: bool) -> Update | None:
         return self.update
+
+    async def wait_ready(self) -> None:
+        if self.failed.done():
+            self.failed.result()
+
+    async def evaluate(self) -> float | None:
+        self.asked += 1
+        return float(self.params.sum())
 
     async def share(self, share: float, cores: float | None) -> None:
         self.told.append(("share", (share, cores)))
@@ -84,22 +93,49 @@ async def test_all_begin_at_the_state_and_draw_other_samples(tmp_path: Path, wor
     assert all(worker.told[-1] == ("share", (0.5, 0.5)) for worker in workers)
 
 
-async def test_one_that_is_up_is_enough_and_one_that_cannot_live_is_told(tmp_path: Path, workers: list[Worker]) -> None:
+async def test_one_that_is_up_is_enough(tmp_path: Path, workers: list[Worker]) -> None:
     peer = three(tmp_path)
     assert not peer.ready
     workers[1].ready = True
     assert peer.ready
-    workers[2].failed.set_exception(WorkerError("it died"))
-    with pytest.raises(WorkerError, match="it died"):
+
+
+async def test_those_that_live_go_on_without_one_that_failed(tmp_path: Path, workers: list[Worker]) -> None:
+    peer = three(tmp_path)
+    workers[0].failed.set_exception(OutOfMemoryError("It died."))
+    await peer.wait_ready()
+    assert not peer.failed.done()
+    assert peer.notice == "The device cuda:0 failed, and the others go on without it until the next start: It died."
+    assert peer.device == "cuda:1, cpu"
+    peer.params[:] = 2.0
+    assert await peer.evaluate() == 8.0 and workers[1].asked == 1, "by another, of the state's parameters"
+    await peer.share(1.0, 3.0)
+    assert workers[2].told[-1] == ("share", (1.0, 1.5))
+    workers[2].failed.set_exception(WorkerError("It died, too."))
+    await peer.wait_ready()
+    workers[1].notice = "Memory is short."
+    assert "device cpu failed" in peer.notice and peer.notice.endswith("Memory is short.")
+    workers[1].failed.set_exception(WorkerError("The last one died."))
+    with pytest.raises(WorkerError, match="The last one"):
+        await peer.failed
+    with pytest.raises(WorkerError, match="The last one"):
+        await peer.wait_ready()
+
+
+@pytest.mark.parametrize("error", [VersionError("Another model."), SettingsError("No such device.")])
+async def test_what_concerns_all_devices_ends_the_peer(
+    tmp_path: Path, workers: list[Worker], error: P2PLLMError
+) -> None:
+    peer = three(tmp_path)
+    workers[1].failed.set_exception(error)
+    with pytest.raises(type(error)):
         await peer.failed
 
 
-async def test_processors_are_shared_out(
-    tmp_path: Path, workers: list[Worker], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(devices.os, "cpu_count", lambda: 8)
-    Devices(load_settings(device="cpu,cpu"), tmp_path, lambda: None, lambda text: None)
-    assert [worker.settings.threads for worker in workers] == [4, 4]
+async def test_processors_are_shared_out(tmp_path: Path, workers: list[Worker]) -> None:
+    Devices(load_settings(device="cpu,cpu,cuda"), tmp_path, lambda: None, lambda text: None)
+    assert [worker.workers for worker in workers] == [2, 2, 1]
+    assert all(worker.settings.threads == 0 for worker in workers), "they mind what others leave"
 
 
 @pytest.mark.parametrize("wrong", ["", "cpu,", "gpu", "cpu,auto", "cuda:x", "cpu;cpu", "cuda:0,cuda:0"])

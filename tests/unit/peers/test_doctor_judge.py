@@ -142,6 +142,15 @@ def test_disks_are_added_up_only_where_they_are_one() -> None:
     assert disk_short(spoiled(disk={"home_free_bytes": 0, "same_disk": False})) == GB
 
 
+def test_what_a_peer_has_already_needs_no_room() -> None:
+    here = spoiled(disk={"home_free_bytes": GB // 2, "cache_free_bytes": GB // 2})
+    assert disk_short(here) == 3 * GB // 2
+    here = spoiled(disk={**dataclasses.asdict(here.disk), "home_here_bytes": 3 * GB // 4, "text_here_bytes": 2 * GB})
+    assert disk_short(here) == 0 and judge(here).can_take_part
+    assert disk_short(spoiled(disk={**dataclasses.asdict(here.disk), "same_disk": False, "cache_free_bytes": 0})) == 0
+    assert "2.8 GB of it here already" in next(check.text for check in checks(here) if check.name == "disk")
+
+
 def test_what_was_not_checked_counts_as_good_and_is_said() -> None:
     alone = replace(FIT, run=Run("mine"), outside=Outside(why_not="there was no invite"))
     verdict = judge(alone)

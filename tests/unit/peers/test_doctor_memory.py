@@ -4,6 +4,7 @@ from pathlib import Path
 
 import psutil
 
+from p2pllm_peers import cgroups
 from p2pllm_peers.doctor import memory
 
 GIB = 1 << 30
@@ -33,7 +34,7 @@ def test_in_a_container_the_root_is_its_own_group(tmp_path: Path) -> None:
 
 
 def test_without_control_groups_it_is_the_machines(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(memory, "_OURS", tmp_path / "none")
+    monkeypatch.setattr(cgroups, "OURS", tmp_path / "none")
     assert memory.free_memory() <= psutil.virtual_memory().total
     assert memory._left_by_limits(tmp_path / "none", tmp_path) == []
 
@@ -42,6 +43,6 @@ def test_a_limit_that_is_passed_leaves_nothing(tmp_path: Path, monkeypatch) -> N
     ours = tmp_path / "cgroup"
     ours.write_text("0::/\n")
     group(tmp_path, str(GIB), 2 * GIB, 0, memory._VERSION_2)
-    monkeypatch.setattr(memory, "_OURS", ours)
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OURS", ours)
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
     assert memory.free_memory() == 0

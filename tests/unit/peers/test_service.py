@@ -87,6 +87,7 @@ def test_systemd_takes_the_unit(peer: PeerFolder, version: int, delay: str, monk
     manager = Systemd(System(version=version))
     manager.install(peer)
     text = manager.file(peer).read_text()
+    assert "OOMPolicy=continue\n" in text, "else the kernel's end of a worker is the daemon's, too"
     assert delay in text and "Restart=on-failure" in text and "%%h" in text and "$$home" in text
     assert 'Environment="P2PLLM_CACHE=a \\"cache\\" of 100 %% \\\\"' in text
     analyze = shutil.which("systemd-analyze")

@@ -158,7 +158,9 @@ def test_the_fastest_micro_batch_is_found(
     monkeypatch.setattr(inner.time, "perf_counter", clock)
     monkeypatch.setattr(inner, "synchronize", passed)
     work = accumulator(cramped, corpus, micro_batch=99)
-    assert work.find_micro_batch() == work.micro_batch == expected
+    tried: list[int] = []
+    assert work.find_micro_batch(trying=tried.append) == work.micro_batch == expected
+    assert tried == [2**power for power in range(len(tried))] and set(cramped.calls) == set(tried)
     assert work.samples == 0 and not mean(work, cramped)[1].any(), "measuring adds nothing"
 
 
