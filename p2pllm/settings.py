@@ -93,7 +93,7 @@ class PeerSettings(BaseSettings):
         100.0, ge=1, le=100, description="how much of the time the worker computes, in percent; for GPUs, too"
     )
     gpu_memory_gb: float = Field(
-        0.0, ge=0, le=10**4, description="GB of each GPU's memory that the worker may take; 0 = what is free"
+        0.0, ge=0, le=10**4, description="GB of each CUDA GPU's memory that the worker may take; 0 = what is free"
     )
     hours: str = Field("", description="when the peer may compute, local time, as 22-7 or 22:30-07:00; empty = always")
     only_on_mains: bool = Field(False, description="compute only while the machine is not on battery")

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
 from p2pllm import errors
@@ -32,6 +32,7 @@ class Order:
     invite: str = ""  # join this run
     run_id: str = ""  # go on with a run that this machine knows
     foreground: bool = True
+    flags: dict[str, Any] = field(default_factory=dict)  # of the settings, what is to be kept with the peer
 
     def to_json(self) -> str:
         """One line."""

@@ -38,7 +38,7 @@ from p2pllm.state import Layout, OuterOptimizer, SharedState, check_arithmetic, 
 from p2pllm_peers.devices import Devices
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
-from p2pllm_peers.guest import Guest
+from p2pllm_peers.guest import PAUSE_FILE, Guest
 from p2pllm_peers.linkmap import LinkMap
 from p2pllm_peers.meter import Meter
 from p2pllm_peers.pace import Pace, Paces, serve_pace
@@ -175,7 +175,7 @@ class Participant:
         runner = RoundRunner(identity, view, self._desk, self._votes, self._exchange, keeper, section)
         self._ledger = Ledger(disk.log, self._node.peer_id)
         self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)
-        note, self._meter = self.folder.path / "pause.json", Meter(self.folder.path, self._moved)
+        note, self._meter = self.folder.path / PAUSE_FILE, Meter(self.folder.path, self._moved)
         self.guest = Guest(self._settings, note, self.loop.pause, self.loop.resume, self._meter.used)
         self._throttle = Throttle(lambda: compute.pids, compute.share)
         self._limit(self._settings)

@@ -10,7 +10,7 @@ import pytest
 
 from p2pllm.errors import SettingsError
 from p2pllm.settings import load_settings
-from p2pllm_peers.guest import COOLER_C, Guest, Machine, why_not
+from p2pllm_peers.guest import COOLER_C, PAUSE_FILE, Guest, Machine, _moment, note_pause, why_not
 from p2pllm_peers.presence import AWAY_S, Desktop
 
 NIGHT, NOON = datetime.datetime(2026, 1, 1, 3), datetime.datetime(2026, 1, 1, 12)
@@ -110,6 +110,24 @@ async def test_settings_can_change_and_resume_says_what_is_in_the_way(tmp_path: 
     guest.change(load_settings())
     assert await peer.told() == ""
     task.cancel()
+
+
+def test_a_long_pause_says_the_day():
+    now = datetime.datetime(2026, 11, 30, 22, 5)
+    assert _moment(datetime.datetime(2026, 11, 30, 23, 59), now) == "23:59"
+    assert _moment(datetime.datetime(2026, 12, 1, 0, 5), now) == "2026-12-01 00:05"
+
+
+async def test_a_pause_that_was_noted_while_nobody_listened(tmp_path: Path):
+    file, peer = tmp_path / PAUSE_FILE, Peer()
+    guest = Guest(load_settings(), file, peer.pause, peer.resume, nothing, Machine)
+    note_pause(file, None)
+    assert guest._why_not() == ""
+    guest.recall()
+    assert guest._why_not() == "until `p2pllm resume`"
+    file.unlink()
+    guest.recall()
+    assert guest._why_not() == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"until": "x"}', b"{}"])
