@@ -50,23 +50,25 @@ def forget(folder: PeerFolder, names: Collection[str]) -> dict[str, Any]:
 class Wishes:
     """What the user wants of one peer, when it starts and once it can be told."""
 
-    def __init__(self, settings: PeerSettings, given: dict[str, Any]) -> None:
-        """settings: as ordered, the flags that were `given` among them."""
-        self._ordered, self._given = settings, given
-        self._seen = load_settings(home=settings.home)
+    def __init__(self, settings: PeerSettings, given: dict[str, Any] | None) -> None:
+        """settings: as ordered, the flags that were `given` among them. None: they hold whatever this machine says."""
+        self._given = given
+        self._settings = settings
 
     def begin(self, folder: PeerFolder) -> PeerSettings:
         """Keep the flags, and go by all that are kept. Raises StateError, and SettingsError for one of another time."""
-        self._given = keep(folder, self._given)
-        return load_settings(**{**self._ordered.model_dump(), **self._given})
+        if self._given is not None:
+            flags = keep(folder, self._given)
+            self._settings = load_settings(**{**self._settings.model_dump(), **flags})
+        return self._settings
 
     def news(self, folder: PeerFolder) -> dict[str, Any]:
-        """The settings for a running peer that a command has changed since the start."""
+        """The settings for a running peer that a command has changed since they were read."""
+        if self._given is None:
+            return {}
         try:
-            now = load_settings(home=self._ordered.home)
+            now = load_settings(**{**kept(folder), "home": self._settings.home})
         except SettingsError as error:
             log.warning("what was changed while this peer started is not taken: %s", error)
             return {}
-        flags = kept(folder)
-        changed = {name for name in LIVE if getattr(now, name) != getattr(self._seen, name)}
-        return {name: getattr(now, name) for name in (changed | self._given.keys()) & LIVE - flags.keys()}
+        return {name: value for name in LIVE if (value := getattr(now, name)) != getattr(self._settings, name)}

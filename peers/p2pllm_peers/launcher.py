@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from p2pllm import errors
@@ -32,7 +32,7 @@ class Order:
     invite: str = ""  # join this run
     run_id: str = ""  # go on with a run that this machine knows
     foreground: bool = True
-    flags: dict[str, Any] = field(default_factory=dict)  # of the settings, what is to be kept with the peer
+    flags: dict[str, Any] | None = None  # that the user gave, to be kept with the peer; None: the settings are final
 
     def to_json(self) -> str:
         """One line."""

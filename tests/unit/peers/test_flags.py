@@ -60,6 +60,8 @@ def test_what_is_changed_while_a_peer_starts_is_news(peer: PeerFolder) -> None:
     change_settings({"upload_mbit": "0"})
     assert forget(peer, {"upload_mbit", "cpu_percent"}) == {"upload_mbit": 9.0}
     assert wishes.news(peer) == {"cpu_percent": 40.0, "upload_mbit": 0.0}
+    final = Wishes(load_settings(home=peer.run.home, threads=7, nice=3), None)
+    assert final.begin(peer).threads == 7 and final.news(peer) == {}
     (peer.run.home / "settings.toml").write_text("= =")
     assert wishes.news(peer) == {}
 
