@@ -74,20 +74,20 @@ class PeerSettings(BaseSettings):
         0.0,
         ge=0,
         le=10**6,
-        description="Mbit/s that updates and states may take of the line up, best a tenth below what it has; 0 = all",
+        description="Mbit/s that all peers here may take of the line up, best a tenth below what it has; 0 = all",
     )
     download_mbit: float = Field(
-        0.0, ge=0, le=10**6, description="Mbit/s that updates and states may take of the line down; 0 = all"
+        0.0, ge=0, le=10**6, description="Mbit/s that all peers here may take of the line down; 0 = all"
     )
     monthly_gb: float = Field(
         0.0, ge=0, le=10**6, description="GB that all peers here may move a month, both ways; then they pause; 0 = any"
     )
     data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
     disk_gb: float = Field(
-        10.0, gt=0, le=10**6, description="GB on disk for what a peer replays; its log and two states come on top"
+        10.0, gt=0, le=10**6, description="GB on disk for what each peer replays; its log and two states come on top"
     )
     cpu_percent: float = Field(
-        100.0, ge=1, le=100, description="how much of all cores the peer may take together, in percent"
+        100.0, ge=1, le=100, description="how much of all cores the peers here may take together, in percent"
     )
     duty_percent: float = Field(
         100.0, ge=1, le=100, description="how much of the time the worker computes, in percent; for GPUs, too"

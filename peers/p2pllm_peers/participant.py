@@ -41,6 +41,7 @@ from p2pllm_peers.folders import PeerFolder
 from p2pllm_peers.guest import PAUSE_FILE, Guest
 from p2pllm_peers.linkmap import LinkMap
 from p2pllm_peers.meter import Meter
+from p2pllm_peers.neighbours import Part, running_peers, watch_neighbours
 from p2pllm_peers.pace import Pace, Paces, serve_pace
 from p2pllm_peers.status import Status
 from p2pllm_peers.throttle import Throttle
@@ -178,8 +179,9 @@ class Participant:
         note, self._meter = self.folder.path / PAUSE_FILE, Meter(self.folder.path, self._moved)
         self.guest = Guest(self._settings, note, self.loop.pause, self.loop.resume, self._meter.used)
         self._throttle = Throttle(lambda: compute.pids, compute.share)
-        self._limit(self._settings)
-        self._minding = [asyncio.create_task(self.guest.run()), asyncio.create_task(self._throttle.run())]
+        self._share(running_peers(self._settings.home))
+        watching = watch_neighbours(self._settings.home, self._share)
+        self._minding = [asyncio.create_task(mind) for mind in (self.guest.run(), self._throttle.run(), watching)]
 
     async def _give_way(self) -> None:
         """Rounds go before joiners."""
@@ -225,11 +227,17 @@ class Participant:
             return []
         return [NOT_BEFORE_THE_NEXT_START]
 
+    def _share(self, peers: int) -> None:
+        """So many peers run on this machine."""
+        self._peers_here = peers
+        self._limit(self._settings)
+
     def _limit(self, settings: PeerSettings) -> None:
-        self._throttle.cpu_percent, self._throttle.duty_percent = settings.cpu_percent, settings.duty_percent
+        part = Part.of(settings, self._peers_here)
+        self._throttle.cpu_percent, self._throttle.duty_percent = part.cpu_percent, settings.duty_percent
         self.keeper.disk.budget = int(settings.disk_gb * 1e9)
         traffic = self._node.traffic
-        traffic.pacer.mbit, traffic.intake.mbit = settings.upload_mbit, settings.download_mbit
+        traffic.pacer.mbit, traffic.intake.mbit = part.upload_mbit, part.download_mbit
 
     def _moved(self) -> int:
         return self._node.traffic.sent + self._node.traffic.received
