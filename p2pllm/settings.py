@@ -80,7 +80,10 @@ class PeerSettings(BaseSettings):
         0.0, ge=0, le=10**6, description="Mbit/s that all peers here may take of the line down; 0 = all"
     )
     monthly_gb: float = Field(
-        0.0, ge=0, le=10**6, description="GB that all peers here may move a month, both ways; then they pause; 0 = any"
+        0.0,
+        ge=0,
+        le=10**6,
+        description="GB that all peers here may move a month, both ways; then they pause, and serve nothing; 0 = any",
     )
     data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
     disk_gb: float = Field(

@@ -58,7 +58,7 @@ def why_not(settings: PeerSettings, now: datetime, machine: Machine, *, was_hot:
     was_hot: it pauses for heat already. moved: bytes on the line this month. What the machine does not tell is no
     reason to pause.
     """
-    if settings.monthly_gb and moved >= settings.monthly_gb * 1e9:
+    if _is_spent(settings, moved):
         return f"the {settings.monthly_gb:g} GB of this month have been moved"
     if settings.hours and not settings.is_in_hours(now.time()):
         return f"outside of its hours, {settings.hours}"
@@ -70,6 +70,10 @@ def why_not(settings: PeerSettings, now: datetime, machine: Machine, *, was_hot:
     if settings.max_celsius and machine.celsius is not None and machine.celsius > limit:
         return f"the machine is too hot, over {settings.max_celsius:g} °C"
     return ""
+
+
+def _is_spent(settings: PeerSettings, moved: float) -> bool:
+    return bool(settings.monthly_gb) and moved >= settings.monthly_gb * 1e9
 
 
 class Guest:
@@ -97,6 +101,8 @@ class Guest:
         self._until = _recall(file)
         self._reason = ""
         self._changed = asyncio.Event()
+        self.is_spent = False
+        """The traffic of the month has been moved, so nothing is to be served, either."""
 
     def pause(self, seconds: float | None) -> None:
         """Pause for so long, or until `resume`; on a disk that does not keep it, until the next start at most."""
@@ -137,6 +143,7 @@ class Guest:
 
     async def _mind(self) -> None:
         while True:
+            self.is_spent = _is_spent(self.settings, self._moved(datetime.now()))
             reason = self._why_not()
             if reason != self._reason:
                 log.info("%s", f"pausing: {reason}" if reason else "going on")

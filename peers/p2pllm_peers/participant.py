@@ -58,6 +58,10 @@ NOT_BEFORE_THE_NEXT_START = (
     "the system lets nobody but root raise the priority of what runs, so nice counts from its next start."
 )
 
+RELAYS_UNTIL_THE_NEXT_START = (
+    "this peer relays for peers behind routers until its next start, which is neither slowed nor counted."
+)
+
 _NOTHING = np.zeros(0, np.float32)
 
 Progress = Callable[[str], None]
@@ -202,6 +206,8 @@ class Participant:
             progress("this machine makes other initial weights than the founder's; it takes the run's from a peer")
 
     async def _serve(self, request: dict[str, Any]) -> Blob | None:
+        if self.guest.is_spent:  # to say that we have nothing would be a lie, for which others doubt a peer
+            raise ConnectionRefusedError("the traffic of this month has been moved")
         return tokenizer_blob(self._sealed, request) or await self.keeper.serve(request)
 
     def _on_round(self, record: RoundRecord) -> None:
@@ -223,9 +229,12 @@ class Participant:
         self._settings = settings = with_changes(self._settings, values)
         self.guest.change(settings)
         self._limit(settings)
-        if not {"nice", "io_idle"} & set(values) or self._compute.stand_back(settings.nice, settings.io_idle):
-            return []
-        return [NOT_BEFORE_THE_NEXT_START]
+        later = []
+        if {"nice", "io_idle"} & set(values) and not self._compute.stand_back(settings.nice, settings.io_idle):
+            later.append(NOT_BEFORE_THE_NEXT_START)
+        if self._node.relays_for_others and any(values.get(name) for name in ("upload_mbit", "monthly_gb")):
+            later.append(RELAYS_UNTIL_THE_NEXT_START)
+        return later
 
     def _share(self, peers: int) -> None:
         """So many peers run on this machine."""

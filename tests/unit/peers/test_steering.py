@@ -19,7 +19,7 @@ from p2pllm_peers.commands import commands_of
 from p2pllm_peers.flags import keep, kept
 from p2pllm_peers.folders import RunFolder
 from p2pllm_peers.guest import PAUSE_FILE
-from p2pllm_peers.participant import NOT_BEFORE_THE_NEXT_START, Participant
+from p2pllm_peers.participant import NOT_BEFORE_THE_NEXT_START, RELAYS_UNTIL_THE_NEXT_START, Participant
 
 
 class RunningPeer:
@@ -50,6 +50,7 @@ def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
     found = Workers(request.param)
     participant: Any = Participant.__new__(Participant)
     participant._settings, participant._compute = load_settings(), found
+    participant._node = SimpleNamespace(relays_for_others=True)
     participant._limit, participant.guest = lambda settings: None, SimpleNamespace(change=lambda settings: None)
     commands = commands_of(participant, lambda: None)
 
@@ -75,6 +76,12 @@ def test_other_settings_leave_the_priority_alone(workers: Workers):
     assert workers.told == []
     shown = CliRunner().invoke(set_, ["threads=2"]).output
     assert "from the next start" in shown and "now" not in shown
+
+
+def test_a_limit_of_the_line_does_not_hold_for_what_is_relayed_until_the_next_start(workers: Workers):
+    assert RELAYS_UNTIL_THE_NEXT_START in CliRunner().invoke(set_, ["monthly_gb=50"]).output
+    assert RELAYS_UNTIL_THE_NEXT_START in CliRunner().invoke(set_, ["upload_mbit=5"]).output
+    assert RELAYS_UNTIL_THE_NEXT_START not in CliRunner().invoke(set_, ["upload_mbit=0", "download_mbit=3"]).output
 
 
 class Frozen(RunningPeer):
