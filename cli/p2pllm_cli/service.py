@@ -28,7 +28,7 @@ def install(home: Path | None, run_prefix: str | None, name: str | None) -> None
     running = peer.running() is not None
     advice = system.install(peer)
     click.echo(f"'{peer.name}' of run {peer.run.run_id[:16]} is a service: {system.file(peer)}")
-    if running:
+    if running and not system.state(peer).startswith(("active", "running")):
         which = f"--run {peer.run.run_id[:16]} --name {peer.name}"
         click.echo(
             "It runs now as it was started; the service starts it from the next start of this machine on. To hand it "

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from p2pllm.errors import SettingsError
 from p2pllm.settings import load_settings
 from p2pllm.settings_file import change_settings
+from p2pllm_cli.guest import set_
 from p2pllm_cli.peer import _kept as flags_to_keep
 from p2pllm_peers.flags import FILE, Wishes, forget, keep, kept
 from p2pllm_peers.folders import PeerFolder, RunFolder
@@ -64,6 +66,15 @@ def test_what_is_changed_while_a_peer_starts_is_news(peer: PeerFolder) -> None:
     assert final.begin(peer).threads == 7 and final.news(peer) == {}
     (peer.run.home / "settings.toml").write_text("= =")
     assert wishes.news(peer) == {}
+
+
+def test_flags_are_shown_with_the_settings(peer: PeerFolder) -> None:
+    os.close(peer.lock())
+    (peer.run.path / "manifest.json").write_text("{}")
+    keep(peer, {"device": "cuda:1", "upload_mbit": 9.0})
+    shown = CliRunner().invoke(set_, ["--home", str(peer.run.home)]).output
+    assert f"home = {peer.run.home}\n" in shown
+    assert "'volunteer' in run abababababababab was started with device = cuda:1, upload_mbit = 9.0, and" in shown
 
 
 def test_a_text_is_found_from_every_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
