@@ -74,26 +74,29 @@ class PeerSettings(BaseSettings):
         0.0,
         ge=0,
         le=10**6,
-        description="Mbit/s that updates and states may take of the line up, best a tenth below what it has; 0 = all",
+        description="Mbit/s that all peers here may take of the line up, best a tenth below what it has; 0 = all",
     )
     download_mbit: float = Field(
-        0.0, ge=0, le=10**6, description="Mbit/s that updates and states may take of the line down; 0 = all"
+        0.0, ge=0, le=10**6, description="Mbit/s that all peers here may take of the line down; 0 = all"
     )
     monthly_gb: float = Field(
-        0.0, ge=0, le=10**6, description="GB that all peers here may move a month, both ways; then they pause; 0 = any"
+        0.0,
+        ge=0,
+        le=10**6,
+        description="GB that all peers here may move a month, both ways; then they pause, and serve nothing; 0 = any",
     )
     data_path: str = Field("", description='where this machine keeps the text of a "text:" source')
     disk_gb: float = Field(
-        10.0, gt=0, le=10**6, description="GB on disk for what a peer replays; its log and two states come on top"
+        10.0, gt=0, le=10**6, description="GB on disk for what each peer replays; its log and two states come on top"
     )
     cpu_percent: float = Field(
-        100.0, ge=1, le=100, description="how much of all cores the peer may take together, in percent"
+        100.0, ge=1, le=100, description="how much of all cores the peers here may take together, in percent"
     )
     duty_percent: float = Field(
         100.0, ge=1, le=100, description="how much of the time the worker computes, in percent; for GPUs, too"
     )
     gpu_memory_gb: float = Field(
-        0.0, ge=0, le=10**4, description="GB of each GPU's memory that the worker may take; 0 = what is free"
+        0.0, ge=0, le=10**4, description="GB of each CUDA GPU's memory that the worker may take; 0 = what is free"
     )
     hours: str = Field("", description="when the peer may compute, local time, as 22-7 or 22:30-07:00; empty = always")
     only_on_mains: bool = Field(False, description="compute only while the machine is not on battery")

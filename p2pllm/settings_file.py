@@ -45,6 +45,8 @@ def change_settings(
     written; then nothing has changed.
     """
     settings = load_settings(**changes)
+    for name in changes.keys() - PeerSettings.model_fields.keys():  # which pydantic takes in capital letters, too
+        raise SettingsError(f"There is no setting {name}; write it as {name.lower()}.")
     check(settings, set(changes))
     values = {name: _plain(getattr(settings, name)) for name in changes}
     path = settings_file()
@@ -55,6 +57,10 @@ def change_settings(
         _write(path, tomlkit.dumps(document))
     except OSError as error:
         raise SettingsError(f"The settings file {path} cannot be changed: {error.strerror or error}.") from None
+    except UnicodeEncodeError:
+        raise SettingsError(
+            "A value is no Unicode text, which the settings file cannot hold; choose another."
+        ) from None
     return values
 
 

@@ -54,7 +54,7 @@ def clean(run_prefix: str | None, home: Path | None, yes: bool) -> None:
     It lists what it would delete, and asks. Nothing of a peer that runs is touched, and no key.
     """
     from p2pllm_cli.view import size
-    from p2pllm_peers.housekeeping import needless, remove, whole_run
+    from p2pllm_peers.housekeeping import needless, remove, remove_run, whole_run
 
     settings = settings_of({"home": home})
     if run_prefix is not None:
@@ -72,6 +72,9 @@ def clean(run_prefix: str | None, home: Path | None, yes: bool) -> None:
     if not yes and not click.confirm(f"Delete {size(sum(each.size for each in held))}?"):
         click.echo("Nothing was deleted.")
         return
-    for each in held:
-        remove(each)
+    if run_prefix is not None:
+        remove_run(found[0])
+    else:
+        for each in held:
+            remove(each)
     click.echo(f"Freed {size(sum(each.size for each in held))}.")

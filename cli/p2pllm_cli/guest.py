@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from p2pllm.errors import UsageError
-from p2pllm_cli.options import find_peer, run_options
+from p2pllm_cli.options import find_peer, run_options, settings_of
 
 
 @click.command("set", short_help="Change what peers of this machine may take.")
@@ -24,14 +24,17 @@ def set_(changes: tuple[str, ...], home: Path | None) -> None:
     from p2pllm_peers.steering import change, tell_running
 
     if not changes:
-        return _show()
-    values = change(_pairs(changes))
+        return _show(home)
+    values = change(_pairs(changes), home)
     for name, value in values.items():
         click.echo(f"{name} = {value}{'' if name in LIVE else '   from the next start of a peer'}")
-    for peer, later in tell_running(values, home).items():
+    told, notes = tell_running(values, home)
+    for peer, later in told.items():
         click.echo(f"'{peer.name}' in run {peer.run.run_id[:16]} goes by it now.")
         for sentence in later:
             click.echo(f"    But {sentence}")
+    for note in notes:
+        click.echo(note)
     return None
 
 
@@ -39,7 +42,8 @@ def _pairs(changes: tuple[str, ...]) -> dict[str, str]:
     pairs = {}
     for change in changes:
         name, equals, value = change.partition("=")
-        if not equals or not name.strip():
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
             raise UsageError(f"'{change}' is no setting; write NAME=VALUE, as cpu_percent=50.")
         if name in pairs:
             raise UsageError(f"'{name}' is given twice; once is enough.")
@@ -47,14 +51,20 @@ def _pairs(changes: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def _show() -> None:
-    from p2pllm.settings import PeerSettings, load_settings, settings_file
+def _show(home: Path | None) -> None:
+    from p2pllm.settings import PeerSettings, settings_file
+    from p2pllm_peers.flags import kept
+    from p2pllm_peers.folders import all_runs
 
-    settings = load_settings()
+    settings = settings_of({"home": home})
     for name, field in PeerSettings.model_fields.items():
         click.echo(f"{name} = {getattr(settings, name)}")
         click.echo(f"    {field.description}")
     click.echo(f"They are in {settings_file()}, but for what the environment says.")
+    for peer in (peer for run in all_runs(settings.home) for peer in run.peers()):
+        if flags := kept(peer):
+            shown = ", ".join(f"{name} = {value}" for name, value in sorted(flags.items()))
+            click.echo(f"'{peer.name}' in run {peer.run.run_id[:16]} was started with {shown}, and keeps to that.")
 
 
 @click.command(short_help="Compute nothing for a while.")
@@ -62,11 +72,11 @@ def _show() -> None:
 @click.option("--for", "duration", help="For how long, as 90s, 30m, 2h or 1d; default: until `p2pllm resume`.")
 def pause(home: Path | None, run_prefix: str | None, name: str | None, duration: str | None) -> None:
     """Compute nothing for a while. What was gathered goes into the round under way; nobody waits for this peer."""
-    from p2pllm_peers.steering import tell
+    from p2pllm_peers import steering
 
     seconds = None if duration is None else _seconds(duration)
     peer = find_peer(home, run_prefix, name)
-    tell(peer, {"do": "pause", "seconds": seconds})
+    steering.pause(peer, seconds)
     click.echo(f"'{peer.name}' pauses{f' for {duration}' if duration else ' until `p2pllm resume`'}.")
 
 
@@ -74,10 +84,10 @@ def pause(home: Path | None, run_prefix: str | None, name: str | None, duration:
 @run_options
 def resume(home: Path | None, run_prefix: str | None, name: str | None) -> None:
     """End a pause."""
-    from p2pllm_peers.steering import tell
+    from p2pllm_peers import steering
 
     peer = find_peer(home, run_prefix, name)
-    reason = tell(peer, {"do": "resume"})["paused"]
+    reason = steering.resume(peer)
     click.echo(f"'{peer.name}' goes on{f' later; for now it pauses: {reason}' if reason else ''}.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections import deque
 from pathlib import Path
@@ -57,22 +58,21 @@ def leave(home: Path | None, run_prefix: str | None, name: str | None) -> None:
     run_id, running = peer.run.run_id[:16], peer.running()
     if running is None:
         raise DaemonError(f"'{peer.name}' is not running in run {run_id}; there is nothing to leave.")
-    if not running:
-        raise DaemonError(
-            f"'{peer.name}' is still starting in run {run_id}; press Ctrl+C in its terminal, or leave when "
-            f"`p2pllm status` shows its round."
-        )
+    pid = running.get("pid") or peer.starting_pid()
+    if pid is None:
+        raise DaemonError(f"'{peer.name}' has only just been started in run {run_id}; leave in a moment.")
     try:
-        ask(running["socket"], {"do": "leave"})
-    except DaemonError:
+        if running:
+            ask(running["socket"], {"do": "leave"})
+        else:  # it does not listen yet, but knows the signal
+            os.kill(pid, signal.SIGTERM)
+    except (DaemonError, ProcessLookupError):
         if peer.running() is not None:  # else it has just ended by itself
             raise
     end = time.monotonic() + 15
     while peer.running() is not None:
         if time.monotonic() > end:
-            raise DaemonError(
-                f"The daemon has not ended after 15 s; see `p2pllm logs`, or end it with `kill {running['pid']}`."
-            )
+            raise DaemonError(f"The daemon has not ended after 15 s; see `p2pllm logs`, or end it with `kill {pid}`.")
         time.sleep(0.1)  # another process ends; there is no event to wait for
     click.echo(f"'{peer.name}' has left run {run_id}.")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from p2pllm.errors import ManifestError, UsageError
+from p2pllm.errors import DaemonError, ManifestError, UsageError
 from p2pllm_cli.options import peer_options, settings_of
 
 KILLED_S = 5.0
@@ -47,11 +48,8 @@ def start(path: Path, detach: bool, name: str | None, **flags: Any) -> None:
     from p2pllm_peers.launcher import Order
 
     draft = load_draft(path)
-    settings = settings_of(flags)
-    _take_part(
-        Order(settings, name=_checked(name), draft=draft.model_dump(mode="json"), foreground=not detach),
-        detach=detach,
-    )
+    order = Order(settings_of(flags), _checked(name), foreground=not detach, flags=_kept(flags))
+    _take_part(replace(order, draft=draft.model_dump(mode="json")), detach=detach)
 
 
 @click.command()
@@ -66,19 +64,30 @@ def join(invite: str | None, run_prefix: str | None, detach: bool, name: str | N
 
     if invite and run_prefix:
         raise UsageError("Give an invite or --run, not both.")
-    settings = settings_of(flags)
+    order = Order(settings_of(flags), _checked(name), foreground=not detach, flags=_kept(flags))
     if invite:
         Invite.decode(invite)  # a mistyped invite is reported before anything is started
-        order = Order(settings, name=_checked(name), invite=invite, foreground=not detach)
+        order = replace(order, invite=invite)
     else:
-        run = find_runs(settings.home, run_prefix)[0]
-        order = Order(settings, name=_checked(name), run_id=run.run_id, foreground=not detach)
+        order = replace(order, run_id=find_runs(order.settings.home, run_prefix)[0].run_id)
     _take_part(order, detach=detach)
 
 
+def _kept(flags: dict[str, Any]) -> dict[str, Any]:
+    """Of the flags, those that are kept with the peer: it may be started next from another folder."""
+    given = {name: value for name, value in flags.items() if value not in (None, ()) and name != "home"}
+    if text := given.get("data_path"):
+        given["data_path"] = str(Path(text).absolute())
+    return given
+
+
 def _checked(name: str | None) -> str:
-    if name and (not name.replace("-", "").replace("_", "").isalnum() or len(name) > 32):
-        raise UsageError(f"'{name}' cannot name a peer; use up to 32 letters, digits, dashes and underscores.")
+    from p2pllm_peers.folders import is_peer_name
+
+    if name and not is_peer_name(name):
+        raise UsageError(
+            f"'{name}' cannot name a peer; use up to 32 letters without accents, digits, dashes and underscores."
+        )
     return name or ""
 
 
@@ -96,6 +105,10 @@ def _take_part(order: Any, *, detach: bool) -> None:
         except KeyboardInterrupt:
             starting.progress("stopping")
             daemon.end()
+            raise
+        except DaemonError:
+            if daemon.poll() == 0:  # nothing failed: `p2pllm leave` while it started
+                raise SystemExit(130) from None
             raise
     if order.draft is not None:
         click.echo(f"Invite: {ready['invite']}")

@@ -50,11 +50,13 @@ long, and fail again together, for minutes.
 class Node:
     """A Transport over p2pd. Made by `start`, ended by `stop`.
 
-    identity: our key. traffic: bytes moved so far. directory: the members that the DHT knows.
+    identity: our key. traffic: bytes moved so far. directory: the members that the DHT knows. relays_for_others: p2pd
+    does, until it is started with other settings.
     """
 
     def __init__(self, identity: Identity, run_id: str, options: P2pdOptions) -> None:
         self.identity = identity
+        self.relays_for_others = options.relay_service
         self.traffic = Traffic()
         self.directory = Directory(identity, run_id, self.addresses)
         self._prefix = f"/p2pllm/1/{run_id[:16]}/"

@@ -26,6 +26,8 @@ class ListenSettings(Protocol):
     def upload_mbit(self) -> float: ...
     @property
     def download_mbit(self) -> float: ...
+    @property
+    def monthly_gb(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class NodeSettings:
     startup_timeout_s: float = 120.0
     upload_mbit: float = 0.0
     download_mbit: float = 0.0
+    monthly_gb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class P2pdOptions:
     listen_port: int = 0
     announce: tuple[str, ...] = ()
     nat: bool = True
+    relay_service: bool = True
+    """Relay for others behind routers. Of what is relayed we see nothing: it is neither slowed nor counted."""
     relays: tuple[str, ...] = ()
     startup_timeout_s: float = 120.0
 
@@ -65,6 +70,7 @@ class P2pdOptions:
             listen_port=settings.listen_port,
             announce=settings.announce,
             nat=settings.nat,
+            relay_service=settings.nat and not settings.upload_mbit and not settings.monthly_gb,
             relays=relays,
             startup_timeout_s=settings.startup_timeout_s,
         )

@@ -199,7 +199,7 @@ def _arguments(options: P2pdOptions, control_socket: Path) -> list[str]:
         "tls": True,
         "noise": False,
         "relay": True,
-        "relayService": options.nat,
+        "relayService": options.relay_service,
         "natPortMap": options.nat,
         "autonat": options.nat,
         # without relays of our own p2pd would ask the public IPFS nodes

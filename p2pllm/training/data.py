@@ -88,7 +88,10 @@ class Corpus:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(cache_dir / f"{key}.lock", lambda: progress and progress(0, 0)):
                 index = _load_index(tokens_file) or _build(tokens_file, found, section, tokenizer, progress)
-            tokens = np.memmap(tokens_file, index.dtype, mode="r", shape=(index.total,))
+                with tokens_file.open("rb") as file:
+                    # The memory map keeps this lock, so that whoever frees disk sees that the file is read.
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                    tokens = np.memmap(file, index.dtype, mode="r", shape=(index.total,))
         except OSError as error:
             raise NoRoomError(_why_no_cache(cache_dir, error)) from None
         check_digest(section.digest, index.digest, data_path or section.source.removeprefix("text:"))

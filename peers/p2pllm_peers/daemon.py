@@ -32,13 +32,8 @@ from p2pllm.settings import new_runtime_dir
 from p2pllm_peers.commands import commands_of
 from p2pllm_peers.control import ControlServer
 from p2pllm_peers.devices import Devices
-from p2pllm_peers.folders import (
-    FOUNDER,
-    PeerFolder,
-    RunFolder,
-    key_file,
-    write_whole,
-)
+from p2pllm_peers.flags import Wishes
+from p2pllm_peers.folders import FOUNDER, PeerFolder, RunFolder, key_file, write_whole
 from p2pllm_peers.launcher import Order
 from p2pllm_peers.orders import known_folder, occupy
 from p2pllm_peers.reporting import silence, tell, tell_progress
@@ -61,6 +56,7 @@ class Daemon:
     def __init__(self, order: Order, runtime_dir: Path) -> None:
         self._order = order
         self._settings = order.settings
+        self._wishes = Wishes(order.settings, order.flags)
         self._runtime_dir = runtime_dir
         self._leaving = asyncio.Event()
         self._interrupts = 0
@@ -77,19 +73,23 @@ class Daemon:
             loop.add_signal_handler(number, self._interrupt)
         if self._order.foreground:  # leave when the program that started us hangs up, however early
             loop.add_reader(sys.stdin.fileno(), self._hung_up)
+        invite = Invite.decode(self._order.invite) if self._order.invite else None
+        draft = RunDraft(**self._order.draft) if self._order.draft is not None else None
+        folder = known_folder(self._order, invite, draft)
+        if folder is not None:
+            self._settings = self._wishes.begin(folder)
         self._compute = Devices(self._settings, self._runtime_dir, self._on_compute, tell_progress)
         try:
-            await self._unless_leaving(self._enter(self._compute))
+            await self._unless_leaving(self._enter(self._compute, folder, invite, draft))
             if self._participant is not None and not self._leaving.is_set():
                 await self._take_part(self._participant)
         finally:
             await self._end()
 
-    async def _enter(self, compute: Devices) -> None:
-        """Find out what to compute, start everything, and report ready."""
-        invite = Invite.decode(self._order.invite) if self._order.invite else None
-        draft = RunDraft(**self._order.draft) if self._order.draft is not None else None
-        folder = known_folder(self._order, invite, draft)
+    async def _enter(
+        self, compute: Devices, folder: PeerFolder | None, invite: Invite | None, draft: RunDraft | None
+    ) -> None:
+        """Find out what to compute, start everything, and report ready. folder: None if there is no such run yet."""
         await compute.launch()
         await asyncio.to_thread(_load_libraries)
         from p2pllm_peers.entry import fetch_manifest
@@ -121,7 +121,9 @@ class Daemon:
         sealed = await seal(draft, Identity.load_or_create(key_file(home, name)), compute, self._settings)
         run = RunFolder(home, sealed[0].run_id)
         run.save(*sealed, draft_digest=draft.digest())
-        return occupy(run.peer(name))
+        folder = occupy(run.peer(name))
+        self._wishes.begin(folder)
+        return folder
 
     async def _start_node(self, folder: PeerFolder, identity: Identity, relays: tuple[str, ...]) -> Node:
         """Start the network on the port of the last time if it is free, so that old addresses of ours stay true."""
@@ -164,6 +166,9 @@ class Daemon:
             "invite": participant.invite(),
         }
         write_whole(folder.path / "daemon.json", json.dumps(self._facts).encode())
+        # Who found no socket left it in files; from here on all will ask us.
+        participant.set(self._wishes.news(folder))
+        participant.guest.recall()
 
     async def _tell_ready(self, compute: Devices) -> None:
         """Tell who started us, once there is nothing more that it could hear of."""

@@ -3,7 +3,8 @@
     <home>/keys/<name>.key                          identity of the peers of that name, in every run
     <home>/runs/<run id>/manifest.json              the sealed manifest, with manifest.sig and tokenizer.json
     <home>/runs/<run id>/<name>/daemon.json         the running daemon: process id and socket
-    <home>/runs/<run id>/<name>/daemon.lock         held while the daemon lives
+    <home>/runs/<run id>/<name>/daemon.lock         held while the daemon lives; its process id
+    <home>/runs/<run id>/<name>/flags.json          settings that the peer was given, see `flags`
     <home>/runs/<run id>/<name>/{log,aggregates/,state/}       the run's rounds and states, see `rounds.disk`
     <home>/runs/<run id>/<name>/{daemon.log,rounds.jsonl[.1 to .4],peers.json,worker.json}
 
@@ -13,9 +14,11 @@ makes "volunteer", and `--name` any other.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -137,6 +140,7 @@ class PeerFolder:
         for _ in range(_LOCK_TRIES):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(handle, 0)
                 return handle
             except BlockingIOError:
                 time.sleep(_LOCK_PAUSE_S)  # `running`, in another program, holds it for a moment
@@ -145,6 +149,17 @@ class PeerFolder:
             f"This machine already takes part in run {self.run.run_id[:16]} as '{self.name}'; look with "
             f"`p2pllm status`, or add a second peer with --name."
         )
+
+    def starting_pid(self) -> int | None:
+        """Process id of the daemon that has the lock; None if it is no daemon, or has only just taken it."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.path / "daemon.lock").read_bytes())
+        return None
+
+
+def is_peer_name(name: str) -> bool:
+    """Whether a peer may be called so: folders, units of systemd and agents of launchd take the same name."""
+    return re.fullmatch(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_-]{1,32}", name) is not None
 
 
 def key_file(home: Path, name: str) -> Path:

@@ -27,6 +27,9 @@ from p2pllm_peers.presence import AWAY_S, Desktop, terminals_idle_s
 
 log = logging.getLogger("p2pllm.guest")
 
+PAUSE_FILE = "pause.json"
+"""In a peer's folder: a pause that the user wants. {"until": Unix time, or null}."""
+
 LOOK_S = 5.0
 """How often the machine is looked at."""
 
@@ -55,7 +58,7 @@ def why_not(settings: PeerSettings, now: datetime, machine: Machine, *, was_hot:
     was_hot: it pauses for heat already. moved: bytes on the line this month. What the machine does not tell is no
     reason to pause.
     """
-    if settings.monthly_gb and moved >= settings.monthly_gb * 1e9:
+    if _is_spent(settings, moved):
         return f"the {settings.monthly_gb:g} GB of this month have been moved"
     if settings.hours and not settings.is_in_hours(now.time()):
         return f"outside of its hours, {settings.hours}"
@@ -67,6 +70,10 @@ def why_not(settings: PeerSettings, now: datetime, machine: Machine, *, was_hot:
     if settings.max_celsius and machine.celsius is not None and machine.celsius > limit:
         return f"the machine is too hot, over {settings.max_celsius:g} °C"
     return ""
+
+
+def _is_spent(settings: PeerSettings, moved: float) -> bool:
+    return bool(settings.monthly_gb) and moved >= settings.monthly_gb * 1e9
 
 
 class Guest:
@@ -94,15 +101,22 @@ class Guest:
         self._until = _recall(file)
         self._reason = ""
         self._changed = asyncio.Event()
+        self.is_spent = False
+        """The traffic of the month has been moved, so nothing is to be served, either."""
 
     def pause(self, seconds: float | None) -> None:
         """Pause for so long, or until `resume`; on a disk that does not keep it, until the next start at most."""
         self._until = math.inf if seconds is None else time.time() + seconds
         self._changed.set()
         try:
-            write_whole(self._file, json.dumps({"until": None if seconds is None else self._until}).encode())
+            note_pause(self._file, seconds)
         except StateError as error:
             log.warning("the next start will not know of this pause: %s", error)
+
+    def recall(self) -> None:
+        """Go by the pause in the file, which a command wrote while nobody listened."""
+        self._until = _recall(self._file)
+        self._changed.set()
 
     def resume(self) -> str:
         """End the user's pause; returns why the peer does not compute yet, or nothing."""
@@ -129,6 +143,7 @@ class Guest:
 
     async def _mind(self) -> None:
         while True:
+            self.is_spent = _is_spent(self.settings, self._moved(datetime.now()))
             reason = self._why_not()
             if reason != self._reason:
                 log.info("%s", f"pausing: {reason}" if reason else "going on")
@@ -143,7 +158,7 @@ class Guest:
         if self._until > time.time():
             if self._until == math.inf:
                 return "until `p2pllm resume`"
-            return f"until {datetime.fromtimestamp(self._until):%H:%M}"
+            return f"until {_moment(datetime.fromtimestamp(self._until), datetime.now())}"
         now, was_hot = datetime.now(), self._reason.startswith("the machine is too hot")
         return why_not(self.settings, now, self._machine(), was_hot=was_hot, moved=self._moved(now))
 
@@ -157,6 +172,16 @@ class Guest:
         except (OSError, psutil.Error, ValueError) as error:  # a driver that fails is no reason to pause
             log.debug("the machine cannot be looked at: %s", error)
             return Machine()
+
+
+def _moment(when: datetime, now: datetime) -> str:
+    """For people: with its date if that is not today's."""
+    return f"{when:%H:%M}" if when.date() == now.date() else f"{when:%Y-%m-%d %H:%M}"
+
+
+def note_pause(file: Path, seconds: float | None) -> None:
+    """Have a daemon that does not listen yet pause for so long, None: until `resume`. Raises StateError."""
+    write_whole(file, json.dumps({"until": None if seconds is None else time.time() + seconds}).encode())
 
 
 def _recall(file: Path) -> float:

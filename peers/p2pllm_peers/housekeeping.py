@@ -6,6 +6,7 @@ What does not live here: asking the user (the commands) and where things lie (`f
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from p2pllm.errors import DaemonError, P2PLLMError, StateError
 from p2pllm.metrics import record_files
 from p2pllm_peers.folders import PeerFolder, RunFolder, all_runs
+from p2pllm_peers.service import manager
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,31 @@ def run_name(run: RunFolder) -> str:
 
 
 def needless(home: Path, cache: Path) -> list[Held]:
-    """What comes back by itself when it is needed: tokenised text that no running peer reads."""
+    """What comes back by itself when it is needed: tokenised text that no running peer reads, of whatever home."""
     if any(peer.running() is not None for run in all_runs(home) for peer in run.peers()):
         return []
-    files = sorted(cache.glob("*.tokens"))
+    files = [file for file in sorted(cache.glob("*.tokens")) if not _is_read(file)]
     return [Held(file, "tokenised text; it is made again when a peer starts", file.stat().st_size) for file in files]
 
 
+def _is_read(file: Path) -> bool:
+    with contextlib.suppress(OSError), file.open("rb") as tokens:
+        try:
+            fcntl.flock(tokens, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def whole_run(run: RunFolder) -> Held:
-    """A run with all that its peers here know of it. Raises DaemonError while one of them runs."""
+    """A run with all that its peers here know of it. Raises DaemonError while one of them runs, or is a service."""
+    for peer in manager().installed():
+        if peer.run.path == run.path.absolute():
+            which = f"--run {run.run_id[:16]} --name {peer.name}"
+            raise DaemonError(
+                f"'{peer.name}' is a service, which would go on starting it; `p2pllm service remove {which}` first, "
+                f"then its files can go."
+            )
     for peer in run.peers():
         if peer.running() is not None:
             raise DaemonError(
@@ -79,13 +97,27 @@ def whole_run(run: RunFolder) -> Held:
     return Held(run.path, what, size_of(run.path))
 
 
+def remove_run(run: RunFolder) -> None:
+    """Delete a run as a whole. Raises OccupiedError if a peer of it was started meanwhile, and StateError."""
+    with contextlib.ExitStack() as locks:
+        for peer in run.peers():
+            locks.callback(os.close, peer.lock())  # so that none starts in the middle of it
+        _delete(run.path)
+
+
 def remove(held: Held) -> None:
-    """Delete it. Raises StateError if that is not possible."""
+    """Delete a file that comes back by itself, with its index, unless it is read. Raises StateError if it stays."""
+    if _is_read(held.path):
+        raise StateError(f"{held.path} cannot be deleted: a peer that was started meanwhile reads it.")
+    _delete(held.path)
+    _delete(held.path.with_suffix(".json"))
+
+
+def _delete(path: Path) -> None:
     try:
-        if held.path.is_dir():
-            shutil.rmtree(held.path)
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            held.path.unlink(missing_ok=True)
-            held.path.with_suffix(".json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     except OSError as error:
-        raise StateError(f"{error.filename or held.path} cannot be deleted: {error.strerror}.") from None
+        raise StateError(f"{error.filename or path} cannot be deleted: {error.strerror}.") from None

@@ -32,6 +32,7 @@ class Order:
     invite: str = ""  # join this run
     run_id: str = ""  # go on with a run that this machine knows
     foreground: bool = True
+    flags: dict[str, Any] | None = None  # that the user gave, to be kept with the peer; None: the settings are final
 
     def to_json(self) -> str:
         """One line."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 
 from p2pllm.errors import UsageError
@@ -40,9 +41,14 @@ def known_folder(order: Order, invite: Invite | None, draft: RunDraft | None) ->
 
 def occupy(folder: PeerFolder) -> PeerFolder:
     """Become the peer's only daemon, clean up behind a killed one, and log into its folder from here on."""
-    folder.lock()
+    handle = folder.lock()
+    with contextlib.suppress(OSError):  # on a full disk only `leave` misses it
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+    facts = folder.path / "daemon.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
-        left = json.loads((folder.path / "daemon.json").read_bytes())["runtime_dir"]
+        left = json.loads(facts.read_bytes())["runtime_dir"]
         shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        facts.unlink()  # who looks shall see that we are only starting
     log_into(folder.path / "daemon.log")
     return folder

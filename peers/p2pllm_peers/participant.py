@@ -38,9 +38,10 @@ from p2pllm.state import Layout, OuterOptimizer, SharedState, check_arithmetic, 
 from p2pllm_peers.devices import Devices
 from p2pllm_peers.entry import Sealed, serve_manifest, tokenizer_blob
 from p2pllm_peers.folders import PeerFolder
-from p2pllm_peers.guest import Guest
+from p2pllm_peers.guest import PAUSE_FILE, Guest
 from p2pllm_peers.linkmap import LinkMap
 from p2pllm_peers.meter import Meter
+from p2pllm_peers.neighbours import Part, running_peers, watch_neighbours
 from p2pllm_peers.pace import Pace, Paces, serve_pace
 from p2pllm_peers.status import Status
 from p2pllm_peers.throttle import Throttle
@@ -55,6 +56,10 @@ ANNOUNCED_S = 60.0
 
 NOT_BEFORE_THE_NEXT_START = (
     "the system lets nobody but root raise the priority of what runs, so nice counts from its next start."
+)
+
+RELAYS_UNTIL_THE_NEXT_START = (
+    "this peer relays for peers behind routers until its next start, which is neither slowed nor counted."
 )
 
 _NOTHING = np.zeros(0, np.float32)
@@ -175,11 +180,12 @@ class Participant:
         runner = RoundRunner(identity, view, self._desk, self._votes, self._exchange, keeper, section)
         self._ledger = Ledger(disk.log, self._node.peer_id)
         self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)
-        note, self._meter = self.folder.path / "pause.json", Meter(self.folder.path, self._moved)
+        note, self._meter = self.folder.path / PAUSE_FILE, Meter(self.folder.path, self._moved)
         self.guest = Guest(self._settings, note, self.loop.pause, self.loop.resume, self._meter.used)
         self._throttle = Throttle(lambda: compute.pids, compute.share)
-        self._limit(self._settings)
-        self._minding = [asyncio.create_task(self.guest.run()), asyncio.create_task(self._throttle.run())]
+        self._share(running_peers(self._settings.home))
+        watching = watch_neighbours(self._settings.home, self._share)
+        self._minding = [asyncio.create_task(mind) for mind in (self.guest.run(), self._throttle.run(), watching)]
 
     async def _give_way(self) -> None:
         """Rounds go before joiners."""
@@ -200,6 +206,8 @@ class Participant:
             progress("this machine makes other initial weights than the founder's; it takes the run's from a peer")
 
     async def _serve(self, request: dict[str, Any]) -> Blob | None:
+        if self.guest.is_spent:  # to say that we have nothing would be a lie, for which others doubt a peer
+            raise ConnectionRefusedError("the traffic of this month has been moved")
         return tokenizer_blob(self._sealed, request) or await self.keeper.serve(request)
 
     def _on_round(self, record: RoundRecord) -> None:
@@ -221,15 +229,24 @@ class Participant:
         self._settings = settings = with_changes(self._settings, values)
         self.guest.change(settings)
         self._limit(settings)
-        if not {"nice", "io_idle"} & set(values) or self._compute.stand_back(settings.nice, settings.io_idle):
-            return []
-        return [NOT_BEFORE_THE_NEXT_START]
+        later = []
+        if {"nice", "io_idle"} & set(values) and not self._compute.stand_back(settings.nice, settings.io_idle):
+            later.append(NOT_BEFORE_THE_NEXT_START)
+        if self._node.relays_for_others and any(values.get(name) for name in ("upload_mbit", "monthly_gb")):
+            later.append(RELAYS_UNTIL_THE_NEXT_START)
+        return later
+
+    def _share(self, peers: int) -> None:
+        """So many peers run on this machine."""
+        self._peers_here = peers
+        self._limit(self._settings)
 
     def _limit(self, settings: PeerSettings) -> None:
-        self._throttle.cpu_percent, self._throttle.duty_percent = settings.cpu_percent, settings.duty_percent
+        part = Part.of(settings, self._peers_here)
+        self._throttle.cpu_percent, self._throttle.duty_percent = part.cpu_percent, settings.duty_percent
         self.keeper.disk.budget = int(settings.disk_gb * 1e9)
         traffic = self._node.traffic
-        traffic.pacer.mbit, traffic.intake.mbit = settings.upload_mbit, settings.download_mbit
+        traffic.pacer.mbit, traffic.intake.mbit = part.upload_mbit, part.download_mbit
 
     def _moved(self) -> int:
         return self._node.traffic.sent + self._node.traffic.received

@@ -123,6 +123,11 @@ async def printed_by(command: list[str]) -> str:
                     await process.communicate()  # so that nothing of it is left
 
 
+def tells_idleness() -> bool:
+    """Whether anything of this machine tells when it was used. Not within a running event loop."""
+    return terminals_idle_s() is not None or asyncio.run(desktop_idle_s(printed_by)) is not None
+
+
 class Desktop:
     """Asks the desktops of this machine now and then, while somebody wants to know. `run` it."""
 

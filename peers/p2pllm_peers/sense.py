@@ -20,6 +20,10 @@ from p2pllm.errors import SettingsError
 from p2pllm.network.pacing import ON_THE_LINE
 from p2pllm.settings import PeerSettings, settings_file
 from p2pllm_peers.folders import PeerFolder, all_runs
+from p2pllm_peers.presence import tells_idleness
+
+_CUDA_DEVICES = ("nvidia[0-9]*", "dxg", "nvhost-gpu", "kfd")
+"""What PyTorch calls CUDA, as a driver shows it under /dev: NVIDIA, the same under WSL, on Jetson, and AMD."""
 
 LEAST_CELSIUS = 30.0
 """A machine at work is never cooler."""
@@ -30,24 +34,33 @@ class Here:
     """What a change must fit on this machine. Sizes in bytes; 0: not known."""
 
     has_sensors: bool = True
+    has_cuda: bool = True
+    tells_idleness: bool = True
     round_bytes: float = 0.0  # that one round of the busiest running peer moves on the line
     kept_bytes: int = 0  # of the largest aggregate that a running peer keeps to replay
 
     @classmethod
-    def now(cls, home: Path) -> Here:
-        """Look at this machine and its running peers."""
+    def now(cls, home: Path, settings: PeerSettings) -> Here:
+        """Look at this machine and the running peers of a home, as far as the settings make it matter."""
         peers = [peer for run in all_runs(home) for peer in run.peers() if peer.running()]
         return cls(
-            any(getattr(psutil, "sensors_temperatures", dict)().values()),
-            max(map(_round_bytes, peers), default=0.0),
-            max((_size(file) for peer in peers for file in (peer.path / "aggregates").glob("*")), default=0),
+            has_sensors=any(getattr(psutil, "sensors_temperatures", dict)().values()),
+            has_cuda=any(next(Path("/dev").glob(names), None) for names in _CUDA_DEVICES),
+            tells_idleness=not settings.only_when_idle or tells_idleness(),
+            round_bytes=max(map(_round_bytes, peers), default=0.0),
+            kept_bytes=max((_size(file) for peer in peers for file in (peer.path / "aggregates").glob("*")), default=0),
         )
 
 
 def check(settings: PeerSettings, changed: Collection[str], here: Here | None = None) -> None:
     """Raise SettingsError for the first thing that makes no sense. changed: the settings that are new."""
-    looked = here or Here.now(settings.home)
-    for names, wrong in (*_pairs(settings), *_folders(settings), *_machine(settings, looked), *_overruled(settings)):
+    looked = here or Here.now(settings.home, settings)
+    for names, wrong in (
+        *_pairs(settings, looked),
+        *_folders(settings),
+        *_machine(settings, looked),
+        *_overruled(settings),
+    ):
         if wrong and set(names) & set(changed):
             raise SettingsError(f"{wrong}; nothing was changed.")
 
@@ -56,11 +69,12 @@ Rule = tuple[tuple[str, ...], str]
 """The settings that it is about, and what is wrong, if anything is."""
 
 
-def _pairs(settings: PeerSettings) -> Iterable[Rule]:
-    gpus = settings.device == "auto" or "cuda" in settings.device
+def _pairs(settings: PeerSettings, here: Here) -> Iterable[Rule]:
+    gpus = here.has_cuda if settings.device == "auto" else "cuda" in settings.device
+    found = "finds none on this machine" if settings.device == "auto" else "is none"
     yield (
         ("gpu_memory_gb", "device"),
-        f"gpu_memory_gb = {settings.gpu_memory_gb:g} limits CUDA devices, and device = {settings.device} is none; "
+        f"gpu_memory_gb = {settings.gpu_memory_gb:g} limits CUDA devices, and device = {settings.device} {found}; "
         "set gpu_memory_gb=0 or another device"
         if settings.gpu_memory_gb and not gpus
         else "",
@@ -93,14 +107,25 @@ def _folders(settings: PeerSettings) -> Iterable[Rule]:
         path = getattr(settings, name)
         relative = not path.is_absolute()
         yield (name,), f"{name} = {path} is no absolute path, so it would depend on where a peer starts" * relative
-        yield (name,), f"{name} = {path} is a file, not a folder" * (path.exists() and not path.is_dir())
-    missing = bool(settings.data_path) and not Path(settings.data_path).exists()
+        yield (name,), f"{name} = {path} is a file, not a folder" * (_exists(path) and not path.is_dir())
+    missing = bool(settings.data_path) and not _exists(Path(settings.data_path))
     yield ("data_path",), f"data_path = {settings.data_path} does not exist on this machine" * missing
+
+
+def _exists(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or a folder that we may not look into
+        return path.exists()
+    return False
 
 
 def _machine(settings: PeerSettings, here: Here) -> Iterable[Rule]:
     blind = bool(settings.max_celsius) and not here.has_sensors
     yield ("max_celsius",), "max_celsius has no effect here: this machine shows no sensor of temperature" * blind
+    unseen = settings.only_when_idle and not here.tells_idleness
+    yield (
+        ("only_when_idle",),
+        "only_when_idle has no effect here: no terminal and no desktop tells when somebody used this machine" * unseen,
+    )
     month = settings.monthly_gb * 1e9
     yield (
         ("monthly_gb",),

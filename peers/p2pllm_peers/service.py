@@ -6,19 +6,23 @@ not live here: that command, and what it starts.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import itertools
 import os
 import plistlib
 import re
+import shlex
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.parsers.expat import ExpatError
 
 from p2pllm.errors import DaemonError
-from p2pllm_peers.folders import PeerFolder, write_whole
+from p2pllm_peers.folders import PeerFolder, RunFolder, is_peer_name, write_whole
 
 FIRST_DELAY_S, MAX_DELAY_S, DELAY_STEPS = 5, 600, 7
 """A peer that failed is started again after so long, after the longest when it failed so often in a row."""
@@ -77,15 +81,18 @@ class Manager(ABC):
         """The service's own file."""
         return self.folder / f"{self.label(peer)}{self.suffix}"
 
-    def installed(self, peers: Sequence[PeerFolder]) -> list[PeerFolder]:
-        """Those that have a service."""
-        return [peer for peer in peers if self.file(peer).exists()]
+    def installed(self) -> list[PeerFolder]:
+        """The peers that have a service, by the files of the services: the folder of one may be gone."""
+        files = sorted(self.folder.glob(f"*p2pllm*{self.suffix}"))
+        return [peer for file in files if (peer := _peer_of(self.command_in(file))) and self.file(peer) == file]
 
     def install(self, peer: PeerFolder) -> str:
         """Have the peer started from now on; returns what is still to be done by hand, or nothing.
 
         Raises DaemonError, with what the system says; then all is as it was.
         """
+        if not is_peer_name(peer.name):
+            raise DaemonError(f"The system takes no service of the name '{peer.name}'; use `p2pllm join --detach`.")
         path = self.file(peer)
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_bytes() if path.exists() else None
@@ -126,6 +133,10 @@ class Manager(ABC):
 
     @abstractmethod
     def content(self, peer: PeerFolder) -> bytes: ...
+
+    @abstractmethod
+    def command_in(self, file: Path) -> list[str]:
+        """What a service runs, by its file; nothing if that cannot be read."""
 
     @abstractmethod
     def enable(self, peer: PeerFolder) -> str: ...
@@ -179,6 +190,14 @@ class Systemd(Manager):
         ]
         return "\n".join(lines).encode()
 
+    def command_in(self, file: Path) -> list[str]:
+        """See Manager."""
+        with contextlib.suppress(OSError, ValueError):
+            lines = [line for line in file.read_text().splitlines() if line.startswith("ExecStart=")]
+            plain = "".join(lines[:1]).removeprefix("ExecStart=").replace("%%", "%").replace("$$", "$")
+            return shlex.split(plain)
+        return []
+
     def _delays(self) -> list[str]:
         found = re.search(r"systemd (\d+)", self._run(["systemctl", "--version"]).text)
         if found is None or int(found[1]) < _BACKOFF_SINCE:
@@ -225,30 +244,42 @@ class Launchd(Manager):
 
     def content(self, peer: PeerFolder) -> bytes:
         """The agent's property list."""
-        output = str(peer.path.absolute() / "service.log")
+        # What it prints is of its first moments; a file that begins anew at each start does not grow for good.
+        begin_anew = ["/bin/sh", "-c", 'exec "$@" > "$0" 2>&1', str(peer.path.absolute() / "service.log")]
         return plistlib.dumps(
             {
                 "Label": self.label(peer),
-                "ProgramArguments": command_of(peer),
+                "ProgramArguments": [*begin_anew, *command_of(peer)],
                 "EnvironmentVariables": {**environment(), "PYTHONUNBUFFERED": "1"},
                 "RunAtLoad": True,
                 "KeepAlive": {"SuccessfulExit": False},
                 "ThrottleInterval": 60,  # launchd knows no growing delays
                 "ExitTimeOut": STOP_S,
                 "ProcessType": "Background",
-                "StandardOutPath": output,
-                "StandardErrorPath": output,
             }
         )
 
+    def command_in(self, file: Path) -> list[str]:
+        """See Manager."""
+        with contextlib.suppress(OSError, ValueError, plistlib.InvalidFileException, ExpatError):
+            found = plistlib.loads(file.read_bytes())
+            return [str(word) for word in found.get("ProgramArguments", [])] if isinstance(found, dict) else []
+        return []
+
     def enable(self, peer: PeerFolder) -> str:
         """See Manager."""
+        if self._is_loaded(peer):
+            return "launchd has it loaded already, and goes by the new file from your next login"
         self.ask("launchctl", "bootstrap", f"gui/{os.getuid()}", str(self.file(peer)))
         return ""
 
     def disable(self, peer: PeerFolder) -> None:
         """See Manager."""
-        self.ask("launchctl", "bootout", f"gui/{os.getuid()}/{self.label(peer)}")
+        if self._is_loaded(peer):
+            self.ask("launchctl", "bootout", f"gui/{os.getuid()}/{self.label(peer)}")
+
+    def _is_loaded(self, peer: PeerFolder) -> bool:
+        return not self._run(["launchctl", "print", f"gui/{os.getuid()}/{self.label(peer)}"]).code
 
     def state(self, peer: PeerFolder) -> str:
         """See Manager."""
@@ -260,6 +291,14 @@ class Launchd(Manager):
 def manager() -> Manager:
     """Of this system."""
     return Launchd() if sys.platform == "darwin" else Systemd()
+
+
+def _peer_of(command: Sequence[str]) -> PeerFolder | None:
+    """Of which peer `command_of` is this; None if it is none."""
+    values = {option: value for option, value in itertools.pairwise(command) if option in ("--run", "--name", "--home")}
+    if len(values) < 3:
+        return None
+    return RunFolder(Path(values["--home"]), values["--run"]).peer(values["--name"])
 
 
 def _quoted(text: str) -> str:

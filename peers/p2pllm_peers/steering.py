@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from p2pllm.errors import DaemonError
+from p2pllm.errors import DaemonError, P2PLLMError
 from p2pllm.settings import load_settings
 from p2pllm.settings_file import LIVE, change_settings
 from p2pllm_peers.control import ask
+from p2pllm_peers.flags import forget
 from p2pllm_peers.folders import PeerFolder, all_runs
-from p2pllm_peers.sense import check
+from p2pllm_peers.guest import PAUSE_FILE, note_pause
+from p2pllm_peers.sense import Here, check
 
 
 def tell(peer: PeerFolder, request: dict[str, Any]) -> dict[str, Any]:
@@ -28,18 +30,53 @@ def tell(peer: PeerFolder, request: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
-def change(changes: dict[str, str]) -> dict[str, Any]:
-    """Change the settings file; returns the values as TOML has them. Raises SettingsError; then nothing has changed."""
+def pause(peer: PeerFolder, seconds: float | None) -> None:
+    """Have a peer pause for so long, None: until `resume`; one that is still starting, too. Raises DaemonError."""
+    if peer.running() == {}:
+        note_pause(peer.path / PAUSE_FILE, seconds)
+    if peer.running() != {}:
+        tell(peer, {"do": "pause", "seconds": seconds})
+
+
+def resume(peer: PeerFolder) -> str:
+    """End a pause; returns why the peer does not compute all the same, or nothing. Raises DaemonError."""
+    if peer.running() == {}:
+        (peer.path / PAUSE_FILE).unlink(missing_ok=True)
+    return "" if peer.running() == {} else str(tell(peer, {"do": "resume"})["paused"])
+
+
+def change(changes: dict[str, str], home: Path | None = None) -> dict[str, Any]:
+    """Change the settings file; returns the values as TOML has them. Raises SettingsError; then nothing has changed.
+
+    home: whose running peers the new values must suit; None: that of the settings.
+    """
     given = {name.strip().replace("-", "_"): value.strip() for name, value in changes.items()}
-    return change_settings(given, check)
+    return change_settings(given, lambda new, names: check(new, names, Here.now(home or new.home, new)))
 
 
-def tell_running(values: dict[str, Any], home: Path | None) -> dict[PeerFolder, list[str]]:
-    """Have the running peers of this machine go by those values that they can take at once.
+def tell_running(values: dict[str, Any], home: Path | None) -> tuple[dict[PeerFolder, list[str]], list[str]]:
+    """Have the peers of this machine go by new values in the place of flags of theirs, and the running ones at once.
 
-    Returns who does, each with a sentence for whatever has to wait for its next start all the same.
+    Returns who goes by those that a running peer can take, each with a sentence for whatever has to wait for its next
+    start all the same; and sentences on the others, so that one that does not answer keeps nothing from the rest.
     """
     live = {name: value for name, value in values.items() if name in LIVE}
-    folder = load_settings(**({} if home is None else {"home": home})).home
-    peers = [peer for run in all_runs(folder) for peer in run.peers() if peer.running()] if live else []
-    return {peer: tell(peer, {"do": "set", "values": live}).get("later", []) for peer in peers}
+    told: dict[PeerFolder, list[str]] = {}
+    notes: list[str] = []
+    for peer in [peer for run in all_runs(home or load_settings().home) for peer in run.peers()]:
+        try:
+            if gone := forget(peer, values):
+                flags = ", ".join(f"{name} = {value}" for name, value in gone.items())
+                notes.append(f"{_named(peer)} was started with {flags}, which holds no more.")
+            running = peer.running()
+            if live and running:
+                told[peer] = tell(peer, {"do": "set", "values": live}).get("later", [])
+            elif live and running is not None:
+                notes.append(f"{_named(peer)} is still starting, and goes by it when it has.")
+        except P2PLLMError as error:
+            notes.append(f"{_named(peer)} does not go by it yet: {error}")
+    return told, notes
+
+
+def _named(peer: PeerFolder) -> str:
+    return f"'{peer.name}' in run {peer.run.run_id[:16]}"

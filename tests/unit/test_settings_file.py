@@ -42,6 +42,8 @@ def test_a_file_is_made_and_changed_and_its_comments_stay(file: Path):
         ({"cpu_percent": "half"}, "cpu_percent"),
         ({"upload_mbit": "-1"}, "upload_mbit"),
         ({"cpu_percents": "50"}, "did you mean cpu_percent"),
+        ({"Nice": "5"}, "write it as nice"),
+        ({"data_path": "/text/\udcff"}, "no Unicode text"),
         ({"hours": "25-7"}, "22:30-07:00"),
         ({"only_on_mains": "perhaps"}, "only_on_mains"),
         ({"nice": "3", "max_celsius": "1000"}, "max_celsius"),

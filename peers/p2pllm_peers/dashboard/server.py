@@ -159,13 +159,13 @@ class Dashboard:
             raise UsageError("Settings are sent as {'values': {name: text}}.")
         if foreign := sorted(set(values) - LIVE):
             raise UsageError(f"'{foreign[0]}' cannot be changed here; use `p2pllm set`.")
-        changed = await asyncio.to_thread(steering.change, values)
-        told = await asyncio.to_thread(steering.tell_running, changed, self._home)
+        changed = await asyncio.to_thread(steering.change, values, self._home)
+        told, notes = await asyncio.to_thread(steering.tell_running, changed, self._home)
         _, peer = await self._chosen(request)
         await self._feed(peer).look()
         later = dict.fromkeys(sentence for sentences in told.values() for sentence in sentences)
         note = f"{', '.join(changed)} saved; {len(told)} running peers go by it now."
-        return _done(" ".join([note, *(f"But {sentence}" for sentence in later)]))
+        return _done(" ".join([note, *(f"But {sentence}" for sentence in later), *notes]))
 
 
 async def _stream(feed: Feed, page: Page, response: web.StreamResponse) -> None:

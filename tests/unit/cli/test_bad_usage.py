@@ -60,7 +60,8 @@ def test_invite_and_run_together(empty) -> None:
 
 
 def test_peer_name_that_is_a_path(empty) -> None:
-    empty.refuses(2, ["../x", "letters"], "join", an_invite(), "--name", "../x")
+    for name in ("../x", "josé", "-_", "a" * 33):
+        empty.refuses(2, [name, "letters"], "join", an_invite(), "--name", name)
     empty.keeps_nothing()
 
 

@@ -56,7 +56,7 @@ class DaemonHere(DaemonProcess):
         while LOCKS:
             os.close(LOCKS.pop())
         said.seek(0)
-        self._process: Any = SimpleNamespace(stdout=said, wait=lambda timeout: 0)
+        self._process: Any = SimpleNamespace(stdout=said, wait=lambda timeout: 0, poll=lambda: 1)
 
 
 class WorkerHere:
@@ -92,7 +92,7 @@ class WorkerHere:
 def machine(peer_env, monkeypatch: pytest.MonkeyPatch):
     """A machine whose daemons and workers live in this process, and leave it as it was."""
     lock = PeerFolder.lock
-    monkeypatch.setattr(PeerFolder, "lock", lambda folder: LOCKS.append(lock(folder)))
+    monkeypatch.setattr(PeerFolder, "lock", lambda folder: LOCKS.append(lock(folder)) or LOCKS[-1])
     monkeypatch.setattr(launcher, "DaemonProcess", DaemonHere)
     monkeypatch.setattr(worker_process, "WorkerProcess", WorkerHere)
     monkeypatch.setattr(orders, "log_into", lambda path: None)

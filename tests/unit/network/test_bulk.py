@@ -84,6 +84,17 @@ async def test_what_is_not_there_is_none(pair: Pair):
     assert await fetch(pair, "server", {}, 10) is None
 
 
+async def test_who_serves_nothing_for_now_breaks_off(pair: Pair):
+    """That it has nothing would be an answer, which others take for the truth."""
+
+    async def refuse(request: dict[str, Any]) -> Blob | None:
+        raise ConnectionRefusedError("not now")
+
+    await BulkServer(pair, refuse).start()
+    with pytest.raises(NetworkError, match="broke off"):
+        await fetch(pair, "server", {}, 10)
+
+
 async def test_a_stream_carries_one_fetch_after_the_other(pair: Pair):
     await serve(pair, Blob({"a": 1}, [b"fine"]))
     fetches = Fetches(pair)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from p2pllm.errors import SettingsError
 from p2pllm.settings import load_settings
-from p2pllm_peers.guest import COOLER_C, Guest, Machine, why_not
+from p2pllm_peers.guest import COOLER_C, PAUSE_FILE, Guest, Machine, _moment, note_pause, why_not
+from p2pllm_peers.participant import Participant
 from p2pllm_peers.presence import AWAY_S, Desktop
 
 NIGHT, NOON = datetime.datetime(2026, 1, 1, 3), datetime.datetime(2026, 1, 1, 12)
@@ -112,6 +114,24 @@ async def test_settings_can_change_and_resume_says_what_is_in_the_way(tmp_path: 
     task.cancel()
 
 
+def test_a_long_pause_says_the_day():
+    now = datetime.datetime(2026, 11, 30, 22, 5)
+    assert _moment(datetime.datetime(2026, 11, 30, 23, 59), now) == "23:59"
+    assert _moment(datetime.datetime(2026, 12, 1, 0, 5), now) == "2026-12-01 00:05"
+
+
+async def test_a_pause_that_was_noted_while_nobody_listened(tmp_path: Path):
+    file, peer = tmp_path / PAUSE_FILE, Peer()
+    guest = Guest(load_settings(), file, peer.pause, peer.resume, nothing, Machine)
+    note_pause(file, None)
+    assert guest._why_not() == ""
+    guest.recall()
+    assert guest._why_not() == "until `p2pllm resume`"
+    file.unlink()
+    guest.recall()
+    assert guest._why_not() == ""
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"until": "x"}', b"{}"])
 async def test_a_damaged_file_is_no_pause(tmp_path: Path, content: bytes):
     file, peer = tmp_path / "pause.json", Peer()
@@ -134,6 +154,27 @@ async def test_a_look_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: py
     guest = Guest(load_settings(monthly_gb=2), tmp_path / "p", peer.pause, peer.resume, moved)
     task = asyncio.create_task(guest.run())
     assert "this month" in await peer.told()
+    task.cancel()
+
+
+async def test_a_peer_whose_traffic_is_spent_serves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("p2pllm_peers.guest.LOOK_S", 0.001)
+    peer, moved = Peer(), [1e9]
+    guest = Guest(load_settings(monthly_gb=2), tmp_path / "p", peer.pause, peer.resume, lambda now: moved[0], Machine)
+    daemon: Any = Participant.__new__(Participant)
+    daemon.guest, daemon._sealed = guest, (None, None, b"tokenizer")
+    guest.pause(None)
+    task = asyncio.create_task(guest.run())
+    assert "resume" in await peer.told()
+    assert await daemon._serve({"what": "tokenizer"}) is not None
+    moved[0] = 2e9
+    guest.resume()
+    assert "this month" in await peer.told()
+    with pytest.raises(ConnectionRefusedError):
+        await daemon._serve({"what": "tokenizer"})
+    guest.change(load_settings(monthly_gb=3))
+    assert await peer.told() == ""
+    assert await daemon._serve({"what": "tokenizer"}) is not None
     task.cancel()
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from p2pllm.errors import DaemonError, StateError
+from p2pllm.errors import DaemonError, OccupiedError, StateError
 from p2pllm.identity import Identity
 from p2pllm.manifest import RunDraft
+from p2pllm.sections import DataSection
+from p2pllm.training.data import Corpus
+from p2pllm.training.tokenizer import ByteTokenizer
 from p2pllm_peers.folders import SIGNING_DOMAIN, PeerFolder, RunFolder
-from p2pllm_peers.housekeeping import last_round, needless, remove, run_name, size_of, whole_run
+from p2pllm_peers.housekeeping import last_round, needless, remove, remove_run, run_name, size_of, whole_run
+from p2pllm_peers.service import Answer, Systemd
 
 
 @pytest.fixture
@@ -48,8 +52,48 @@ def test_a_run_goes_as_a_whole_but_its_key_stays(peer: PeerFolder):
     peer.key.write_bytes(b"key")
     held = whole_run(peer.run)
     assert "mine" in held.what and "round 7" in held.what and held.size == size_of(peer.run.path)
-    remove(held)
+    remove_run(peer.run)
     assert not peer.run.path.exists() and peer.key.exists()
+
+
+def test_a_peer_that_started_while_the_user_was_asked_is_not_touched(peer: PeerFolder):
+    whole_run(peer.run)
+    lock = peer.lock()
+    with pytest.raises(OccupiedError):
+        remove_run(peer.run)
+    assert (peer.path / "state" / "snapshot").exists()
+    os.close(lock)
+
+
+def test_none_starts_while_its_run_is_deleted(peer: PeerFolder, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("shutil.rmtree", lambda path: seen.append(peer.running()))
+    remove_run(peer.run)
+    assert seen == [{}] and peer.running() is None
+
+
+def test_a_run_with_a_service_stays(peer: PeerFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr("p2pllm_peers.housekeeping.manager", lambda: Systemd(lambda arguments: Answer(0, "")))
+    Systemd(lambda arguments: Answer(0, "")).install(peer)
+    with pytest.raises(DaemonError, match=r"service remove --run \w{16} --name volunteer` first"):
+        whole_run(peer.run)
+    whole_run(RunFolder(tmp_path / "elsewhere", peer.run.run_id))
+
+
+def test_text_that_a_peer_of_another_home_reads_stays(tmp_path: Path):
+    (tmp_path / "text").write_text("some words to train on\n" * 200)
+    section = DataSection(source=f"text:{tmp_path / 'text'}", context_length=8)
+    corpus = Corpus.open(section, ByteTokenizer(), tmp_path / "cache")
+    assert needless(tmp_path / "home", tmp_path / "cache") == []
+    del corpus
+    (held,) = needless(tmp_path / "home", tmp_path / "cache")
+    again = Corpus.open(section, ByteTokenizer(), tmp_path / "cache")
+    with pytest.raises(StateError, match="reads it"):
+        remove(held)
+    del again
+    remove(held)
+    assert not list((tmp_path / "cache").glob("*.tokens"))
 
 
 def test_nothing_of_a_peer_that_runs_is_touched(peer: PeerFolder, tmp_path: Path):
@@ -81,4 +125,4 @@ def test_what_cannot_be_deleted_is_said(peer: PeerFolder, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("shutil.rmtree", refuse)
     with pytest.raises(StateError, match="cannot be deleted: Permission denied"):
-        remove(whole_run(peer.run))
+        remove_run(peer.run)

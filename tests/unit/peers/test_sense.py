@@ -29,6 +29,8 @@ REFUSED = [
     ("max_celsius=200", "150"), ("max_celsius=20", "pause for good"), ("startup_timeout_s=0", "startup_timeout_s"),
     ("direct_port=70000", "65535"), ("listen_port=4001 direct_port=4001", "both 4001"),
     ("nonsense=1", "not a known field"), ("nice=3 nice=4", "twice"), ("device=cpu gpu_memory_gb=4", "gpu_memory_gb=0"),
+    ("Nice=5", "write it as nice."), ("CPU_PERCENT=40", "write it as cpu_percent."),
+    ("only-on-mains=yes only_on_mains=no", "twice"), ("data_path=/" + 300 * "a", "does not exist"),
 ]  # fmt: skip
 
 
@@ -60,6 +62,11 @@ def test_the_command_refuses(machine, changes: str, words: str) -> None:
         ({"gpu_memory_gb": 4, "device": "mps"}, "device", Here(), "device = mps"),
         ({"gpu_memory_gb": 4, "device": "cpu"}, "nice", Here(), ""),  # it was so before
         ({"gpu_memory_gb": 4, "device": "auto"}, "gpu_memory_gb", Here(), ""),
+        ({"gpu_memory_gb": 4, "device": "auto"}, "gpu_memory_gb", Here(has_cuda=False), "finds none on this machine"),
+        ({"gpu_memory_gb": 4, "device": "cuda:0"}, "gpu_memory_gb", Here(has_cuda=False), ""),  # it is hidden, perhaps
+        ({"only_when_idle": True}, "only_when_idle", Here(tells_idleness=False), "no effect here"),
+        ({"only_when_idle": True}, "only_when_idle", Here(), ""),
+        ({"only_when_idle": False}, "only_when_idle", Here(tells_idleness=False), ""),
         ({"gpu_memory_gb": 4, "device": "cpu,cuda:0"}, "device", Here(), ""),
         ({"announce": "/ip4/192.0.2.1/tcp/1", "listen_port": 0}, "listen_port", Here(), "listen_port"),
         ({"announce": "/ip4/192.0.2.1/tcp/1", "listen_port": 1}, "announce", Here(), ""),
@@ -115,7 +122,7 @@ def test_running_peers_say_what_a_round_takes(tmp_path: Path, monkeypatch: pytes
     running: list[object] = [{"socket": "here"}]
     monkeypatch.setattr(PeerFolder, "running", lambda self: running[0])
     monkeypatch.setattr(sense, "all_runs", lambda home: [type("Run", (), {"peers": lambda self: [peer]})()])
-    found = Here.now(tmp_path)
+    found = Here.now(tmp_path, PeerSettings())
     assert found.round_bytes > 2e9 and found.kept_bytes == 700
     running[0] = None
-    assert (Here.now(tmp_path).round_bytes, Here.now(tmp_path).kept_bytes) == (0, 0)
+    assert (Here.now(tmp_path, PeerSettings()).round_bytes, Here.now(tmp_path, PeerSettings()).kept_bytes) == (0, 0)

@@ -24,9 +24,14 @@ class System:
     def __init__(self, refuses: str = "", version: int = 255) -> None:
         self.asked: list[list[str]] = []
         self.refuses, self.version = refuses, version
+        self.loaded = False  # of launchd
 
     def __call__(self, arguments: Sequence[str]) -> Answer:
         self.asked.append(list(arguments))
+        if "print" in arguments and not self.loaded:
+            return Answer(113, "Could not find service")
+        if "bootstrap" in arguments or "bootout" in arguments:
+            self.loaded = "bootstrap" in arguments and self.refuses != "bootstrap"
         if self.refuses and self.refuses in arguments:
             return Answer(1, "first line\nFailed to connect to bus.")
         return Answer(0, f"systemd {self.version} (test)\nactive\n\tstate = running")
@@ -45,9 +50,9 @@ def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeerFolder:
 def test_it_comes_and_goes(kind: type[Manager], peer: PeerFolder) -> None:
     system = System()
     manager = kind(system)
-    assert manager.installed([peer]) == []
+    assert manager.installed() == []
     assert manager.install(peer) == ""
-    assert manager.file(peer).exists() and manager.installed([peer]) == [peer]
+    assert manager.file(peer).exists() and manager.installed() == [peer]
     assert "running" in manager.state(peer) or "active" in manager.state(peer)
     manager.remove(peer)
     assert not manager.file(peer).exists()
@@ -104,7 +109,7 @@ def test_the_agent_of_launchd(peer: PeerFolder) -> None:
     manager = Launchd(System())
     manager.install(peer)
     agent = plistlib.loads(manager.file(peer).read_bytes())
-    assert agent["ProgramArguments"] == command_of(peer) and agent["Label"] == manager.file(peer).stem
+    assert agent["ProgramArguments"][4:] == command_of(peer) and agent["Label"] == manager.file(peer).stem
     assert agent["KeepAlive"] == {"SuccessfulExit": False} and agent["RunAtLoad"] is True
 
 
@@ -113,3 +118,42 @@ def test_what_it_runs_is_a_command_that_there_is(peer: PeerFolder) -> None:
     assert python == sys.executable
     done = subprocess.run([python, *rest[:3], "--help"], capture_output=True, text=True, check=True)
     assert all(option in done.stdout for option in rest[3:] if option.startswith("--"))
+
+
+@pytest.mark.parametrize("kind", [Systemd, Launchd])
+def test_one_whose_files_are_gone_is_still_seen_and_removed(kind: type[Manager], peer: PeerFolder) -> None:
+    manager = kind(System())
+    manager.install(peer)
+    shutil.rmtree(peer.run.home)
+    for foreign in ("other", "p2pllm-odd"):
+        (manager.folder / f"{foreign}{manager.suffix}").write_bytes(b"\xff[Service]\nExecStart=/bin/true\n")
+    (found,) = manager.installed()
+    assert found == peer
+    manager.remove(found)
+    assert manager.installed() == []
+
+
+def test_an_agent_that_launchd_has_or_lost_is_no_error(peer: PeerFolder) -> None:
+    system = System(refuses="bootstrap")
+    manager = Launchd(system)
+    system.loaded = True
+    assert "from your next login" in manager.install(peer)
+    system.loaded, system.refuses = False, "bootout"
+    manager.remove(peer)
+    assert not manager.file(peer).exists()
+
+
+def test_a_name_that_units_do_not_take_is_refused(peer: PeerFolder) -> None:
+    named = peer.run.peer("josé")
+    with pytest.raises(DaemonError, match="josé"):
+        Systemd(System()).install(named)
+    assert not Systemd(System()).file(named).exists()
+
+
+def test_the_log_of_an_agent_begins_anew_at_each_start(peer: PeerFolder) -> None:
+    manager = Launchd(System())
+    manager.install(peer)
+    words = plistlib.loads(manager.file(peer).read_bytes())["ProgramArguments"][:4]
+    for text in ("one long sentence", "two"):
+        subprocess.run([*words, "echo", text], check=True)
+        assert (peer.path / "service.log").read_text() == f"{text}\n"
