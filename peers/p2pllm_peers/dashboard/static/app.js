@@ -218,18 +218,23 @@ function drawSettings() {
   }));
 }
 
+// What came of the last action; it stays until the next one, or is dismissed.
+function say(words, isError = false) {
+  $("said-words").textContent = words;
+  $("said").className = isError ? "said bad" : "said";
+  $("said").hidden = !words;
+}
+
 async function post(what, body) {
-  let words;
+  say("");
   try {
     const answer = await fetch(`/api/${what}${query()}`, {
       method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
-    const said = await answer.json();
-    words = answer.ok ? said.note || "Done." : said.error;
+    const found = await answer.json();
+    say(answer.ok ? found.note : found.error, !answer.ok);
   } catch {
-    words = "The dashboard does not answer; nothing was changed.";
+    say("The dashboard does not answer; whether it was changed shows when it does.", true);
   }
-  $("banner").textContent = words;
-  $("banner").hidden = false;
 }
 
 function choose() {
@@ -263,6 +268,7 @@ $("peers-here").onchange = (event) => {
 $("pause-hour").onclick = () => post("pause", { seconds: 3600 });
 $("pause").onclick = () => post("pause", { seconds: null });
 $("resume").onclick = () => post("resume", {});
+$("said-away").onclick = () => say("");
 addEventListener("resize", () => state.rounds && changed("status", "rounds"));
 legend($("parts"));
 begin();
