@@ -5,6 +5,7 @@ What does not live here: showing it (`p2pllm_cli`), and what every round measure
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
 from typing import Any
@@ -13,6 +14,7 @@ from p2pllm.averaging.attempt import STREAM_METHOD as REDUCED
 from p2pllm.averaging.gather import STREAM_METHOD as GATHERED
 from p2pllm.manifest import RunManifest
 from p2pllm.metrics import RoundRecord
+from p2pllm.network.addresses import reach
 from p2pllm.network.node import Node
 from p2pllm.rounds import plan
 from p2pllm.rounds.credit import Ledger
@@ -98,6 +100,8 @@ class Status:
             "links": self.links.rows(),
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
+            "reach": reach(self._node.addresses()),
+            "disk_free": shutil.disk_usage(settings.home).free,
             "worker_restarts": self._compute.restarts,
             "network_restarts": self._node.restarts,
             "uptime_s": time.time() - self._started,

@@ -52,6 +52,8 @@ STATUS: dict[str, Any] = {
     "links": [{"peer": "12D3KooWBBBB", "bytes": 352_140, "mbit": 3.25}],
     "device": "cpu",
     "micro_batch": 4,
+    "reach": "direct",
+    "disk_free": 50_000_000_000,
     "worker_restarts": 2,
     "network_restarts": 1,
     "uptime_s": 61.5,
