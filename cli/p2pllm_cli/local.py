@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Show round, loss, peers and speed.")
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a peer and line.")
-@click.option(
-    "-f", "--follow", is_flag=True, help="Go on showing one peer; Ctrl+C ends the view alone."
-)
+@click.option("-f", "--follow", is_flag=True, help="Go on showing one peer; Ctrl+C ends the view alone.")
 def status(home: Path | None, run_prefix: str | None, name: str | None, as_json: bool, follow: bool) -> None:
     """Peers, round, loss, tokens/s and bytes of the runs of this machine."""
     from p2pllm_cli.view import print_status

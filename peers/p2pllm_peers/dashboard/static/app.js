@@ -101,7 +101,7 @@ function drawStatus() {
   $("progress-text").textContent = `round ${status.round} of ${status.rounds}`
     + (status.wanted ? `, ${status.gathered} of ${status.wanted} samples` : "");
   const credit = status.credit ?? { samples: 0, all: 0 };
-  const share = credit.all ? ` (${((100 * credit.samples) / credit.all).toFixed(1)} %)` : "";
+  const share = credit.all ? ` (${((100 * credit.samples) / credit.all).toFixed(1)}\u00a0%)` : "";
   numbers({
     "loss, nats/token": status.loss?.toFixed(4) ?? "–",
     "validation loss": status.validation_loss?.toFixed(4) ?? "–",
