@@ -26,8 +26,9 @@ def advice(status: dict[str, Any]) -> Iterator[Advice]:
         yield f"paused: {status['paused']}", "yellow"
     elif not status["peers"]:
         yield "nobody else is here yet: hand out the invite of `p2pllm status`", "yellow"
-    if status.get("disk_free", LITTLE_DISK) < LITTLE_DISK:
-        yield f"the disk has {status['disk_free'] / 1e6:,.0f} MB left: free some, or `p2pllm clean`", "yellow"
+    free = status.get("disk_free")
+    if free is not None and free < LITTLE_DISK:
+        yield f"the disk has {free / 1e6:,.0f} MB left: free some, or `p2pllm clean`", "yellow"
     if times := status.get("worker_restarts"):
         yield (
             f"the compute process died {times} times, and computes {status['micro_batch']} samples at once now: "

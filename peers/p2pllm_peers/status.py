@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from p2pllm.averaging.attempt import STREAM_METHOD as REDUCED
@@ -101,7 +102,7 @@ class Status:
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
             "reach": reach(self._node.addresses()),
-            "disk_free": shutil.disk_usage(settings.home).free,
+            "disk_free": _free(settings.home),
             "worker_restarts": self._compute.restarts,
             "network_restarts": self._node.restarts,
             "uptime_s": time.time() - self._started,
@@ -117,3 +118,11 @@ class Status:
                 for peer, status in sorted(others.items())
             ],
         }
+
+
+def _free(folder: Path) -> int | None:
+    """Bytes that the disk of this folder has left; None if it is gone, which is no reason not to answer."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

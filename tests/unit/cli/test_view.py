@@ -145,7 +145,10 @@ BUSY = {
 }
 
 
-@pytest.mark.parametrize("status", [STATUS, BUSY])
+AMISS = {**BUSY, "disk_free": 1e6, "reach": "relay", "seconds": {"exchange": 1234.5, "compute": 1234.0}}
+
+
+@pytest.mark.parametrize("status", [STATUS, BUSY, AMISS])
 def test_the_live_panel_fits_into_a_small_terminal(status: dict) -> None:
     lines = shown(view.panel(status, height=24), terminal=True, width=80).splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
@@ -181,5 +184,5 @@ def test_the_panel_says_what_would_help(changes: dict, words: str) -> None:
 
 
 def test_there_is_no_advice_where_nothing_is_amiss() -> None:
-    fine = {"disk_free": 50e9, "reach": "direct", "seconds": {"exchange": 1.0, "compute": 5.0}, "limits": {"nice": 5}}
+    fine = {"disk_free": None, "reach": "direct", "seconds": {"exchange": 1.0, "compute": 5.0}, "limits": {"nice": 5}}
     assert list(advice({**STATUS, **fine})) == [] == list(advice(STATUS))
