@@ -51,7 +51,7 @@ export function drawRounds(svg, rounds) {
     whole.append(shape("title", {}, said(rounds, row)));
     shapes.push(whole);
     const middle = y + height / 2 + 3;
-    if (rounds.attempts[row] > 1) shapes.push(shape("text", { x: x + 3, y: middle }, "!"));
+    if (rounds.attempts[row] > 1) shapes.push(shape("text", { x: x + 3, y: middle, class: "again" }, "!"));
     if (height >= 13 || (rounds.round.length - 1 - row) % 2 === 0) {
       shapes.push(shape("text", { x: left - 6, y: middle, "text-anchor": "end" }, String(rounds.round[row])));
     }
@@ -197,7 +197,7 @@ function fields(links, place) {
   for (const [one, other, share, says] of known(links, place)) {
     for (const [column, row] of [[one, other], [other, one]]) {
       const field = shape("rect", { x: column.x - column.side / 2, y: row.y - row.side / 2, width: column.side,
-        height: row.side, class: "field", "fill-opacity": (0.1 + 0.9 * share).toFixed(2) });
+        height: row.side, class: "field", "fill-opacity": (0.1 + 0.9 * Math.sqrt(share)).toFixed(2) });
       field.append(shape("title", {}, says));
       group.append(field);
     }
