@@ -6,11 +6,13 @@ peers of a machine and following their files (`p2pllm_peers.exporter`). JSON lin
 
 from __future__ import annotations
 
+import fcntl
 import importlib
+import os
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -80,13 +82,17 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: Path) -> None:
-        """folder: of this peer alone. Raises UsageError without tensorboardX, OSError if it cannot be used."""
+        """folder: of this peer alone.
+
+        Raises UsageError without tensorboardX, or while another program writes there; OSError if it cannot be used.
+        """
         with _without_torch():
             self._proto = _load("tensorboardX.proto.event_pb2", "TensorBoard files", "tensorboard")
             self._summary = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
             self._records = importlib.import_module("tensorboardX.record_writer")
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._lock = _locked(folder)
         self._written = list(self._read_back())
         self._known = set(self._written)
         self._step = self._written[-1][0] if self._written else 0
@@ -110,9 +116,10 @@ class TensorBoardSink:
         return True
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and let others write."""
         if self._writer is not None:
             self._writer.close()
+        self._lock.close()
 
     def _put(self, record: RoundRecord, **what: Any) -> None:
         event = self._proto.Event(wall_time=record.unix_time, step=record.round, **what)
@@ -134,6 +141,21 @@ class TensorBoardSink:
                 event = self._proto.Event.FromString(data)
                 if event.HasField("summary"):
                     yield event.step, event.wall_time
+
+
+def _locked(folder: Path) -> ExitStack:
+    """The folder for us alone, until this is closed or we die. Raises UsageError while another program has it."""
+    held = ExitStack()
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    held.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise UsageError(f"In {folder} another program writes already; end it or choose another folder.") from None
+    except OSError:
+        pass  # a file system without locks; whoever starts two programs there has each round twice
+    return held
 
 
 @contextmanager

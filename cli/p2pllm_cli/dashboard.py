@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from p2pllm.errors import UsageError
-from p2pllm_cli.options import find_peer, find_peers, home_folder, run_options
+from p2pllm_cli.options import find_peer, find_peers, find_runs, home_folder, run_options
 
 if TYPE_CHECKING:
-    from p2pllm_peers.folders import PeerFolder
+    from p2pllm_peers.dashboard.server import Peers
 
 
 @click.command(short_help="See and steer the peers of this machine in the browser.")
@@ -31,28 +32,43 @@ def dashboard(
 ) -> None:
     """Show how a run goes, live: loss, rounds, peers, credit, traffic; pause and limit this machine's peers.
 
-    Only who has the printed address can use it, on this machine. With --public everybody can see the run, and nobody
-    can change anything. It is a program of its own beside the daemons, and goes on when they stop. Ctrl+C ends it.
+    Only who has the printed address can use it, on this machine. With --public everybody can see one peer of one run,
+    and nobody can change anything. It is a program of its own beside the daemons, and goes on when they stop. Ctrl+C
+    ends it.
     """
+    import webbrowser
+
     from p2pllm_peers.dashboard.server import Dashboard
-    from p2pllm_peers.dashboard.serving import open_browser, run
+    from p2pllm_peers.dashboard.serving import door, has_screen, run
 
     address = _address(host, public)
-    first = find_peer(home, run_prefix, name)
-
-    def peers() -> list[PeerFolder]:
-        found = find_peers(home, run_prefix, name)
-        return sorted(found, key=lambda peer: peer != first)
+    peers = _shown_to_all(home, run_prefix, name) if public else _shown_to_us(home, run_prefix, name)
 
     def ready(url: str) -> None:
         click.echo(f"The page is at {url}")
         if public:
             click.echo("Others put this machine's name or address in place of the one above.")
         click.echo("Ctrl+C ends it.")
-        if not no_open:
-            open_browser(url)
+        if not no_open and has_screen():
+            webbrowser.open(url if public else open_files.enter_context(door(url, home_folder(home))).as_uri())
 
-    run(Dashboard(peers, home_folder(home), public), address, port, ready)
+    with ExitStack() as open_files:
+        run(Dashboard(peers, home_folder(home), public), address, port, ready)
+
+
+def _shown_to_us(home: Path | None, run_prefix: str | None, name: str | None) -> Peers:
+    """All peers that are meant, whenever it is called: those that come later, too. The page begins with the first."""
+    first = find_peer(home, run_prefix, name)
+    return lambda: sorted(find_peers(home, run_prefix, name), key=lambda peer: peer != first)
+
+
+def _shown_to_all(home: Path | None, run_prefix: str | None, name: str | None) -> Peers:
+    """One peer of one run, whatever else this machine has. Raises UsageError if more than one run is meant."""
+    runs = find_runs(home, run_prefix)
+    if len(runs) > 1:
+        raise UsageError(f"This machine knows {len(runs)} runs; say with --run which one everybody may see.")
+    find_peer(home, runs[0].run_id, name)
+    return lambda: [find_peer(home, runs[0].run_id, name)]
 
 
 def _address(host: str | None, public: bool) -> str:

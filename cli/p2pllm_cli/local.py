@@ -22,16 +22,40 @@ if TYPE_CHECKING:
 @click.command(short_help="Show round, loss, peers and speed.")
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a peer and line.")
-def status(home: Path | None, run_prefix: str | None, name: str | None, as_json: bool) -> None:
+@click.option("-f", "--follow", is_flag=True, help="Go on showing one peer; Ctrl+C ends the view alone.")
+def status(home: Path | None, run_prefix: str | None, name: str | None, as_json: bool, follow: bool) -> None:
     """Peers, round, loss, tokens/s and bytes of the runs of this machine."""
     from p2pllm_cli.view import print_status
 
+    if follow:
+        _follow_peer(find_peer(home, run_prefix, name), as_json)
+        return
     for peer in find_peers(home, run_prefix, name):
         report = _report(peer)
         if as_json:
             click.echo(json.dumps(report))
         else:
             print_status(report)
+
+
+def _follow_peer(peer: PeerFolder, as_json: bool) -> None:
+    """Show a peer as `join` does in the foreground, and leave it alone. Raises DaemonError if there is none to ask."""
+    from p2pllm_cli.view import LiveView
+    from p2pllm_peers.control import watch
+
+    running = peer.running()
+    if not running:
+        state = "not running" if running is None else "still starting"
+        raise DaemonError(f"'{peer.name}' is {state} in run {peer.run.run_id[:16]}; there is nothing to follow.")
+    try:
+        if as_json:
+            for report in watch(running["socket"]):
+                click.echo(json.dumps(report))
+        else:
+            LiveView(running["socket"], lambda: "Ctrl+C ends this view, and not the peer").show()
+    except KeyboardInterrupt:
+        return
+    click.echo(f"'{peer.name}' has ended, or does not answer.", err=True)
 
 
 def _report(peer: PeerFolder) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def wandb(project: str, follow: bool, home: Path | None, run_prefix: str | None,
 @follow_option
 @run_options
 def jsonl(follow: bool, home: Path | None, run_prefix: str | None, name: str | None) -> None:
-    """Print all that a peer measured, a round a line, as p2pllm/metrics.py describes it.
+    """Print all that a peer measured, a round a line, as METRICS.md and `p2pllm metrics names` describe it.
 
     `p2pllm rounds --json` lists the run's log instead, with rounds in which this peer took no part.
     """
@@ -100,15 +100,16 @@ def jsonl(follow: bool, home: Path | None, run_prefix: str | None, name: str | N
 
 @metrics.command(short_help="List all numbers and what they mean.")
 def names() -> None:
-    """The table of all metrics, in Markdown: name, kind, unit, labels, tag in TensorBoard and W&B, meaning."""
+    """Two tables in Markdown: all metrics, and the fields of the JSON lines, each with its unit and meaning."""
     from p2pllm.metric_names import as_markdown
+    from p2pllm.record_fields import fields_as_markdown
 
-    for line in as_markdown():
+    for line in (*as_markdown(), "", *fields_as_markdown()):
         click.echo(line)
 
 
 @metrics.command(short_help="Print a dashboard for Grafana.")
-def dashboard() -> None:
+def grafana() -> None:
     """Print a dashboard, to be imported into a Grafana that has a Prometheus which scrapes `p2pllm metrics serve`."""
     click.echo(resources.files("p2pllm_cli").joinpath("grafana.json").read_text(encoding="utf-8"), nl=False)
 

@@ -135,7 +135,7 @@ def _take_part(order: Any, *, detach: bool) -> None:
         signal.signal(number, on_interrupt)
     click.echo(f"{taking_part}; Ctrl+C leaves.")
     try:
-        LiveView(ready["socket"], is_leaving=lambda: leaving).show()
+        LiveView(ready["socket"], lambda: "leaving: finishing the round ..." if leaving else "Ctrl+C leaves").show()
         daemon.wait_end()
     except SystemExit:
         daemon.is_gone(KILLED_S)  # whoever is told that we ended may trust that it is, too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Self
 
 from rich.console import Console, Group
@@ -13,6 +14,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from p2pllm_cli.advice import advice
 from p2pllm_peers.control import watch
 
 console = Console(markup=False)  # what is shown comes from files and from peers
@@ -20,6 +22,9 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 SHOWN_S = 0.1
 """Parts of a round that took less are shown without their time."""
+
+MOST_ADVICE = 3
+"""Sentences of advice in a panel; the others would take the room of the peers."""
 
 _PARTS = {"collecting": "compute", "roster": "roster", "exchange": "exchange", "vote": "vote", "commit": "apply"}
 """Phases of a round, and what records call the time that they took."""
@@ -54,9 +59,10 @@ class StartView:
 class LiveView:
     """A daemon's status until it ends: a live panel, or a line a round."""
 
-    def __init__(self, socket: str, is_leaving: Callable[[], bool]) -> None:
+    def __init__(self, socket: str, bottom: Callable[[], str]) -> None:
+        """bottom: what the panel says below, as what Ctrl+C does."""
         self._socket = socket
-        self._is_leaving = is_leaving
+        self._bottom = bottom
 
     def show(self) -> None:
         """Return when the daemon has ended."""
@@ -69,7 +75,7 @@ class LiveView:
             return
         with Live(console=console, refresh_per_second=4) as live:
             for status in watch(self._socket):
-                live.update(panel(status, leaving=self._is_leaving(), height=console.height))
+                live.update(panel(status, bottom=self._bottom(), height=console.height))
 
 
 def status_line(status: dict[str, Any]) -> str:
@@ -85,7 +91,7 @@ def status_line(status: dict[str, Any]) -> str:
     )
 
 
-def panel(status: dict[str, Any], *, leaving: bool = False, height: int = 0) -> Panel:
+def panel(status: dict[str, Any], *, bottom: str = "", height: int = 0) -> Panel:
     """The whole status, at most 78 columns wide. height: of the terminal in lines, 0: any."""
     facts = Table.grid(padding=(0, 2))
     facts.add_row("round", f"{status['round']} of {status['rounds']}", "samples", _progress(status))
@@ -106,15 +112,14 @@ def panel(status: dict[str, Any], *, leaving: bool = False, height: int = 0) -> 
     if status.get("limits"):
         limits = " ".join(f"{name}={value}" for name, value in status["limits"].items())
         parts.append(Text(f"limits  {limits}", no_wrap=True, overflow="ellipsis"))
-    for words, style in _words(status):
+    for words, style in islice(advice(status), MOST_ADVICE):
         parts += [Text(line, style=style) for line in textwrap.wrap(words, min(78, console.width) - 4)]
     me = {**status, "peer": f"{status['peer_id'][-8:]} (this)"}
     parts.append(peer_table([me, *status["peers"]], most=max(3, height - 12 - len(parts)) if height else 0))
-    bottom = "leaving: finishing the round ..." if leaving else "Ctrl+C leaves"
     return Panel(
         Group(*parts),
         title=_title(status),
-        subtitle=bottom,
+        subtitle=bottom or None,
         width=min(78, console.width),
     )
 
@@ -144,23 +149,6 @@ def _phases(status: dict[str, Any]) -> Text:
 def _credit(credit: dict[str, Any]) -> str:
     share = f" ({100 * credit['samples'] / credit['all']:.1f} %)" if credit["all"] else ""
     return f"{credit['samples']:,}{share}{'' if credit['complete'] else ' so far'}"
-
-
-def _words(status: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the user should know, and what would help most; with a style."""
-    words = []
-    if status.get("trouble"):
-        words.append((f"takes no part: {status['trouble']}", "red"))
-    if status.get("paused"):
-        words.append((f"paused: {status['paused']}", "yellow"))
-    elif not status["peers"]:
-        words.append(("nobody else is here yet: hand out the invite of `p2pllm status`", "yellow"))
-    if status.get("notice"):
-        words.append((status["notice"], "yellow"))
-    elif status.get("worker_restarts"):
-        times = status["worker_restarts"]
-        words.append((f"the compute process died {times} times and was started again; see `p2pllm logs`", "yellow"))
-    return words
 
 
 def peer_table(rows: list[dict[str, Any]], most: int = 0) -> Table:

@@ -89,6 +89,17 @@ def host_of(address: str) -> str:
         return ""
 
 
+def reach(addresses: Iterable[str]) -> str:
+    """How the Internet gets to whoever has these: "direct", "relay", or "" if by none of them, as in a lab."""
+    kinds = set[str]()
+    for address in addresses:
+        if "/p2p-circuit" in address:
+            kinds.add("relay")
+        elif (host := host_of(address)) and ipaddress.ip_address(host).is_global:
+            kinds.add("direct")
+    return min(kinds, default="")
+
+
 def port_of(address: str) -> int | None:
     """The TCP port in an address, if it has one of its own and is not a relay's."""
     if "/p2p-circuit" in address:

@@ -5,14 +5,17 @@ What does not live here: showing it (`p2pllm_cli`), and what every round measure
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from p2pllm.averaging.attempt import STREAM_METHOD as REDUCED
 from p2pllm.averaging.gather import STREAM_METHOD as GATHERED
 from p2pllm.manifest import RunManifest
 from p2pllm.metrics import RoundRecord
+from p2pllm.network.addresses import reach
 from p2pllm.network.node import Node
 from p2pllm.rounds import plan
 from p2pllm.rounds.credit import Ledger
@@ -100,6 +103,8 @@ class Status:
             "device": self._compute.device,
             "micro_batch": self._compute.micro_batch,
             "notice": self._compute.notice,
+            "reach": reach(self._node.addresses()),
+            "disk_free": _free(settings.home),
             "worker_restarts": self._compute.restarts,
             "network_restarts": self._node.restarts,
             "uptime_s": time.time() - self._started,
@@ -115,3 +120,11 @@ class Status:
                 for peer, status in sorted(others.items())
             ],
         }
+
+
+def _free(folder: Path) -> int | None:
+    """Bytes that the disk of this folder has left; None if it is gone, which is no reason not to answer."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import psutil
+
+from p2pllm_peers.cores import usable_cores
 
 Tell = Callable[[float, float | None], Awaitable[None]]
 
@@ -29,30 +29,6 @@ _MEMORY_S = 20.0
 
 _DEBT_S = 300.0
 """What was taken too much is made up for, too: of a step that took what is allowed in this time, all of it."""
-
-
-def cores_here(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Cores that this process may use: those that the system lets it have, and no more than its container's quota."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    for quota, period in (_quota_v2(root), _quota_v1(root)):
-        if quota > 0 and period > 0:
-            cores = min(cores, quota / period)
-    return cores
-
-
-def _quota_v2(root: Path) -> tuple[float, float]:
-    """Microseconds of processor time in so many of a clock's; (0, 0): no limit. Of the container's own cgroup."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
-        return float(quota), float(period)
-    return 0.0, 0.0
-
-
-def _quota_v1(root: Path) -> tuple[float, float]:
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return float(quota), float(period)
-    return 0.0, 0.0
 
 
 class Feedback:
@@ -102,7 +78,7 @@ class Throttle:
             await asyncio.sleep(MEASURE_S)  # the span over which it is measured
 
     async def _hold(self, worker_s: float, others_s: float, wall_s: float) -> None:
-        allowed = self.cpu_percent / 100 * cores_here()
+        allowed = self.cpu_percent / 100 * usable_cores()
         if self._feedback is None:  # what was taken before there was a limit does not count
             self._feedback = Feedback(allowed)
         else:

@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import PROGRAM, browser
+from chromium import PROGRAM, Tab, browser
 from polling import until
 
+from p2pllm_peers.dashboard.serving import door
+
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
+
+
+SAID = "document.getElementById('said-words').textContent"
+ROUND = "document.getElementById('progress-text').textContent"
+TOO_WIDE = """[...document.querySelectorAll("h1, p, dt, dd, li, button, label > *, text")]
+    .filter((one) => one.getBoundingClientRect().right > innerWidth || one.getBoundingClientRect().left < 0)
+    .map((one) => one.textContent)"""
 
 
 class Browser:
@@ -64,23 +73,63 @@ def shown(make_peer_env: Callable[[], Any]) -> Iterator[tuple[Any, str]]:
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium on this machine")
-async def test_a_click_pauses_the_daemon(shown: tuple[Any, str], tmp_path: Path) -> None:
+async def test_a_click_changes_the_daemon_and_says_so(shown: tuple[Any, str], tmp_path: Path) -> None:
     env, url = shown
     async with browser(tmp_path) as tab:
-        await tab.ask("Page.navigate", url=url)
-        await tab.until("document.getElementById('connection').textContent === 'live'")
+        await opened(tab, url, tmp_path)
         await tab.until("document.querySelectorAll('#rounds rect').length > 2")
         assert await tab.run("document.querySelectorAll('#peers tr').length") == 1
-        assert "token" not in await tab.run("location.href")
-        for button, phase in (("pause", "paused"), ("resume", "collecting")):
+        for button, phase, words in (("pause", "paused", "pauses"), ("resume", "collecting", "goes on")):
             await tab.run(f"document.getElementById('{button}').click()")
             await asyncio.to_thread(until, lambda phase=phase: _status(env)["phase"] == phase, f"it is {phase}")
-        for width in (360, 1600):
-            await tab.ask(
-                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
-            )
-            assert await tab.run("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
+            await tab.until(f"{SAID}.includes('{words}')")
+        await tab.run("document.getElementById('said-away').click()")
+        assert await tab.run("document.getElementById('said').hidden")
+        await tab.run(save("cpu_percent", "60"))
+        await tab.until(f"{SAID}.startsWith('cpu_percent saved')")
+        assert _status(env)["limits"]["cpu_percent"] == 60
+        await tab.run(save("cpu_percent", "700"))
+        await tab.until(f"{SAID}.includes('100')")
+        round_ = await tab.run(ROUND)
+        await tab.until(f"{ROUND} !== {json.dumps(round_)}")  # what tells of the daemon was drawn again
+        assert "100" in await tab.run(SAID)
+        assert _status(env)["limits"]["cpu_percent"] == 60
+        assert [line for line in tab.complaints if "400 (Bad Request)" not in line] == []
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1600])
+async def test_it_fits_every_screen(shown: tuple[Any, str], tmp_path: Path, scheme: str, width: int) -> None:
+    async with browser(tmp_path) as tab:
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        await tab.ask("Emulation.setDeviceMetricsOverride", **screen)
+        await tab.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        await opened(tab, shown[1], tmp_path)
+        await tab.until("document.querySelectorAll('#rounds rect').length > 2")
+        await tab.until("document.querySelector('#settings input') !== null")
+        assert await tab.run("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
+        assert await tab.run(TOO_WIDE) == []
+        light = await tab.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] > 127")
+        assert light == (scheme == "light")
         assert tab.complaints == []
+
+
+def save(name: str, value: str) -> str:
+    """Type a setting and press its button."""
+    return f"""for (const label of document.querySelectorAll("#settings label")) {{
+        if (label.firstChild.textContent !== "{name}") continue;
+        label.querySelector("input").value = "{value}";
+        label.querySelector("button").click();
+    }}"""
+
+
+async def opened(tab: Tab, url: str, folder: Path) -> None:
+    """As `p2pllm dashboard` opens it: by a file that leads to the printed address."""
+    with door(url, folder) as path:
+        await tab.ask("Page.navigate", url=path.as_uri())
+        await tab.until("document.getElementById('connection')?.textContent === 'live'")
+    assert "token" not in await tab.run("location.href")
 
 
 def test_the_page_shows_a_peer_and_pauses_it(shown: tuple[Any, str]) -> None:

@@ -36,43 +36,37 @@ _AGAIN = 10
 
 _SHOWN = (
     "run_name",
-    "run_id",
     "name",
     "peer_id",
     "phase",
     "trouble",
+    "notice",
     "paused",
     "round",
     "rounds",
-    "recorded_round",
     "samples",
     "gathered",
     "wanted",
     "credit",
-    "limits",
-    "record",
     "seconds",
     "loss",
     "validation_loss",
-    "tokens",
     "tokens_per_s",
     "swarm_tokens_per_s",
     "bytes_sent",
     "bytes_received",
-    "traffic",
     "device",
     "micro_batch",
     "worker_restarts",
-    "network_restarts",
-    "uptime_s",
-    "peers",
 )
-"""What a page gets of a status: neither invite nor addresses."""
+"""What a page gets of a status, and shows: neither invite nor addresses."""
+
+_SHOWN_OF_PEERS = ("peer", "phase", "round", "samples")
 
 _NO_LINKS: dict[str, list[Any]] = {"peers": [], "pairs": []}
 
-_PRIVATE = {"limits": {}, "trouble": "", "paused": ""}
-"""What a public page shows instead: settings, and sentences that may name folders."""
+_PRIVATE = {"trouble": "", "notice": "", "paused": ""}
+"""What a public page shows instead of sentences that may name folders."""
 
 Status = dict[str, Any]
 Settings = Callable[[], list[dict[str, Any]]]
@@ -214,7 +208,7 @@ class Feed:
         status = self._answer("status")
         if "round" not in status:
             return None  # an error, or a daemon that ends
-        shown = {name: status[name] for name in _SHOWN if name in status}
+        shown = {name: status[name] for name in _SHOWN if name in status} | {"peers": _peers(status)}
         return shown | _PRIVATE if self._public else shown
 
     def _ask_links(self) -> dict[str, list[Any]]:
@@ -237,6 +231,14 @@ class Feed:
 
     def _on_anew(self) -> None:
         self._is_anew = True
+
+
+def _peers(status: Status) -> list[dict[str, Any]]:
+    """The others as a page shows them, every second and for all of a large swarm: nothing that it does not use."""
+    return [
+        {name: peer[name] for name in _SHOWN_OF_PEERS} | {"tokens_per_s": round(peer["tokens_per_s"])}
+        for peer in status["peers"]
+    ]
 
 
 def packed(data: Any) -> str:

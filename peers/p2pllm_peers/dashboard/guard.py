@@ -90,11 +90,14 @@ class Guard:
         return hmac.compare_digest(given.encode(errors="replace"), self.token.encode())
 
     def entry(self, request: web.Request) -> web.Response | None:
-        """For an address with a token: keep it in a cookie and go on without it, so that no history has it."""
+        """For an address with a token: keep it in a cookie and go on without it, so that no history has it.
+
+        The cookie is Lax, as a browser that comes from a file (`serving.door`) would not show a Strict one here.
+        """
         if self.public or "token" not in request.query:
             return None
         response = web.Response(status=303, headers={"Location": "/"})
-        response.set_cookie(self.cookie, self.token, max_age=_YEAR_S, httponly=True, samesite="Strict", path="/")
+        response.set_cookie(self.cookie, self.token, max_age=_YEAR_S, httponly=True, samesite="Lax", path="/")
         return response
 
     @web.middleware

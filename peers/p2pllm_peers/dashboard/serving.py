@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import os
 import signal
 import sys
-import webbrowser
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from aiohttp import web
 
@@ -50,8 +53,19 @@ async def listen(dashboard: Dashboard, runner: web.AppRunner, host: str, port: i
     return f"http://{name}:{guard.port}/" + ("" if guard.public else f"?token={guard.token}")
 
 
-def open_browser(url: str) -> bool:
-    """Open the user's browser, if this machine has a screen; whether it did."""
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return False  # a text browser would take the terminal
-    return webbrowser.open(url)
+def has_screen() -> bool:
+    """Whether a browser would have a window; a text browser would take the terminal."""
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+@contextmanager
+def door(url: str, folder: Path) -> Iterator[Path]:
+    """A file that leads a browser to `url`, until the context ends.
+
+    All users of a machine see what programs are started with, so a browser is given the file, which only ours can read.
+    """
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".page-", suffix=".html", encoding="utf-8") as file:
+        goal = html.escape(url)
+        file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={goal}"><a href="{goal}">p2pllm</a>\n')
+        file.flush()
+        yield Path(file.name)

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from p2pllm_cli import view
+from p2pllm_cli.advice import advice
 
 PEER = "12D3KooWNMszKZCCPkRwtMBfzXuSxBMMpmy5S1oHfVAqUGwXfyyE"
 STATUS = {
@@ -82,15 +83,15 @@ def test_status_line_is_one_plain_line() -> None:
     assert "loss - validation -" in view.status_line({**STATUS, "loss": None})
 
 
-@pytest.mark.parametrize("leaving", [False, True])
+@pytest.mark.parametrize("bottom", ["Ctrl+C leaves", ""])
 @pytest.mark.parametrize("width", [80, 200])
-def test_the_panel_fits_in_80_columns_without_colour(leaving: bool, width: int) -> None:
-    text = shown(view.panel(STATUS, leaving=leaving), terminal=True, width=width)
+def test_the_panel_fits_in_80_columns_without_colour(bottom: str, width: int) -> None:
+    text = shown(view.panel(STATUS, bottom=bottom), terminal=True, width=width)
     assert "\x1b" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
     for fact in ("123456789 of 1000000000", "3.1416", "1.5 kB", "2.5 MB", "cuda:0", f"{PEER[-8:]} (this)"):
         assert fact in text
-    assert ("finishing the round" if leaving else "Ctrl+C leaves") in text
+    assert bottom in text
 
 
 def test_the_panel_of_a_peer_that_has_just_begun() -> None:
@@ -150,7 +151,10 @@ NOTICE = (
 )
 
 
-@pytest.mark.parametrize("status", [STATUS, BUSY, {**BUSY, "notice": NOTICE}])
+AMISS = {**BUSY, "disk_free": 1e6, "reach": "relay", "seconds": {"exchange": 1234.5, "compute": 1234.0}}
+
+
+@pytest.mark.parametrize("status", [STATUS, BUSY, AMISS, {**AMISS, "notice": NOTICE}])
 def test_the_live_panel_fits_into_a_small_terminal(status: dict) -> None:
     lines = shown(view.panel(status, height=24), terminal=True, width=80).splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
@@ -167,3 +171,28 @@ def test_the_panel_says_what_a_volunteer_wants_to_know() -> None:
     assert NOTICE in view.status_line(noticed) and "note:" not in view.status_line(BUSY)
     alone = shown(view.panel({**BUSY, "peers": [], "phase": "joining"}), terminal=True, width=80)
     assert "hand out the invite" in alone and "[joining]" in alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"disk_free": 123e6}, "123 MB left"),
+        ({"worker_restarts": 1, "micro_batch": 2}, "computes 2 samples at once now"),
+        ({"seconds": {"exchange": 12.0, "compute": 5.0}}, "the exchange took 12 s, computing 5 s: the line is slow"),
+        (
+            {"seconds": {"exchange": 12.0, "compute": 5.0}, "limits": {"upload_mbit": 5.0}},
+            "because of upload_mbit=5.0?",
+        ),
+        ({"reach": "relay"}, "only through a relay"),
+        ({"limits": {"cpu_percent": 25.0, "hours": "22-7"}}, "because of cpu_percent=25.0, hours=22-7"),
+    ],
+)
+def test_the_panel_says_what_would_help(changes: dict, words: str) -> None:
+    (sentence,) = (text for text, _ in advice({**STATUS, **changes}))
+    assert words in sentence
+    assert sentence[:40] in shown(view.panel({**STATUS, **changes}), terminal=True)
+
+
+def test_there_is_no_advice_where_nothing_is_amiss() -> None:
+    fine = {"disk_free": None, "reach": "direct", "seconds": {"exchange": 1.0, "compute": 5.0}, "limits": {"nice": 5}}
+    assert list(advice({**STATUS, **fine})) == [] == list(advice(STATUS))

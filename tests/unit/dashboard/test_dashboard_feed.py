@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from dashboard_samples import LIMIT_S, POLL_S, FakeDaemon, links, next_event, page_of, peer_id, record, status
 
-from p2pllm_peers.dashboard.feed import Feed, Page
+from p2pllm_peers.dashboard.credits import PAUSE_S
+from p2pllm_peers.dashboard.feed import LINKS_S, Feed, Page
+from p2pllm_peers.dashboard.feed import POLL_S as POLL_EVERY_S
 from p2pllm_peers.dashboard.history import PARTS, THINNED, WHOLE, Row
+from p2pllm_peers.dashboard.server import changeable
 
 
 @pytest.fixture
@@ -153,12 +156,28 @@ async def test_a_long_run_of_many_peers_stays_small(daemon: FakeDaemon) -> None:
             while b'"round":[5001]' not in told or b'"round":7,' not in told:
                 told += await stream.content.readline()
             assert len(told) < 20_000, "of a second"
-            daemon.links = links(members, shift=0.1)
-            told = b""
-            while b"event: links" not in told:
-                told = await stream.content.readline()
-            told = await stream.content.readline()
-    assert len(told) < 40_000, "of LINKS_S seconds"
+
+
+async def test_a_page_of_many_peers_gets_little_in_a_second_even_if_all_changes(daemon: FakeDaemon) -> None:
+    members = 64
+    page = Page()
+    feed = Feed(daemon.peer, changeable)
+    feed._pages.add(page)
+    feed._book.update = lambda: False  # type: ignore[method-assign]
+    daemon.reply, daemon.links = status(members), links(members, shift=0.1)
+    for seen in daemon.reply["peers"]:
+        seen |= {"round": 4999, "samples": 123_456, "tokens_per_s": 123_456.789}
+    feed._book.rows = [
+        {"peer": peer_id(number), "samples": 123_456_789, "share": 0.0156, "rounds": 4999, "last": 4999}
+        for number in range(members)
+    ]
+    daemon.append(record(4999, members))
+    await feed.look()
+    news = await page.news(LIMIT_S)
+    every_s = {"status": POLL_EVERY_S, "rounds": POLL_EVERY_S, "links": LINKS_S, "credits": PAUSE_S}
+    assert set(news) == {*every_s, "settings"}  # settings change when a person changes them
+    bytes_a_second = sum(len(feed.text(event, news[event])) / seconds for event, seconds in every_s.items())
+    assert bytes_a_second < 20_000
 
 
 async def test_a_loss_that_is_no_number_is_null(daemon: FakeDaemon) -> None:

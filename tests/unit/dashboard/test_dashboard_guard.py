@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+import stat
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from dashboard_samples import FakeDaemon, Visitor, page_of
 
 from p2pllm.errors import UsageError
 from p2pllm_cli.main import cli
-from p2pllm_peers.folders import PeerFolder
+from p2pllm_peers.dashboard.server import Dashboard
+from p2pllm_peers.folders import PeerFolder, RunFolder
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ async def test_the_printed_address_gives_a_cookie_and_goes_on_without_the_token(
     response = await visitor.get(str(visitor.url.relative()), Cookie="")
     assert (response.status, response.headers["Location"]) == (303, "/")
     cookie = response.headers["Set-Cookie"]
-    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert "HttpOnly" in cookie and "SameSite=Lax" in cookie
     (pair, *_) = cookie.split(";")
     assert (await visitor.get("/api/start", Cookie=pair)).status == 200
 
@@ -98,7 +102,7 @@ async def test_a_public_page_is_read_by_all_and_changed_by_nobody(daemon: FakeDa
         response = await visitor.get("/api/start", Cookie="", Host="swarm.example")
         found = await response.json()
         assert found["public"] is True and found["status"]["round"] == 5
-        assert found["settings"] == [] and found["status"]["limits"] == {}
+        assert found["settings"] == [] and "limits" not in found["status"]
         text = await response.text()
         assert "secret" not in text and "/home/" not in text and str(daemon.folder) not in text
         for path in ("/api/pause", "/api/resume", "/api/set"):
@@ -157,6 +161,51 @@ def test_the_command_listens_for_others_only_when_told(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UsageError, match=sentence):
             cli.main(["dashboard", *arguments], standalone_mode=False)
+
+
+def served(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[PeerFolder]:
+    """The peers of the page that the command would serve, as they are when it asks."""
+    found = list[Dashboard]()
+    monkeypatch.setattr("p2pllm_peers.dashboard.serving.run", lambda dashboard, *_: found.append(dashboard))
+    cli.main(["dashboard", *arguments], standalone_mode=False)
+    return list(found[0]._peers())
+
+
+def test_a_public_page_shows_one_peer_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = ["--home", str(tmp_path)]
+    shown, other = (RunFolder(tmp_path, letter * 16) for letter in "ab")
+    for peer in (shown.peer("founder"), shown.peer("volunteer")):
+        os.close(peer.lock())
+        (shown.path / "manifest.json").write_text("{}")
+    assert served(monkeypatch, *home, "--public") == [shown.peer("founder")]
+    os.close(other.peer("founder").lock())
+    (other.path / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"knows 2 runs; say with --run"):
+        cli.main(["dashboard", "--public", *home], standalone_mode=False)
+    assert served(monkeypatch, *home, "--public", "--run", "aa", "--name", "volunteer") == [shown.peer("volunteer")]
+    assert len(served(monkeypatch, *home)) == 3
+
+
+def test_a_browser_is_started_without_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.close(RunFolder(tmp_path, "a" * 16).peer("founder").lock())
+    (tmp_path / "runs" / ("a" * 16) / "manifest.json").write_text("{}")
+    url = "http://127.0.0.1:1/?token=secret"
+    opened = list[str]()
+
+    def run(dashboard: Dashboard, host: str, port: int, ready: Callable[[str], None]) -> None:
+        ready(url)
+        door = Path(unquote(urlsplit(opened[-1]).path))
+        if "secret" not in opened[-1]:
+            assert url in door.read_text() and stat.S_IMODE(door.stat().st_mode) == 0o600
+
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr("p2pllm_peers.dashboard.serving.run", run)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    cli.main(["dashboard", "--home", str(tmp_path)], standalone_mode=False)
+    assert len(opened) == 1 and opened[0].startswith("file:///") and "secret" not in opened[0]
+    assert not Path(unquote(urlsplit(opened[0]).path)).exists()
+    cli.main(["dashboard", "--home", str(tmp_path), "--public"], standalone_mode=False)
+    assert opened[1] == url
 
 
 async def test_a_public_page_without_peers_names_no_folder(daemon: FakeDaemon) -> None:

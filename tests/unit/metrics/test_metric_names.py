@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from p2pllm.metric_names import LABELS, METRICS, as_markdown, curves
+from p2pllm.record_fields import FIELDS, fields_as_markdown
 from p2pllm.sinks import PrometheusCollector
 from p2pllm.tally import Reading, Tally
 
@@ -128,8 +129,16 @@ def test_curves_have_the_tags_of_the_table() -> None:
 def test_the_table_in_the_documentation_is_this_one() -> None:
     text = (ROOT / "p2pllm/METRICS.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows == list(as_markdown())
+    assert rows == [*as_markdown(), *fields_as_markdown()]
     assert set(NAME.findall(text)) == {metric.name for metric in METRICS}
+
+
+def test_every_field_of_a_line_is_in_the_table() -> None:
+    line = json.loads(record(1, validation_loss=3.0).to_json())
+    assert list(FIELDS) == list(line)
+    for name, (unit, meaning) in FIELDS.items():
+        assert meaning.endswith(".") and (unit or name == "failures")
+    assert set(line["seconds"]) <= set(re.findall(r"\w+", FIELDS["seconds"][1]))
 
 
 def expressions() -> list[str]:

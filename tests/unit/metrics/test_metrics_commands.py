@@ -18,6 +18,7 @@ from metric_samples import RUN_ID, append, make_peer, record
 from p2pllm.identity import Identity
 from p2pllm.manifest import RunDraft
 from p2pllm.metric_names import METRICS
+from p2pllm.record_fields import FIELDS
 from p2pllm_peers.folders import SIGNING_DOMAIN, RunFolder, key_file
 
 
@@ -39,6 +40,22 @@ def test_event_files_are_written_once(peer_env: Any) -> None:
     files = sorted(str(path.relative_to(peer_env.folder)) for path in peer_env.folder.glob("out/*/*/*"))
     name = f"out/run-{RUN_ID[:8]}"
     assert [file.rpartition("/")[0] for file in files] == [f"{name}/founder", f"{name}/volunteer"]
+
+
+def test_two_programs_never_write_the_same_event_files(peer_env: Any) -> None:
+    append(make_peer(peer_env.home), record(1))
+    output: Path = peer_env.folder / "output.txt"
+    process = peer_env.start("metrics", "tensorboard", "out", "--follow", output=output)
+    end = time.monotonic() + 30
+    while not list(peer_env.folder.glob("out/*/*/events*")):
+        assert process.poll() is None and time.monotonic() < end, output.read_text()
+        time.sleep(0.02)  # another process writes; there is no event to wait for
+    peer_env.refuses(2, ["another program writes already", "founder"], "metrics", "tensorboard", "out")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 0
+    later = peer_env.p2pllm_here("metrics", "tensorboard", "out").stdout
+    # the interrupt may come between the file and its first round, which is then left to the second program
+    assert sorted(said.split()[1] for said in (output.read_text(), later)) == ["0", "1"]
 
 
 def test_wandb_is_told_rounds_and_manifest(peer_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +84,8 @@ def test_wandb_is_told_rounds_and_manifest(peer_env: Any, monkeypatch: pytest.Mo
 def test_the_table_and_the_dashboard_are_printed(peer_env: Any) -> None:
     shown = peer_env.p2pllm_here("metrics", "names").stdout
     assert all(f"| `{metric.name}` |" in shown for metric in METRICS)
-    assert json.loads(peer_env.p2pllm_here("metrics", "dashboard").stdout)["title"] == "p2pllm"
+    assert all(f"| `{name}` |" in shown for name in FIELDS)
+    assert json.loads(peer_env.p2pllm_here("metrics", "grafana").stdout)["title"] == "p2pllm"
 
 
 def test_what_cannot_be_used_is_one_sentence(peer_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from p2pllm.errors import NetworkError, SettingsError
 from p2pllm.identity import Identity
 from p2pllm.network import host
-from p2pllm.network.addresses import checked_addresses, ordered, port_of, split
+from p2pllm.network.addresses import checked_addresses, ordered, port_of, reach, split
 from p2pllm.network.book import MAX_PEERS, AddressBook
 from p2pllm.network.messages import pack, unpack
 
@@ -92,3 +92,16 @@ def test_messages_are_bounded():
         unpack(pack("x" * 200), 100)
     with pytest.raises(ValueError):
         unpack(b"\x91" * 5000, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "kind"),
+    [
+        ([], ""),
+        (["/ip4/127.0.0.1/tcp/5", "/ip4/192.168.1.7/tcp/5", "/dns4/name/tcp/5"], ""),
+        (["/ip4/192.168.1.7/tcp/5", "/ip4/8.8.8.8/tcp/5/p2p/Qm/p2p-circuit"], "relay"),
+        (["/ip4/8.8.8.8/tcp/5/p2p/Qm/p2p-circuit", "/ip6/2600::1/tcp/5"], "direct"),
+    ],
+)
+def test_how_the_internet_gets_to_a_peer(addresses: list[str], kind: str) -> None:
+    assert reach(addresses) == kind

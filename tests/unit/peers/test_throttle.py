@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-from pathlib import Path
 
 import pytest
 
 from p2pllm_peers import throttle
 from p2pllm_peers.rest import Rest
-from p2pllm_peers.throttle import LEAST, MEASURE_S, Feedback, Throttle, cores_here
+from p2pllm_peers.throttle import LEAST, MEASURE_S, Feedback, Throttle
 
 TICK_S = 0.01
 
@@ -112,22 +110,6 @@ def test_a_daemon_that_takes_nearly_all_leaves_the_worker_the_rest() -> None:
     machine = Machine(0.1, 2.0, 0.095)
     machine.run(600)
     assert machine.run(6000) == pytest.approx(0.1, rel=0.03)
-
-
-def test_cores_are_those_of_the_container(tmp_path: Path) -> None:
-    all_of_them = cores_here(tmp_path)
-    assert 1 <= all_of_them <= (os.cpu_count() or 1)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert cores_here(tmp_path) == all_of_them
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert cores_here(tmp_path) == 0.5
-    (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert cores_here(tmp_path) == all_of_them
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("25000\n")
-    assert cores_here(tmp_path) == 0.25
 
 
 async def test_a_share_of_the_time_is_told_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ function drawStatus() {
   $("progress-text").textContent = `round ${status.round} of ${status.rounds}`
     + (status.wanted ? `, ${status.gathered} of ${status.wanted} samples` : "");
   const credit = status.credit ?? { samples: 0, all: 0 };
-  const share = credit.all ? ` (${((100 * credit.samples) / credit.all).toFixed(1)} %)` : "";
+  const share = credit.all ? ` (${((100 * credit.samples) / credit.all).toFixed(1)}\u00a0%)` : "";
   numbers({
     "loss, nats/token": status.loss?.toFixed(4) ?? "–",
     "validation loss": status.validation_loss?.toFixed(4) ?? "–",
@@ -123,7 +123,8 @@ function banner(status) {
   if (status?.trouble) words.push(`Takes no part: ${status.trouble}.`);
   if (status?.paused) words.push(`Paused: ${status.paused}.`);
   if (status && !status.peers.length) words.push("Nobody else is here yet.");
-  if (status?.worker_restarts) words.push(`The compute process was started again ${status.worker_restarts} times.`);
+  if (status?.notice) words.push(status.notice);
+  else if (status?.worker_restarts) words.push(`The compute process was started again ${status.worker_restarts} times.`);
   $("banner").textContent = words.join(" ");
   $("banner").hidden = !words.length;
 }
@@ -218,18 +219,23 @@ function drawSettings() {
   }));
 }
 
+// What came of the last action; it stays until the next one, or is dismissed.
+function say(words, isError = false) {
+  $("said-words").textContent = words;
+  $("said").className = isError ? "said bad" : "said";
+  $("said").hidden = !words;
+}
+
 async function post(what, body) {
-  let words;
+  say("");
   try {
     const answer = await fetch(`/api/${what}${query()}`, {
       method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
-    const said = await answer.json();
-    words = answer.ok ? said.note || "Done." : said.error;
+    const found = await answer.json();
+    say(answer.ok ? found.note : found.error, !answer.ok);
   } catch {
-    words = "The dashboard does not answer; nothing was changed.";
+    say("The dashboard does not answer; whether it was changed shows when it does.", true);
   }
-  $("banner").textContent = words;
-  $("banner").hidden = false;
 }
 
 function choose() {
@@ -263,6 +269,7 @@ $("peers-here").onchange = (event) => {
 $("pause-hour").onclick = () => post("pause", { seconds: 3600 });
 $("pause").onclick = () => post("pause", { seconds: null });
 $("resume").onclick = () => post("resume", {});
+$("said-away").onclick = () => say("");
 addEventListener("resize", () => state.rounds && changed("status", "rounds"));
 legend($("parts"));
 begin();

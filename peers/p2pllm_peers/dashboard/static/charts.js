@@ -31,14 +31,14 @@ function ticks(low, high, count) {
 export function drawRounds(svg, rounds) {
   const first = Math.max(0, rounds.round.length - SHOWN_ROUNDS), left = 52, width = fit(svg, 260) - left - 16;
   const longest = Math.max(0.1, ...rounds.round_s.slice(first));
-  const height = 232 / Math.max(1, rounds.round.length - first);
+  const top = 6, height = (232 - top) / Math.max(1, rounds.round.length - first);
   const shapes = ticks(0, longest, 5).flatMap((s) => {
     const x = left + (s / longest) * width;
     return [shape("line", { x1: x, x2: x, y1: 0, y2: 236, class: "grid" }),
       shape("text", { x, y: 252, "text-anchor": "middle" }, `${s} s`)];
   });
   for (let row = rounds.round.length - 1; row >= first; row--) {
-    const y = (rounds.round.length - 1 - row) * height;
+    const y = top + (rounds.round.length - 1 - row) * height;
     let x = left;
     const whole = shape("g", {});
     for (const part of PARTS) {
@@ -50,9 +50,10 @@ export function drawRounds(svg, rounds) {
     }
     whole.append(shape("title", {}, said(rounds, row)));
     shapes.push(whole);
+    const middle = y + height / 2 + 3;
+    if (rounds.attempts[row] > 1) shapes.push(shape("text", { x: x + 3, y: middle, class: "again" }, "!"));
     if (height >= 13 || (rounds.round.length - 1 - row) % 2 === 0) {
-      const again = rounds.attempts[row] > 1 ? "!" : "";
-      shapes.push(shape("text", { x: left - 6, y: y + height / 2 + 3, "text-anchor": "end" }, `${rounds.round[row]}${again}`));
+      shapes.push(shape("text", { x: left - 6, y: middle, "text-anchor": "end" }, String(rounds.round[row])));
     }
   }
   svg.replaceChildren(...shapes);
@@ -72,11 +73,13 @@ function css(part) {
 
 export function legend(element) {
   const keys = PARTS.flatMap((part) => {
-    const key = document.createElement("span");
+    const whole = document.createElement("span"), key = document.createElement("span");
+    whole.className = "whole";
     key.className = `key ${css(part)}`;
-    return [key, ` ${part} `];
+    whole.append(key, ` ${part}`);
+    return [whole, " "];
   });
-  element.replaceChildren(...keys, "; the rest of a round was idle, ! marks one of several attempts");
+  element.replaceChildren(...keys, "(the rest of a round was idle, ! marks one of several attempts)");
 }
 
 // Training and validation loss by round.
@@ -146,8 +149,10 @@ export function drawLinks(svg, peers, links, me) {
     return made;
   });
   const names = many ? [] : ids.map((id) => {
-    const { x, y, turn } = place.get(id);
-    return shape("text", { x: x + 38 * Math.cos(turn), y: y + 4 + 18 * Math.sin(turn), class: "name" }, short(id));
+    const { x, y, turn } = place.get(id), beside = Math.cos(turn);
+    const anchor = Math.abs(beside) < 0.3 ? "middle" : beside > 0 ? "start" : "end";
+    return shape("text", { x: x + 13 * beside, y: y + 4 + 18 * Math.sin(turn), "text-anchor": anchor, class: "name" },
+      short(id));
   });
   svg.replaceChildren(svg.pairs, ...nodes, ...names);
 }
@@ -192,7 +197,7 @@ function fields(links, place) {
   for (const [one, other, share, says] of known(links, place)) {
     for (const [column, row] of [[one, other], [other, one]]) {
       const field = shape("rect", { x: column.x - column.side / 2, y: row.y - row.side / 2, width: column.side,
-        height: row.side, class: "field", "fill-opacity": (0.1 + 0.9 * share).toFixed(2) });
+        height: row.side, class: "field", "fill-opacity": (0.1 + 0.9 * Math.sqrt(share)).toFixed(2) });
       field.append(shape("title", {}, says));
       group.append(field);
     }
