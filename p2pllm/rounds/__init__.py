@@ -25,7 +25,7 @@ with 256.
 - in the attempt after one that failed by it: SUSPECT_WAIT_S (0.5), if those it failed by are fewer than half.
 - lying: an attempt fails after E at worst, and a vote after V. MAX_STRIKES (2) failed attempts that speak against a
   peer leave it out of the round, as many pass over who led them, and as many drop a proposal, so 2 (W + 3 + E + V) for
-  each liar.
+  each liar. If it holds a proposal and trickles it, E is once as long for each member that lacks it.
 - arriving, and too slow for it: W, the first, second, fourth, eighth ... time that it is near the head.
 - claiming a branch that it cannot show: one fetch, at most OPEN_STREAM_S (10) and the time-outs of `bulk`, holds up
   those whom the claim moves; then it is not believed for DOUBT_S (60). If it only fails, FOLLOW_TRIES (3) fetches.

@@ -26,7 +26,7 @@ from p2pllm.network.transport import Transport
 from p2pllm.rounds.catchup import CatchUp
 from p2pllm.rounds.chain import Branch, check_claims
 from p2pllm.rounds.disk import Disk, copy_of
-from p2pllm.rounds.fetching import Fetcher
+from p2pllm.rounds.fetching import Fetcher, Refuted
 from p2pllm.rounds.packing import MessageError
 from p2pllm.rounds.record import Body, Checkpoint, Claim, Head, Record
 from p2pllm.rounds.serving import Serving
@@ -154,31 +154,40 @@ class StateKeeper:
         self.seconds.update(outer_step=stepped - begin, digest=clock() - stepped)
         return digest
 
-    async def fetch_proposal(self, peers: list[str], digest: bytes) -> Body | None:
-        """The body with this digest, from `peers` unless we hold it; None if none gives one that our state leads to."""
-        body = self._held.get(digest)
-        if body is not None and self._in_spare == digest:
-            return body
-        for peer in [] if body else peers:
-            found = await self._fetcher.proposal(peer, digest)
-            if found is not None and found.base == self.head:
-                body = found
-                break
-        if body is None:
-            return None
+    async def fetch_proposal(self, peers: list[str], digest: bytes, timeout: float) -> Body | None:
+        """The body with this digest, which `peers` voted for, unless we hold it; None if our state was wrong.
+
+        Raises Refuted, which names them, if they give none within `timeout` seconds that our state leads to, and
+        DiskError if the disk does not take it.
+        """
+        held = self._held.get(digest)
+        if held is not None and self._in_spare == digest:
+            return held
         try:
-            await asyncio.to_thread(check_claims, body)
-            aggregate = await self._fetcher.aggregate(body, peers)
-            mine = None if aggregate is None else await self.propose(body.members, aggregate)
-        except (StateError, MessageError) as error:
-            log.error("round %d cannot be voted for: %s", body.round, error)
+            async with asyncio.timeout(timeout):
+                body = held or await self._fetcher.proposal(digest, self.head, peers)
+                await asyncio.to_thread(check_claims, body)
+                aggregate = await self._fetcher.aggregate(body, peers)
+            if aggregate is None:
+                raise Refuted("none of them gives its aggregate")
+            return await self._take_over(body, aggregate)
+        except DiskError:
+            raise
+        except TimeoutError:
+            why = "it did not come in time"
+        except (Refuted, StateError, MessageError) as error:
+            why = str(error).rstrip(".")
+        raise Refuted(f"The proposal of {', '.join(peers)} is refused: {why}.")
+
+    async def _take_over(self, body: Body, aggregate: Aggregate) -> Body | None:
+        """Propose what others did; None if our state was wrong. Raises StateError, or Refuted if it is theirs."""
+        mine = await self.propose(body.members, aggregate)
+        if mine.digest == body.digest:
+            return mine
+        self._held.pop(mine.digest, None)
+        if not await self.check():
             return None
-        if mine is not None and mine.digest != digest:
-            log.warning("our state of round %d differs from the swarm's", self.head[0])
-            self._held.pop(mine.digest, None)
-            await self.check()
-            return None
-        return mine
+        raise Refuted("our state does not lead there")
 
     async def commit(self, record: Record) -> dict[str, float]:
         """Take the round that the record tells of; returns the seconds of its parts.
