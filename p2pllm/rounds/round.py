@@ -94,6 +94,8 @@ class RoundRunner:
         self._view = view
         self._desk = desk
         self._votes = votes
+        self.claim: Claim | None = None
+        """What we claimed in the round that was run last, for the update as it was packed."""
         self.exchange = exchange
         self._keeper = keeper
         self._section = section
@@ -115,7 +117,7 @@ class RoundRunner:
         suspects: frozenset[str] = frozenset()
         payload = await asyncio.to_thread(self.exchange.pack, update.vector)
         digest = await asyncio.to_thread(digest_of, view_of(payload))
-        claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
+        claim = self.claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
         while True:
             result.attempts += 1
             offer = self._offer(claim, _out(proposals))
