@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from p2pllm.state import Layout
-from p2pllm.testing import MemorySwarm, virtual
+from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 from p2pllm.testing.swarm import Parts
 
 WIDE = Layout.of([("embedding", (130, 70)), ("matrix", (64, 64)), ("gain", (70,))])
@@ -83,10 +83,8 @@ async def test_fragments_take_turns() -> None:
     assert sum(sent[:3]) == WIDE.nbytes and sent[3] == sent[0]
 
 
-@virtual
-async def test_an_update_that_is_none_counts_for_nobody_and_its_sender_is_named() -> None:
-    swarm = made(strategy="sparse_loco", rounds=6)
-    *others, liar = swarm.add(4)
+def damages_what_it_packs(liar: MemoryPeer, round_: int) -> None:
+    """From the round after `round_` on."""
     pack = liar.exchange.pack
 
     def lie(update: np.ndarray) -> bytes:
@@ -94,12 +92,23 @@ async def test_an_update_that_is_none_counts_for_nobody_and_its_sender_is_named(
         payload[0] ^= 0x40
         return bytes(payload)
 
-    liar.at("collecting", 2, lambda: setattr(liar.exchange, "pack", lie))
+    liar.at("collecting", round_, lambda: setattr(liar.exchange, "pack", lie))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@virtual
+async def test_updates_that_are_none_count_for_nobody_and_their_senders_are_named(count: int) -> None:
+    swarm = made(strategy="sparse_loco", rounds=6)
+    others, liars = swarm.add(4), swarm.add(count)
+    for liar in liars:
+        damages_what_it_packs(liar, 2)
     await swarm.start()
     await swarm.until(lambda: all(peer.keeper.head[0] == 6 for peer in others))
     for peer in others:
-        assert [len(record.members) for record in peer.records[3:]] == [3, 3, 3]
-        assert any(liar.id in failure and "refused" in failure for failure in peer.records[2].failures)
+        assert [len(record.members) for record in peer.records[3:]] == [4, 4, 4]
+        for failure in peer.records[2].failures:
+            assert all(f"The update of {liar.id} is refused" in failure for liar in liars)
+        assert peer.records[2].failures
 
 
 @virtual
