@@ -4,8 +4,8 @@ A round is proposed, then committed. To propose is to take the outer step into a
 that the record needs; the state itself stays as it was until the record has its votes and is on the disk. What a
 peer missed it catches up with (`catchup`), in the same spare state.
 
-Memory, with a state of S bytes (12 a parameter): S for the state, S for the spare, S while a snapshot is written,
-and an aggregate (4 a parameter) or two.
+Memory, with a state of S bytes (4 a parameter and 4 for each moment of the outer optimizer: 12 with AdamW): S for the
+state, S for the spare, S while a snapshot is written, and an aggregate (at most 4 a parameter) or two.
 """
 
 from __future__ import annotations
@@ -48,10 +48,7 @@ class StateKeeper:
     """Holds the state; the only one who changes it and the log."""
 
     def __init__(self, state: SharedState, optimizer: OuterOptimizer, disk: Disk, transport: Transport) -> None:
-        """state: what `disk` recovers to, or round 0. initial: digest of the run's state at round 0.
-
-        Raises StateError if the log does not know the state's round.
-        """
+        """state: what `disk` recovers to, or round 0. Raises StateError if the log does not know the state's round."""
         self.run_id = disk.run_id
         self.disk = disk
         self.state = state
@@ -241,6 +238,8 @@ class StateKeeper:
                 return False
             if self.disk.log.branch.head != before or not self.has_state:
                 await to_the_end(self._move())
+            if self._catchup.dropped:  # then only a snapshot leads here
+                await self._save(at_once=True)
             self.branch = self.disk.log.branch
             return True
 
@@ -286,10 +285,12 @@ class StateKeeper:
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
-    async def _save(self) -> None:
-        """Write a snapshot in the background: of a copy, since rounds go on."""
+    async def _save(self, at_once: bool = False) -> None:
+        """Write a snapshot in the background: of a copy, since rounds go on. at_once: return when it is there."""
         if self._saving is not None and not self._saving.done():
-            return
+            if not at_once:
+                return
+            await asyncio.wait({self._saving})
         state, record = await asyncio.to_thread(copy_of, self.state), self.head[1]
 
         async def save() -> None:
@@ -299,6 +300,8 @@ class StateKeeper:
                 log.error("%s", error)  # the one before still stands, and its aggregates
 
         self._saving = asyncio.create_task(save())
+        if at_once:
+            await asyncio.wait({self._saving})
 
     async def close(self) -> None:
         """Wait for a snapshot that is being written, and close the log."""
