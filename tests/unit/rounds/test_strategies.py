@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from p2pllm.rounds.update import Update
 from p2pllm.state import Layout
 from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 from p2pllm.testing.swarm import Parts
 
 WIDE = Layout.of([("embedding", (130, 70)), ("matrix", (64, 64)), ("gain", (70,))])
+UNEVEN = Layout.of([("matrix", (31, 20)), ("gain", (5,))])
+"""Its three fragments differ in size."""
+
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "diloco"},
     {"strategy": "diloco", "overlap": True},
@@ -62,6 +66,34 @@ async def test_a_death_costs_a_round_nothing_but_time(strategy: dict[str, Any], 
     await swarm.until(lambda: first.keeper.head[0] == 5)
     await swarm.start(swarm.restart(third))
     await swarm.finish()
+    swarm.check_rounds()
+
+
+@pytest.mark.parametrize("strategy", [each for each in STRATEGIES if each.get("overlap")], ids=str)
+@virtual
+async def test_work_that_went_on_lands_on_the_state_of_its_round(strategy: dict[str, Any]) -> None:
+    """Also on that of a later one, where the swarm has gone on without us meanwhile."""
+    swarm = MemorySwarm(parts=Parts(layout=UNEVEN), **{"rounds": 12, "snapshot_every": 3, **strategy})
+    peers = swarm.add(4)
+    slow = peers[3]
+    compute, finish = slow.compute, slow.compute.finish
+    stood_on: list[bool] = []
+
+    async def watched(go_on: bool = False) -> Update | None:
+        stood_on.append(np.array_equal(compute.base, slow.keeper.state.params))
+        at = slow.keeper.head[0]
+        update = await finish(go_on)
+        if at == 5:
+            assert await slow.view.wait_until(lambda: peers[0].keeper.head[0] > at + 1, 60.0)
+        return cast(Update | None, update)
+
+    compute.finish = watched
+    await swarm.start()
+    await swarm.finish()
+    assert all(stood_on)
+    assert len(compute.landed) >= 6 and compute.landed == sorted(set(compute.landed))
+    assert 6 not in compute.landed, "what it had begun for that round landed on a later one"
+    assert max(compute.landed) > 7, "and it went on"
     swarm.check_rounds()
 
 
