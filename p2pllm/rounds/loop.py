@@ -175,7 +175,7 @@ class TrainingLoop:
             if reached.head[0] > branch.head[0]:
                 # Whoever served more than it had last said is where we are now, or ahead.
                 self._view.presume_commit(donors, reached.head[0] - 1)
-            self._pending.note(self._record_after(own))
+            self._pending.note(self._keeper.disk.log.record(own[0] + 1))
             self._view.say(branch=reached)
             return
         self._failed_follows += 1
@@ -185,11 +185,6 @@ class TrainingLoop:
         elif self._keeper.refuted:
             self._view.doubt(self._keeper.refuted)
         await self._rest("joining")
-
-    def _record_after(self, head: Head) -> Record | None:
-        """What our branch has made of the round after `head`; None if it left that place."""
-        record = self._keeper.disk.log.record(head[0] + 1)
-        return record if record is not None and record.body.base == head else None
 
     async def _see_off(self) -> bool:
         """The run is complete: stay until every living peer has the last round, for a bounded time.

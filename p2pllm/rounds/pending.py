@@ -50,7 +50,8 @@ class Pending:
     def note(self, record: Record | None) -> None:
         """The swarm committed this round without our knowing: if the update that we packed last is in it, all is well.
 
-        Another one of ours than that leaves everything pending: better to bring some of it twice than never.
+        A claim is signed for one head, so a record of another branch never has it. Another one of ours than that leaves
+        everything pending: better to bring some of it twice than never.
         """
         if record is None or self._claim is None or self._claim not in record.body.members:
             return

@@ -110,7 +110,7 @@ class RoundRunner:
         if our disk does not take what we would vote for.
         """
         clock = asyncio.get_running_loop().time
-        result = RoundResult()
+        result, self.claim = RoundResult(), None
         strikes: Counter[str] = Counter()
         leaders: Counter[str] = Counter()
         proposals: Counter[bytes] = Counter()  # that failed
