@@ -155,7 +155,7 @@ class StateKeeper:
         """The body with this digest, which `peers` voted for, unless we hold it; None if our state was wrong.
 
         Raises Refuted, which names them, if they give none within `timeout` seconds that our state leads to, and
-        DiskError if the disk does not take it.
+        StateError, a DiskError if it does not take it, if our disk fails.
         """
         held = self._held.get(digest)
         if held is not None and self._in_spare == digest:
@@ -164,21 +164,31 @@ class StateKeeper:
             async with asyncio.timeout(timeout):
                 body = held or await self._fetcher.proposal(digest, self.head, peers)
                 await asyncio.to_thread(check_claims, body)
-                aggregate = await self._fetcher.aggregate(body, peers)
-            if aggregate is None:
-                raise Refuted("none of them gives its aggregate")
+                aggregate = await self._aggregate_of(body, peers)
             return await self._take_over(body, aggregate)
-        except DiskError:
-            raise
         except TimeoutError:
             why = "it did not come in time"
-        except (Refuted, StateError, MessageError) as error:
+        except (Refuted, MessageError) as error:
             why = str(error).rstrip(".")
         raise Refuted(f"The proposal of {', '.join(peers)} is refused: {why}.")
 
+    async def _aggregate_of(self, body: Body, peers: list[str]) -> BytesLike:
+        try:
+            found = await self._fetcher.aggregate(body, peers)
+        except StateError as error:
+            raise DiskError(str(error)) from None  # not the fault of who gave it
+        if found is None:
+            raise Refuted("none of them gives its aggregate")
+        return found
+
     async def _take_over(self, body: Body, aggregate: Aggregate) -> Body | None:
-        """Propose what others did; None if our state was wrong. Raises StateError, or Refuted if it is theirs."""
-        mine = await self.propose(body.members, aggregate)
+        """Propose what others did; None if our state was wrong. Raises as `fetch_proposal`."""
+        try:
+            mine = await self.propose(body.members, aggregate)
+        except DiskError:
+            raise
+        except StateError as error:
+            raise Refuted(str(error)) from None
         if mine.digest == body.digest:
             return mine
         self._held.pop(mine.digest, None)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from histories import Node, changed, claims_of, commit, frozen, gradient, make_nodes, record_of, train
 
-from p2pllm.errors import StateError
+from p2pllm.errors import DiskError, NoRoomError, StateError
 from p2pllm.rounds.fetching import Refuted
 from p2pllm.rounds.keeper import MAX_HELD
 from p2pllm.rounds.record import Body, Checkpoint, genesis
@@ -191,6 +191,19 @@ async def test_a_proposal_with_an_aggregate_that_is_none_speaks_against_who_hold
     with pytest.raises(Refuted, match=f"{liar.id} is refused: The aggregate of round 1 is of no use"):
         await fetch_proposal(member, [liar], wrong)
     assert member.keeper.holding == b""
+
+
+@virtual
+async def test_a_full_disk_speaks_against_nobody_who_gives_a_proposal() -> None:
+    holder, member = await make_nodes(2)
+    body = await holder.keeper.propose(claims_of(holder.head, 0), gradient(1))
+
+    def full(digest: bytes, data: Any) -> None:
+        raise NoRoomError("The disk is full.")
+
+    member.disk.aggregates.put = full  # type: ignore[method-assign]
+    with pytest.raises(DiskError, match="full"):
+        await fetch_proposal(member, [holder], body)
 
 
 @virtual
