@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ class ErrorBuffer:
 
     `compress` leaves in the buffer all that it was given, also what the payload says. Only `commit`, to be called when
     a round with this payload counts, takes that out. So nothing is lost if it never does: after `undo`, another
-    `compress` or a restart, what was not committed is in the buffer and is sent with what comes next.
+    `compress` or a restart, what was not committed is in the buffer and is sent with what comes next. It stays there
+    when the peer moves to another branch of the log, as a pending update does: it is what this peer has yet to say.
     """
 
     def __init__(self, codec: SparseCodec, run_id: str, decay: float = 0.95) -> None:
@@ -46,6 +48,7 @@ class ErrorBuffer:
         self._decay = np.float32(decay)
         self._error = np.zeros(codec.layout.size, FLOAT)
         self._sent: SparseUpdate | None = None
+        self._changing = threading.Lock()
 
     @property
     def error(self) -> Floats:
@@ -65,35 +68,33 @@ class ErrorBuffer:
         # not np.abs, which would take memory of a whole vector; NaN fails any comparison
         if delta.size and not (delta.min() >= -LARGEST and delta.max() <= LARGEST):
             raise ValueError("A change to be compressed holds a number that is not finite, or is far too large.")
-        self.undo()
-        np.multiply(self._error, self._decay, out=self._error)
-        np.add(self._error, delta, out=self._error)
-        payload = self._codec.encode(self._error)
-        self._sent = self._codec.decode(payload)
-        return payload
+        with self._changing:
+            self._sent = None
+            np.multiply(self._error, self._decay, out=self._error)
+            np.add(self._error, delta, out=self._error)
+            payload = self._codec.encode(self._error)
+            self._sent = self._codec.decode(payload)
+            return payload
 
     def commit(self) -> None:
         """The round with the last payload counts: take what it says out of the error. Does nothing a second time."""
-        if self._sent is not None:
-            self._error[self._sent.positions] -= self._sent.values
-            self._sent = None
+        with self._changing:
+            if self._sent is not None:
+                self._error[self._sent.positions] -= self._sent.values
+                self._sent = None
 
     def undo(self) -> None:
         """The last payload got into no round and never will: what it says stays in the error."""
         self._sent = None
 
-    def reset(self) -> None:
-        """Forget all error, as after moving to another branch of the log."""
-        self._error[:] = 0
-        self._sent = None
-
     def save(self, path: Path) -> None:
         """Write the error to a safetensors file; durable when this returns, and `path` is never half written.
 
-        Save after `commit`: what is not committed is saved as not sent. Raises StateError if the disk fails.
+        Save after `commit`: what is not committed is saved as not sent. A `compress` that runs in another thread ends
+        first. Raises StateError if the disk fails.
         """
         data = self._error.astype(FLOAT, copy=False).view(np.uint8).data
-        with explained(f"The error of compression cannot be saved in {path}", data.nbytes):
+        with self._changing, explained(f"The error of compression cannot be saved in {path}", data.nbytes):
             DiskFolder(path.parent, read_only=False).put(path.name, [self._head(data), data])
 
     def load(self, path: Path) -> bool:
@@ -102,7 +103,7 @@ class ErrorBuffer:
         One that is damaged, or of another run or layout, cannot be read or is not there leaves the buffer empty and
         a line in the log.
         """
-        self.reset()
+        self._error[:], self._sent = 0, None
         try:
             loaded = self._read(path)
         except FileNotFoundError:

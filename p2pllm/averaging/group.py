@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,6 +97,11 @@ class Group:
         return [slice(at, min(at + part_elements, span.stop)) for at in range(span.start, span.stop, part_elements)]
 
 
+def all_reasons(reasons: Iterable[str]) -> str:
+    """What went wrong with several members, in one sentence; empty if nothing did."""
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+
+
 @dataclass(frozen=True)
 class ExchangeResult:
     """What became of one attempt, as seen by one member."""
@@ -106,7 +112,7 @@ class ExchangeResult:
     failed: frozenset[str] = frozenset()
     """Members that caused the failure, as far as seen from here: silent, gone, or sending nonsense."""
     reason: str = ""
-    """One sentence; empty if the attempt succeeded."""
+    """What was wrong with each of them, joined with "; "; empty if the attempt succeeded."""
     bytes_sent: int = 0
     bytes_received: int = 0
     accused: dict[str, frozenset[str]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from p2pllm.averaging.exchange import Exchange, Payload
 from p2pllm.averaging.feedback import ErrorBuffer
 from p2pllm.averaging.form import SparseForm
 from p2pllm.averaging.gather import Gather
-from p2pllm.averaging.group import ExchangeResult, Group
+from p2pllm.averaging.group import ExchangeResult, Group, all_reasons
 from p2pllm.network.transport import Transport
 
 
@@ -60,7 +60,7 @@ class SparseExchange(Exchange):
         return ExchangeResult(
             aggregate=self._form.pack(got.updates) if got.updates and not refused else None,
             failed=got.failed | refused.keys(),
-            reason=got.reason or next(iter(refused.values()), ""),
+            reason=all_reasons([got.reason, *refused.values()]),
             bytes_sent=got.bytes_sent,
             bytes_received=got.bytes_received,
             seconds=got.seconds,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.fetching import Fetcher, Refuted
 from p2pllm.rounds.packing import MessageError
 from p2pllm.rounds.record import Body, Head, Record
-from p2pllm.state import OuterOptimizer, SharedState
+from p2pllm.state import Layout, OuterOptimizer, SharedState
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class CatchUp:
         self._disk = disk
         self._optimizer = optimizer
         self._owed: tuple[Head, list[Record]] | None = None  # where the log must go back to
+        self.dropped = False
+        """The last `run` replayed more aggregates than the disk may hold, so those on it do not lead to the state."""
 
     async def run(
         self, branch: Branch, peers: list[str], own: SharedState | None, into: SharedState, others: Sequence[str] = ()
@@ -50,6 +53,7 @@ class CatchUp:
         fails.
         """
         self._fetcher.refuted.clear()
+        self.dropped = False
         await self.settle()
         for peer in peers:
             try:
@@ -166,10 +170,8 @@ class CatchUp:
             base = await self._newer(base, peers, lacking - SNAPSHOT_COST) or base
         while base is not None:
             await asyncio.to_thread(into.copy_from, base)
-            await self._fetcher.aggregates(self._lacking(into.round, last), peers)
             try:
-                while into.round < last:
-                    await self._replay_one(into, peers)
+                await self._replay(into, last, peers)
                 return
             except NetworkError as error:  # they keep no aggregates from before their snapshots
                 log.info("%s", error)
@@ -203,6 +205,29 @@ class CatchUp:
         records = (self._disk.log.record(number) for number in range(round_ + 1, last + 1))
         bodies = [record.body for record in records if record is not None]
         return [body for body in bodies if not self._disk.aggregates.has(body.aggregate)]
+
+    async def _replay(self, state: SharedState, last: int, peers: list[str]) -> None:
+        """Take `state` to round `last`: fetch as many aggregates as the disk has room for, replay and drop them, again.
+
+        Those that are on the disk already stay: they lead to the state that we had, if this one is not to be had.
+        """
+        lacking = self._lacking(state.round, last)
+        while state.round < last:
+            count = self._fitting(lacking, state.layout)
+            fetched, lacking = lacking[:count], lacking[count:]
+            await self._fetcher.aggregates(fetched, peers)
+            while state.round < (lacking[0].round - 1 if lacking else last):
+                await self._replay_one(state, peers)
+            for body in fetched if lacking else ():
+                self.dropped = True
+                await asyncio.to_thread(self._disk.aggregates.drop, body.aggregate)
+
+    def _fitting(self, bodies: list[Body], layout: Layout) -> int:
+        """How many of these rounds' aggregates the disk has room for, but at least one."""
+        form = self._disk.form(layout)
+        sizes = itertools.accumulate(form.max_bytes(len(body.members)) for body in bodies)
+        room = self._disk.room
+        return max(1, sum(1 for _ in itertools.takewhile(lambda size: size <= room, sizes)))
 
     async def _replay_one(self, state: SharedState, peers: list[str]) -> None:
         record = await asyncio.to_thread(self._disk.log.record, state.round + 1)

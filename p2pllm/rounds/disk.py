@@ -72,6 +72,11 @@ class Disk:
         return round_ % self._every == 0 or round_ == 1
 
     @property
+    def room(self) -> int:
+        """Bytes of aggregates that may still come; below 0 if there are more than there may be."""
+        return self.budget - sum(self.aggregates.sizes())
+
+    @property
     def is_full(self) -> bool:
         """Another aggregate would be more than there may be; a snapshot now would make most of them needless."""
         sizes = self.aggregates.sizes()

@@ -112,14 +112,18 @@ class Fetcher:
         await asyncio.to_thread(self._disk.aggregates.put, body.aggregate, got[1])
         return True
 
-    async def proposal(self, peer: str, digest: bytes) -> Body | None:
-        """The body with this digest that `peer` voted for; None if it does not give it."""
-        got = await self._ask(peer, {"what": "proposal", "digest": digest}, MAX_RECORD_BYTES)
-        try:
-            body = None if got is None else Body.unpack(bytes(got[1]))
-        except MessageError:
-            return None
-        return body if body is not None and body.digest == digest else None
+    async def proposal(self, digest: bytes, base: Head, peers: list[str]) -> Body:
+        """The body with this digest, which `peers` voted for as the round after `base`.
+
+        Raises Refuted if none of them gives one.
+        """
+        for peer in peers:
+            got = await self._ask(peer, {"what": "proposal", "digest": digest}, MAX_RECORD_BYTES)
+            with contextlib.suppress(MessageError):
+                body = None if got is None else Body.unpack(bytes(got[1]))
+                if body is not None and body.digest == digest and body.base == base:
+                    return body
+        raise Refuted("none of them gives it")
 
     async def offers(self, peers: list[str]) -> list[Offer]:
         """The snapshots of our log that `peers` have, newest first, each with all who have it."""

@@ -4,8 +4,8 @@ A round is proposed, then committed. To propose is to take the outer step into a
 that the record needs; the state itself stays as it was until the record has its votes and is on the disk. What a
 peer missed it catches up with (`catchup`), in the same spare state.
 
-Memory, with a state of S bytes (12 a parameter): S for the state, S for the spare, S while a snapshot is written,
-and an aggregate (4 a parameter) or two.
+Memory, with a state of S bytes (4 a parameter and 4 for each moment of the outer optimizer: 12 with AdamW): S for the
+state, S for the spare, S while a snapshot is written, and an aggregate (at most 4 a parameter) or two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from p2pllm.network.transport import Transport
 from p2pllm.rounds.catchup import CatchUp
 from p2pllm.rounds.chain import Branch, check_claims
 from p2pllm.rounds.disk import Disk, copy_of
-from p2pllm.rounds.fetching import Fetcher
+from p2pllm.rounds.fetching import Fetcher, Refuted
 from p2pllm.rounds.packing import MessageError
 from p2pllm.rounds.record import Body, Checkpoint, Claim, Head, Record
 from p2pllm.rounds.serving import Serving
@@ -48,10 +48,7 @@ class StateKeeper:
     """Holds the state; the only one who changes it and the log."""
 
     def __init__(self, state: SharedState, optimizer: OuterOptimizer, disk: Disk, transport: Transport) -> None:
-        """state: what `disk` recovers to, or round 0. initial: digest of the run's state at round 0.
-
-        Raises StateError if the log does not know the state's round.
-        """
+        """state: what `disk` recovers to, or round 0. Raises StateError if the log does not know the state's round."""
         self.run_id = disk.run_id
         self.disk = disk
         self.state = state
@@ -154,31 +151,50 @@ class StateKeeper:
         self.seconds.update(outer_step=stepped - begin, digest=clock() - stepped)
         return digest
 
-    async def fetch_proposal(self, peers: list[str], digest: bytes) -> Body | None:
-        """The body with this digest, from `peers` unless we hold it; None if none gives one that our state leads to."""
-        body = self._held.get(digest)
-        if body is not None and self._in_spare == digest:
-            return body
-        for peer in [] if body else peers:
-            found = await self._fetcher.proposal(peer, digest)
-            if found is not None and found.base == self.head:
-                body = found
-                break
-        if body is None:
-            return None
+    async def fetch_proposal(self, peers: list[str], digest: bytes, timeout: float) -> Body | None:
+        """The body with this digest, which `peers` voted for, unless we hold it; None if our state was wrong.
+
+        Raises Refuted, which names them, if they give none within `timeout` seconds that our state leads to, and
+        StateError, a DiskError if it does not take it, if our disk fails.
+        """
+        held = self._held.get(digest)
+        if held is not None and self._in_spare == digest:
+            return held
         try:
-            await asyncio.to_thread(check_claims, body)
-            aggregate = await self._fetcher.aggregate(body, peers)
-            mine = None if aggregate is None else await self.propose(body.members, aggregate)
-        except (StateError, MessageError) as error:
-            log.error("round %d cannot be voted for: %s", body.round, error)
+            async with asyncio.timeout(timeout):
+                body = held or await self._fetcher.proposal(digest, self.head, peers)
+                await asyncio.to_thread(check_claims, body)
+                aggregate = await self._aggregate_of(body, peers)
+            return await self._take_over(body, aggregate)
+        except TimeoutError:
+            why = "it did not come in time"
+        except (Refuted, MessageError) as error:
+            why = str(error).rstrip(".")
+        raise Refuted(f"The proposal of {', '.join(peers)} is refused: {why}.")
+
+    async def _aggregate_of(self, body: Body, peers: list[str]) -> BytesLike:
+        try:
+            found = await self._fetcher.aggregate(body, peers)
+        except StateError as error:
+            raise DiskError(str(error)) from None  # not the fault of who gave it
+        if found is None:
+            raise Refuted("none of them gives its aggregate")
+        return found
+
+    async def _take_over(self, body: Body, aggregate: Aggregate) -> Body | None:
+        """Propose what others did; None if our state was wrong. Raises as `fetch_proposal`."""
+        try:
+            mine = await self.propose(body.members, aggregate)
+        except DiskError:
+            raise
+        except StateError as error:
+            raise Refuted(str(error)) from None
+        if mine.digest == body.digest:
+            return mine
+        self._held.pop(mine.digest, None)
+        if not await self.check():
             return None
-        if mine is not None and mine.digest != digest:
-            log.warning("our state of round %d differs from the swarm's", self.head[0])
-            self._held.pop(mine.digest, None)
-            await self.check()
-            return None
-        return mine
+        raise Refuted("our state does not lead there")
 
     async def commit(self, record: Record) -> dict[str, float]:
         """Take the round that the record tells of; returns the seconds of its parts.
@@ -232,6 +248,8 @@ class StateKeeper:
                 return False
             if self.disk.log.branch.head != before or not self.has_state:
                 await to_the_end(self._move())
+            if self._catchup.dropped:  # then only a snapshot leads here
+                await self._save(at_once=True)
             self.branch = self.disk.log.branch
             return True
 
@@ -277,10 +295,12 @@ class StateKeeper:
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
-    async def _save(self) -> None:
-        """Write a snapshot in the background: of a copy, since rounds go on."""
+    async def _save(self, at_once: bool = False) -> None:
+        """Write a snapshot in the background: of a copy, since rounds go on. at_once: return when it is there."""
         if self._saving is not None and not self._saving.done():
-            return
+            if not at_once:
+                return
+            await asyncio.wait({self._saving})
         state, record = await asyncio.to_thread(copy_of, self.state), self.head[1]
 
         async def save() -> None:
@@ -290,6 +310,8 @@ class StateKeeper:
                 log.error("%s", error)  # the one before still stands, and its aggregates
 
         self._saving = asyncio.create_task(save())
+        if at_once:
+            await asyncio.wait({self._saving})
 
     async def close(self) -> None:
         """Wait for a snapshot that is being written, and close the log."""

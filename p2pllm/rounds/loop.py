@@ -1,8 +1,8 @@
 """The main loop of a peer: compute until the swarm has its samples, average, step, again.
 
-Read `TrainingLoop.run` from top to bottom; everything it calls is one step of a round. It knows the compute
-process only as `Compute`, the network only through `RosterDesk`, `RoundRunner` and `StateKeeper`, and does no
-input or output of its own.
+`TrainingLoop.run` decides again and again what is next, and does that; `_train` is one round, and can be read from top
+to bottom. Methods stand in the order in which they are called. The loop knows the compute process only as `Compute`,
+the network only through `RosterDesk`, `RoundRunner` and `StateKeeper`, and does no input or output of its own.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from p2pllm.rounds import plan
 from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase
+from p2pllm.rounds.pending import Pending
 from p2pllm.rounds.record import Head, Record
 from p2pllm.rounds.report import round_record
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.round import RoundResult, RoundRunner
 from p2pllm.rounds.swarm import SwarmView
-from p2pllm.rounds.update import Compute, Update, joined
+from p2pllm.rounds.update import Compute
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +69,12 @@ class TrainingLoop:
         self._compute = compute
         self._on_round = on_round
         self._stopping = False
-        self._empty_handed = False
-        self._pending: Update | None = None  # computed, and in no committed round yet
+        self._empty_handed = False  # the last round brought nothing, so nobody is to wait for us before we have some
+        self._pending = Pending(runner.exchange, manifest.round.fragments)
         self._failed_follows = 0
         self._arrivals = 0  # how often we were near the head since we were last in a record
         self._troubles = 0  # in a row
-        self._mended = False  # what was found damaged on our disk when it was opened
+        self._mended = False  # others were asked, once, for records that were damaged when the disk was opened
         self.trouble = ""
         """Why this peer takes no part now although it should; empty: it does."""
         self.paused = ""
@@ -133,42 +134,6 @@ class TrainingLoop:
                 await self._train()
         return False
 
-    async def _train(self) -> None:
-        """Work on the round after our head, until it is committed or the swarm has gone on without us."""
-        begin = time.monotonic()
-        await self._collect()
-        if self._stopping or ((self._is_behind() or self.paused) and not self._compute.samples):
-            return await self._compute.abandon()
-        fresh = await self._compute.finish(go_on=self._manifest.round.overlap and not self.paused)
-        collected = time.monotonic()
-        update = joined(self._pending, fresh)
-        self._empty_handed = update is None
-        if update is None:
-            return await self._rest()
-        self._pending = None
-        try:
-            result = await self._runner.run(update) if not self._is_behind() else RoundResult(reason="we are behind")
-            if result.record is not None:
-                self._view.presume_commit({*result.record.voters, *result.record.body.peers}, self._keeper.branch)
-                self._view.say(phase="commit")
-                seconds = await self._keeper.commit(result.record)
-        except StateError:
-            self._keep(update)
-            raise
-        if result.included:
-            self._arrivals = 0
-            self._runner.exchange.delivered()
-        else:
-            self._keep(update)
-        if result.record is None:
-            return log.info("round %d is not ours: %s", self._keeper.head[0], result.reason)
-        return await self._report(result.record, result, {"compute": collected - begin, **result.seconds, **seconds})
-
-    async def _wait_for_room(self) -> None:
-        log.warning("the swarm is full; waiting until it has room for this peer")
-        self._view.say(phase="joining", samples=0)
-        await self._view.wait_until(lambda: self._stopping or not self._view.is_turned_away(), ROOM_S)
-
     async def _pause(self) -> None:
         """Rest, and let the others know that they need not wait for us."""
         log.info("pausing: %s", self.paused)
@@ -180,23 +145,101 @@ class TrainingLoop:
     def _may_go_on(self) -> bool:
         return self._stopping or not self.paused
 
-    def _own(self) -> Branch | None:
-        return self._keeper.branch if self._keeper.has_state else None
+    async def _wait_for_room(self) -> None:
+        log.warning("the swarm is full; waiting until it has room for this peer")
+        self._view.say(phase="joining", samples=0)
+        await self._view.wait_until(lambda: self._stopping or not self._view.is_turned_away(), ROOM_S)
 
-    def _is_behind(self) -> bool:
-        return plan.branch_to_follow(self._own(), self._view.statuses()) is not None
+    async def _follow(self) -> None:
+        """Catch up with the swarm; who claims a branch and cannot show it is doubted.
 
-    async def _rest(self, phase: Phase = "starting", pause_s: float = RETRY_S) -> None:
-        """The worker, the disk or others may need a moment; nobody is to wait for us meanwhile."""
-        self._view.say(phase=phase, samples=0)
-        # Not until the next change: others' statuses change many times a second.
-        paused = self.paused
-        await self._view.wait_until(lambda: self._stopping or self.paused != paused, pause_s)
+        A peer that trained doubts who failed it FOLLOW_TRIES times. One at round 0 has nothing to go on with and
+        would start the run anew, so it goes on trying unless what it was given is refuted.
+        """
+        statuses = self._view.statuses()
+        branch = plan.branch_to_follow(self._own(), statuses)
+        if branch is None:
+            await self._rest()  # we have no state, and nobody is there to have it from
+            return
+        own = self._keeper.head
+        log.info("catching up from round %d to %d", own[0], branch.head[0])
+        arriving = self._compute.ready and plan.may_arrive(self._own(), branch, self._arrivals)
+        self._arrivals += plan.is_near(self._own(), branch)
+        self._view.say(phase="arriving" if arriving else "joining", samples=0)
+        donors = plan.donors(branch, statuses)
+        others = [peer for peer, status in statuses.items() if status.total and peer not in donors]
+        if await self._keeper.follow(branch, donors, others):
+            self._failed_follows = 0
+            self._at_head_since = time.monotonic()
+            reached = self._keeper.branch
+            if reached.head[0] > branch.head[0]:
+                # Whoever served more than it had last said is where we are now, or ahead.
+                self._view.presume_commit(donors, reached.head[0] - 1)
+            self._pending.note(self._keeper.disk.log.record(own[0] + 1))
+            self._view.say(branch=reached)
+            return
+        self._failed_follows += 1
+        if own[0] > 0 and self._failed_follows >= FOLLOW_TRIES:
+            self._failed_follows = 0
+            self._view.doubt(donors)
+        elif self._keeper.refuted:
+            self._view.doubt(self._keeper.refuted)
+        await self._rest("joining")
+
+    async def _see_off(self) -> bool:
+        """The run is complete: stay until every living peer has the last round, for a bounded time.
+
+        False if it turns out that ours is not the swarm's last round.
+        """
+        own = self._keeper.branch
+        self._view.say(branch=own, phase="done", samples=0)
+        await self._view.wait_until(
+            lambda: self._over() or all(status.head == own.head for status in self._view.statuses().values()),
+            FAREWELL_S,
+        )
+        return self._stopping or not self._is_behind()
+
+    async def _train(self) -> None:
+        """One round: inner steps on the state at our head, their update into the swarm's next record, and its step.
+
+        It ends without a record of ours if the swarm has gone on without us.
+        """
+        begin = time.monotonic()
+        await self._collect()
+        if self._stopping or ((self._is_behind() or self.paused) and not self._compute.samples):
+            await self._compute.abandon()
+            return
+        fresh = await self._compute.finish(go_on=self._manifest.round.overlap and not self.paused)
+        collected = time.monotonic()
+        at = self._keeper.head[0]
+        update = self._pending.join(at, fresh)
+        self._empty_handed = update is None
+        if update is None:
+            await self._rest()
+            return
+        if self._is_behind():
+            self._pending.keep(at, update, None)
+            return
+        try:
+            result = await self._runner.run(update)
+            seconds = await self._commit(result.record) if result.record else {}
+        except StateError:
+            self._pending.keep(at, update, self._runner.claim)
+            raise
+        if result.included:
+            self._arrivals = 0
+            self._pending.delivered()
+        else:
+            self._pending.keep(at, update, self._runner.claim)
+        if result.record is None:
+            log.info("round %d is not ours: %s", at + 1, result.reason)
+            return
+        await self._report(result.record, result, {"compute": collected - begin, **result.seconds, **seconds})
 
     async def _collect(self) -> None:
         """Gather samples until the swarm has enough of them, or the deadline passes and we have some."""
         branch, section = self._keeper.branch, self._manifest.round
-        head, pending = branch.head, self._pending.samples if self._pending else 0
+        head, pending = branch.head, self._pending.samples(branch.head[0])
         self._view.say(branch=branch, phase=self._phase(0), samples=pending)
         while not self._over() and not self.paused and self._present(head) < section.min_peers:
             await self._view.wait_change(1.0)
@@ -212,10 +255,16 @@ class TrainingLoop:
             if plan.worth_telling(samples - self._view.told, self._present(head), gathered, section.samples):
                 self._view.announce()
             left = deadline - loop.time()
-            if samples > 0 and (gathered >= section.samples or left <= 0 or self._desk.others_are_over()):
+            if plan.is_collected(
+                samples,
+                gathered,
+                section.samples,
+                deadline_passed=left <= 0,
+                others_are_over=self._desk.others_are_over(),
+                paused=bool(self.paused),
+                alone=self._present(head) == 1,
+            ):
                 return
-            if self.paused and (not samples or self._present(head) == 1):
-                return  # nothing to bring, or nobody who closes the round
             await self._view.wait_change(min(1.0, left) if left > 0 else 1.0)
 
     def _phase(self, samples: int) -> Phase:
@@ -223,58 +272,31 @@ class TrainingLoop:
         able = self._compute.ready and (samples > 0 or not self._empty_handed)
         return "collecting" if able else "starting"
 
-    def _over(self) -> bool:
-        return self._stopping or self._is_behind()
-
     def _present(self, head: Head) -> int:
         """Peers that take part in the round after `head`, ourselves included."""
         return 1 + len(plan.taking_part(head, self._view.statuses()))
 
-    async def _follow(self) -> None:
-        """Catch up with the swarm; who claims a branch and cannot show it is doubted.
+    def _over(self) -> bool:
+        return self._stopping or self._is_behind()
 
-        A peer that trained doubts who failed it FOLLOW_TRIES times. One at round 0 has nothing to go on with and
-        would start the run anew, so it goes on trying unless what it was given is refuted.
-        """
-        statuses = self._view.statuses()
-        branch = plan.branch_to_follow(self._own(), statuses)
-        if branch is None:
-            return await self._rest()  # we have no state, and nobody is there to have it from
-        own = self._keeper.head
-        log.info("catching up from round %d to %d", own[0], branch.head[0])
-        arriving = self._compute.ready and plan.may_arrive(self._own(), branch, self._arrivals)
-        self._arrivals += plan.is_near(self._own(), branch)
-        self._view.say(phase="arriving" if arriving else "joining", samples=0)
-        donors = plan.donors(branch, statuses)
-        others = [peer for peer, status in statuses.items() if status.total and peer not in donors]
-        if await self._keeper.follow(branch, donors, others):
-            self._failed_follows = 0
-            self._at_head_since = time.monotonic()
-            reached = self._keeper.branch
-            if reached.head[0] > branch.head[0]:
-                # Whoever served more than it had last said is where we are now, or ahead.
-                self._view.presume_commit(donors, Branch((reached.head[0] - 1, bytes(32)), 0, 0))
-            self._drop_included(own)
-            return self._view.say(branch=reached)
-        self._failed_follows += 1
-        if own[0] > 0 and self._failed_follows >= FOLLOW_TRIES:
-            self._failed_follows = 0
-            self._view.doubt(donors)
-        elif self._keeper.refuted:
-            self._view.doubt(self._keeper.refuted)
-        return await self._rest("joining")
+    def _own(self) -> Branch | None:
+        return self._keeper.branch if self._keeper.has_state else None
 
-    def _keep(self, update: Update) -> None:
-        """For the next round, unless the exchange does so, or that round averages another fragment."""
-        elsewhere = self._runner.exchange.keeps or self._manifest.round.fragments > 1
-        self._pending = None if elsewhere else update.kept()
+    def _is_behind(self) -> bool:
+        return plan.branch_to_follow(self._own(), self._view.statuses()) is not None
 
-    def _drop_included(self, before: Head) -> None:
-        """The swarm may have committed our update without our knowing: then it is not pending any more."""
-        record = self._keeper.disk.log.record(before[0] + 1)
-        if record is not None and record.body.base == before and self._view.peer_id in record.body.peers:
-            self._pending = None
-            self._runner.exchange.delivered()
+    async def _rest(self, phase: Phase = "starting", pause_s: float = RETRY_S) -> None:
+        """The worker, the disk or others may need a moment; nobody is to wait for us meanwhile."""
+        self._view.say(phase=phase, samples=0)
+        # Not until the next change: others' statuses change many times a second.
+        paused = self.paused
+        await self._view.wait_until(lambda: self._stopping or self.paused != paused, pause_s)
+
+    async def _commit(self, record: Record) -> dict[str, float]:
+        """Take the record's step; returns the seconds of its parts. Raises StateError if the disk does not take it."""
+        self._view.presume_commit({*record.voters, *record.body.peers}, self._keeper.head[0])
+        self._view.say(phase="commit")
+        return await self._keeper.commit(record)
 
     async def _report(self, record: Record, result: RoundResult, seconds: dict[str, float]) -> None:
         """Announce the new head, evaluate if it is time, and hand over the record."""
@@ -298,16 +320,3 @@ class TrainingLoop:
                 round_s=round_s,
             )
         )
-
-    async def _see_off(self) -> bool:
-        """The run is complete: stay until every living peer has the last round, for a bounded time.
-
-        False if it turns out that ours is not the swarm's last round.
-        """
-        own = self._keeper.branch
-        self._view.say(branch=own, phase="done", samples=0)
-        await self._view.wait_until(
-            lambda: self._over() or all(status.head == own.head for status in self._view.statuses().values()),
-            FAREWELL_S,
-        )
-        return self._stopping or not self._is_behind()

@@ -16,9 +16,10 @@ from p2pllm.rounds.packing import (
     MessageError,
     RoundNumber,
     Samples,
+    Signature,
     Total,
 )
-from p2pllm.rounds.record import Claim, Head
+from p2pllm.rounds.record import Claim, Head, is_vote
 
 Phase = Literal[
     "starting", "joining", "arriving", "collecting", "roster", "exchange", "vote", "commit", "paused", "done", "leaving"
@@ -58,6 +59,22 @@ class Enrol(Message):
     digest: Digest
     claim: Claim
     holding: MaybeDigest  # the body that it has voted for in an attempt that found no majority; empty: none
+    vote: MaybeSignature  # its vote for that
+
+    @model_validator(mode="after")
+    def _voted(self) -> Self:
+        if bool(self.holding) != bool(self.vote):
+            raise ValueError("what is held was voted for")
+        return self
+
+    def is_signed(self, peer: str) -> bool:
+        """Whether all that it says is signed by `peer`."""
+        held = not self.holding or is_vote(peer, self.holding, self.vote)
+        return held and self.claim.peer == peer and self.claim.is_signed((self.round, self.digest))
+
+
+Holder = tuple[Annotated[int, Field(ge=0, lt=MAX_ROSTER)], Signature]
+"""A member's place in the roster, and its vote for the proposal."""
 
 
 class EnrolReply(Message):
@@ -70,7 +87,8 @@ class Roster(Message):
     """The leader closes a round: who takes part, in this order, with which claim.
 
     With a proposal nothing is exchanged: its holders have its aggregate from an attempt before, and the roster votes
-    on that, so that what one of them may have committed is not lost.
+    on that, so that what one of them may have committed is not lost. Holders are shown by their votes: if they cannot
+    give what they hold it speaks against them, so nobody else may name them.
     """
 
     max_bytes: ClassVar[int] = 16 * 1024
@@ -80,13 +98,13 @@ class Roster(Message):
     nonce: Annotated[bytes, Field(min_length=16, max_length=16)]  # tells attempts of a round apart
     claims: Annotated[tuple[Claim, ...], Field(min_length=1, max_length=MAX_ROSTER)]
     proposal: MaybeDigest
-    holders: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_ROSTER)], ...], Field(max_length=MAX_ROSTER)]
+    holders: Annotated[tuple[Holder, ...], Field(max_length=MAX_ROSTER)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len({claim.key for claim in self.claims}) != len(self.claims):
             raise ValueError("a member is named twice")
-        if bool(self.proposal) != bool(self.holders) or any(index >= len(self.claims) for index in self.holders):
+        if bool(self.proposal) != bool(self.holders) or any(index >= len(self.claims) for index, _ in self.holders):
             raise ValueError("a proposal needs holders, and holders are members")
         return self
 
@@ -103,7 +121,15 @@ class Roster(Message):
     @property
     def holding(self) -> list[str]:
         """Members that hold the proposal."""
-        return [self.claims[index].peer for index in self.holders]
+        return [self.claims[index].peer for index, _ in self.holders]
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its members signed their claims, and its holders what they hold."""
+        votes = zip(self.holding, self.holders, strict=True)
+        return all(claim.is_signed(self.head) for claim in self.claims) and all(
+            is_vote(peer, self.proposal, vote) for peer, (_, vote) in votes
+        )
 
 
 class Vote(Message):

@@ -75,6 +75,19 @@ def is_over(head: Head, others: Mapping[str, Status]) -> bool:
     return 2 * sum(1 for peer in working if others[peer].phase in CLOSING) > len(working)
 
 
+def is_collected(
+    samples: int, gathered: int, target: int, *, deadline_passed: bool, others_are_over: bool, paused: bool, alone: bool
+) -> bool:
+    """Whether a peer ends its inner steps for a round that the swarm has not left.
+
+    samples: ours. gathered, target: samples that the swarm has, and that the manifest wants. others_are_over: as of
+    `is_over`. paused: we shall compute nothing more. alone: nobody else would close the round.
+    """
+    if paused and (not samples or alone):
+        return True
+    return samples > 0 and (gathered >= target or deadline_passed or others_are_over)
+
+
 def is_minority(present: Iterable[str], former: frozenset[str]) -> bool:
     """Fewer than half of a roster's members are here. Half of two go on: one of them is likely dead."""
     return 2 * len(former & set(present)) < len(former)

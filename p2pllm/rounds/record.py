@@ -98,7 +98,7 @@ class Body(Message):
     previous: Digest  # of the body before it; for round 1 see `genesis`
     total: Total  # samples of this round and all before it on this branch
     members: Annotated[tuple[Claim, ...], Field(min_length=1, max_length=MAX_ROSTER)]  # in the order of the roster
-    aggregate: Digest  # of the weighted mean of the members' updates
+    aggregate: Digest  # of what the members' updates came to, in the form of the run's strategy
     state: Digest  # after the outer step
 
     @model_validator(mode="after")

@@ -101,7 +101,7 @@ class RosterDesk:
         gathering = self._at(head)
         gathering.closed = None
         gathering.asked.clear()
-        enrol = Enrol(round=head[0], digest=head[1], claim=offer.claim, holding=offer.holding)
+        enrol = Enrol(round=head[0], digest=head[1], claim=offer.claim, holding=offer.holding, vote=offer.vote)
         gathering.enrolments[me] = enrol
         search = Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf), left_out, suspects)
         while True:
@@ -216,7 +216,11 @@ class RosterDesk:
             nonce=secrets.token_bytes(16),
             claims=tuple(enrol.claim for enrol in enrolled.values()),
             proposal=proposal,
-            holders=tuple(i for i, peer in enumerate(members) if proposal and enrolled[peer].holding == proposal),
+            holders=tuple(
+                (place, enrolled[peer].vote)
+                for place, peer in enumerate(members)
+                if proposal and enrolled[peer].holding == proposal
+            ),
         )
         payload = roster.pack()
         for peer in others:
@@ -238,7 +242,7 @@ class RosterDesk:
         own = self._view.own
         accepted = (enrol.round, enrol.digest) == own.head and own.phase in plan.TAKING_PART
         if accepted:
-            if enrol.claim.peer != peer or not enrol.claim.is_signed(own.head):
+            if not enrol.is_signed(peer):
                 raise MessageError("this claim is not signed by who sent it")
             enrolments = self._at(own.head).enrolments
             if peer not in enrolments and len(enrolments) >= MAX_ENROLMENTS:
@@ -256,7 +260,7 @@ class RosterDesk:
             or peer not in gathering.asked
             or mine is None
             or mine.claim not in roster.claims
-            or not all(claim.is_signed(roster.head) for claim in roster.claims)
+            or not roster.is_signed
         ):
             raise MessageError("this roster is not for an update of ours")
         gathering.closed = (roster, peer)

@@ -16,15 +16,16 @@ from p2pllm.averaging import Exchange, ExchangeResult, Group, Payload, view_of
 from p2pllm.errors import DiskError, StateError
 from p2pllm.identity import Identity
 from p2pllm.rounds import plan
+from p2pllm.rounds.fetching import Refuted
 from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase, Roster
 from p2pllm.rounds.pace import Deadline
-from p2pllm.rounds.record import Body, Claim, Record
+from p2pllm.rounds.record import Body, Claim, Record, sign_vote
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.swarm import SwarmView
 from p2pllm.rounds.update import Update
-from p2pllm.rounds.vote import VoteBox
+from p2pllm.rounds.vote import Ballot, VoteBox
 from p2pllm.sections import RoundSection
 from p2pllm.state import span_of
 from p2pllm.state.chunks import digest_of
@@ -93,6 +94,8 @@ class RoundRunner:
         self._view = view
         self._desk = desk
         self._votes = votes
+        self.claim: Claim | None = None
+        """What we claimed in the round that was run last, for the update as it was packed."""
         self.exchange = exchange
         self._keeper = keeper
         self._section = section
@@ -107,17 +110,17 @@ class RoundRunner:
         if our disk does not take what we would vote for.
         """
         clock = asyncio.get_running_loop().time
-        result = RoundResult()
+        result, self.claim = RoundResult(), None
         strikes: Counter[str] = Counter()
         leaders: Counter[str] = Counter()
         proposals: Counter[bytes] = Counter()  # that failed
         suspects: frozenset[str] = frozenset()
         payload = await asyncio.to_thread(self.exchange.pack, update.vector)
         digest = await asyncio.to_thread(digest_of, view_of(payload))
-        claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
+        claim = self.claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
         while True:
             result.attempts += 1
-            offer = Offer(claim, self._keeper.members, self._keeper.holding, _out(proposals))
+            offer = self._offer(claim, _out(proposals))
             gathering = self._desk.gather(offer, _out(strikes), _out(leaders), suspects)
             roster = await self._timed(result, "roster", gathering)
             if roster is None:
@@ -136,52 +139,88 @@ class RoundRunner:
             suspects = plan.suspects(roster.members, culprits)
             await asyncio.sleep(max(0.0, closed_at + SHORTEST_ATTEMPT_S - clock()))
 
+    def _offer(self, claim: Claim, failed: frozenset[bytes]) -> Offer:
+        holding = self._keeper.holding
+        vote = sign_vote(self._identity, holding) if holding else b""
+        return Offer(claim, self._keeper.members, holding, vote, failed)
+
     async def _attempt(self, result: RoundResult, roster: Roster, payload: Payload) -> frozenset[str]:
         """Exchange and vote with one roster, and fill in `result`; returns whom a failure speaks against."""
         group_id = plan.group_id(self._keeper.run_id, roster)
         proposed = await self._propose(result, group_id, roster, payload)
-        body, exchange = proposed.body, proposed.exchange
-        own = body.digest if body else b""
+        own = proposed.body.digest if proposed.body else b""
         voting = self._votes.settle(group_id, roster.members, own, self._vote_time.seconds)
         clock = asyncio.get_running_loop().time
         begin = clock()
         decision, ballot = await self._timed(result, "vote", voting)
-        if decision.verdict is not plan.Verdict.COMMIT:
-            result.reason = exchange.reason or "no record found a majority"
-            result.failures.append(result.reason)
-            log.info("round %d, attempt %d: %s", roster.round, result.attempts, result.reason)
-            if proposed.trouble is not None:
-                raise proposed.trouble  # the others know that we have nothing
-            if own and any(voted not in (b"", own) for voted in ballot.votes.values()):
-                await self._keeper.check()  # somebody's state is wrong: is it ours?
-            return plan.culprits(self._view.peer_id, roster.members, ballot.votes, exchange.failed, exchange.accused)
-        self._vote_time.note(clock() - begin)
-        if body is None or own != decision.body:
-            body = await self._keeper.fetch_proposal(ballot.holders(decision.body), decision.body)
-        if body is None:
-            result.reason = "what was committed could not be fetched, or our state does not lead there"
+        if proposed.exchange.reason:  # also if the others commit: who failed here is to be known
+            result.failures.append(proposed.exchange.reason)
+        if decision.verdict is plan.Verdict.COMMIT:
+            self._vote_time.note(clock() - begin)
+            await self._take(result, proposed.body, decision.body, ballot)
             return frozenset()
-        result.record, result.reason = ballot.record(body), ""
-        return frozenset()
+        return await self._blame(result, roster, proposed, ballot)
+
+    async def _take(self, result: RoundResult, own: Body | None, committed: bytes, ballot: Ballot) -> None:
+        """Put what was committed into `result`, from who voted for it if it is not what we voted for."""
+        body, why = own, ""
+        if own is None or own.digest != committed:
+            body, why = await self._fetched(ballot.holders(committed), committed, len(ballot.members))
+        if body is not None:
+            result.record, result.reason = ballot.record(body), ""
+            return
+        result.reason = why or "our state does not lead to what was committed"
+        result.failures.append(result.reason)
+
+    async def _blame(self, result: RoundResult, roster: Roster, proposed: _Proposed, ballot: Ballot) -> frozenset[str]:
+        """An attempt found no majority: whom that speaks against."""
+        exchange, own = proposed.exchange, proposed.body.digest if proposed.body else b""
+        result.reason = exchange.reason or "no record found a majority"
+        if not exchange.reason:
+            result.failures.append(result.reason)
+        log.info("round %d, attempt %d: %s", roster.round, result.attempts, result.reason)
+        if proposed.trouble is not None:
+            raise proposed.trouble  # the others know that we have nothing
+        if own and any(voted not in (b"", own) for voted in ballot.votes.values()):
+            await self._keeper.check()  # somebody's state is wrong: is it ours?
+        return plan.culprits(self._view.peer_id, roster.members, ballot.votes, exchange.failed, exchange.accused)
 
     async def _propose(self, result: RoundResult, group_id: bytes, roster: Roster, payload: Payload) -> _Proposed:
-        """What we would commit: what the roster's proposal says, or what comes out of the exchange."""
-        nothing = ExchangeResult(None, frozenset(), "the proposal could not be had from its holders", 0, 0)
-        if roster.proposal:
-            fetching = self._keeper.fetch_proposal(roster.holding, roster.proposal)
-            return _Proposed(await self._timed(result, "exchange", fetching), nothing)
-        exchange = await self._timed(result, "exchange", self._reduce(group_id, roster, payload))
-        result.bytes_sent += exchange.bytes_sent
-        result.bytes_received += exchange.bytes_received
-        if exchange.aggregate is None:
-            return _Proposed(None, exchange)
+        """What we would commit: what the roster's proposal says, or what comes out of the exchange.
+
+        If it cannot be voted for here because our disk does not take it, that is its `trouble`.
+        """
         try:
-            body = await self._keeper.propose(roster.claims, exchange.aggregate)
+            if roster.proposal:
+                return await self._timed(result, "exchange", self._settle(roster))
+            exchange = await self._timed(result, "exchange", self._reduce(group_id, roster, payload))
+            result.bytes_sent += exchange.bytes_sent
+            result.bytes_received += exchange.bytes_received
+            if exchange.aggregate is None:
+                return _Proposed(None, exchange)
+            return _Proposed(await self._keeper.propose(roster.claims, exchange.aggregate), exchange)
         except StateError as error:
             log.error("round %d cannot be voted for: %s", roster.round, error)
-            nothing = ExchangeResult(None, frozenset(), str(error), 0, 0)
+            nothing = ExchangeResult(reason=str(error))
             return _Proposed(None, nothing, error if isinstance(error, DiskError) else None)
-        return _Proposed(body, exchange)
+
+    async def _settle(self, roster: Roster) -> _Proposed:
+        """The roster's proposal. If it cannot be used, that speaks against all who voted for it."""
+        body, why = await self._fetched(roster.holding, roster.proposal, len(roster.members))
+        failed = frozenset(roster.holding) - {self._view.peer_id} if why else frozenset[str]()
+        reason = "" if body else why or "our state did not lead to the proposal, and was made anew"
+        return _Proposed(body, ExchangeResult(failed=failed, reason=reason))
+
+    async def _fetched(self, holders: list[str], digest: bytes, members: int) -> tuple[Body | None, str]:
+        """A body that these voted for, or None; and what was wrong with theirs, if our state is right.
+
+        Holders may have to give it to all other members, one after another, so it has an exchange's time for each.
+        """
+        timeout = self._exchange_time.seconds * max(1, members - len(holders))
+        try:
+            return await self._keeper.fetch_proposal(holders, digest, timeout), ""
+        except Refuted as error:
+            return None, str(error)
 
     async def _reduce(self, group_id: bytes, roster: Roster, payload: Payload) -> ExchangeResult:
         """The exchange; a roster that cannot be used, as one that was used before, is a failed one."""

@@ -211,16 +211,17 @@ class SwarmView:
             self._outdate(peer)
         self.notify()
 
-    def presume_commit(self, peers: Iterable[str], branch: Branch) -> None:
-        """A round after `branch` is committed: its other members are about to step, too, whatever they said last.
+    def presume_commit(self, peers: Iterable[str], round_: int) -> None:
+        """The round after `round_` is committed: its other members are about to step, too, whatever they said last.
 
         Heartbeats are slower than short rounds. Who went by the last ones would take a member of the round before
         for somebody who is not there, and go on alone beside it.
         """
+        there = Branch((round_, bytes(32)), 0, 0)  # of a peer in that phase only the round counts: it leaves it at once
         for peer in peers:
             old = self._heard.get(peer)
-            if old is not None and old.round <= branch.head[0]:
-                self._keep(peer, _status_at(branch, phase="commit", tokens_per_s=old.tokens_per_s))
+            if old is not None and old.round <= round_:
+                self._keep(peer, _status_at(there, phase="commit", tokens_per_s=old.tokens_per_s))
                 self._outdate(peer)
 
     def _outdate(self, peer: str) -> None:

@@ -31,7 +31,8 @@ class FakeCompute:
     """A compute process without a model: its gradient depends on parameters, peer and round alone.
 
     batch: samples that it gathers every `step_s` seconds; both may be changed at any time. fruitless: how many of
-    the next rounds it has no update for. finished, abandoned: rounds that ended so.
+    the next rounds it has no update for. finished, abandoned: rounds that ended so. landed: rounds that it had begun
+    before their state was there. base: the shared parameters that its work stands on, as it last took them.
     """
 
     def __init__(self, number: int, keeper: StateKeeper, notify: Callable[[], None], fragments: int = 1) -> None:
@@ -44,6 +45,8 @@ class FakeCompute:
         self.fruitless = 0
         self.finished = 0
         self.abandoned = 0
+        self.landed: list[int] = []
+        self.base = keeper.state.params.copy()
         self.parked = False
         self._held = False
         self._gradient = np.zeros(keeper.layout.size, np.float32)
@@ -52,10 +55,14 @@ class FakeCompute:
         self._goes_on = False
 
     async def begin(self, round_number: int) -> None:
-        """See Compute."""
-        if not self._goes_on:
+        """See Compute: what it did since it went on stays, on top of the state that is there now."""
+        if self._goes_on:
+            self._round = round_number  # with fragments, this is the one that it hands over
+            self.landed.append(round_number)
+        else:
             self._start(round_number)
         self._goes_on = False
+        np.copyto(self.base, self.keeper.state.params)
 
     def _start(self, round_number: int) -> None:
         self.end()

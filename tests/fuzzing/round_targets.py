@@ -135,10 +135,10 @@ def _rosters() -> list[bytes]:
     status = Status(round=1, digest=head[1], total=9, anchor=1, phase="vote", samples=3, tokens_per_s=1.5)
     messages = [
         Roster(**plain, proposal=b"", holders=()),
-        Roster(**plain, proposal=bytes(32), holders=(0, 2)),
+        Roster(**plain, proposal=bytes(32), holders=((0, bytes(64)), (2, sign_vote(identity_number(2), bytes(32))))),
         Roster(**plain | {"claims": claims_of(head, MAX_ROSTER)}, proposal=b"", holders=()),
-        Enrol(round=head[0], digest=head[1], claim=claims[0], holding=b""),
-        Enrol(round=head[0], digest=head[1], claim=claims[1], holding=bytes(32)),
+        Enrol(round=head[0], digest=head[1], claim=claims[0], holding=b"", vote=b""),
+        Enrol(round=head[0], digest=head[1], claim=claims[1], holding=bytes(32), vote=bytes(64)),
         EnrolReply(accepted=True),
         status,
     ]
@@ -153,9 +153,9 @@ def roster(data: bytes) -> bool:
         if isinstance(message, Roster):
             check(len(set(message.members)) == len(message.claims), "a member twice")
             check(set(message.holding) <= set(message.members), "a holder that is no member")
-            all(claim.is_signed(message.head) for claim in message.claims)
+            check(message.is_signed in (True, False), "a roster that is neither signed nor not")
         elif isinstance(message, Enrol):
-            message.claim.is_signed((message.round, message.digest))
+            message.is_signed(message.claim.peer)
         elif isinstance(message, Status):
             check(message.branch.rank > start_of(RUN).rank or message.total == 0, "a branch below that of a newcomer")
     return bool(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -81,14 +83,6 @@ def test_a_round_that_fails_loses_nothing(explicitly: bool) -> None:
     np.testing.assert_array_equal(buffer.error, delta_of(1) - dense(lost))
 
 
-def test_reset() -> None:
-    buffer = filled(1)
-    buffer.compress(delta_of(2))
-    buffer.reset()
-    buffer.commit()
-    assert not buffer.error.any()
-
-
 def test_error_is_read_only_and_delta_is_left_alone() -> None:
     buffer, delta = ErrorBuffer(CODEC, RUN), delta_of(1)
     buffer.compress(delta)
@@ -135,6 +129,30 @@ def test_what_was_not_committed_is_saved_as_not_sent(tmp_path: Path) -> None:
     buffer, other = filled(1), ErrorBuffer(CODEC, RUN)
     buffer.compress(delta_of(2))
     buffer.save(tmp_path / "error")
+    assert other.load(tmp_path / "error")
+    np.testing.assert_array_equal(other.error, buffer.error)
+
+
+def test_who_saves_waits_for_a_compression_in_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that has to leave at once saves while its update is packed: the file has all of it, and was not sent."""
+    buffer, other = filled(1), ErrorBuffer(CODEC, RUN)
+    encoding, go_on = threading.Event(), threading.Event()
+    encode = CODEC.encode
+
+    def slow(vector: np.ndarray) -> bytes:
+        encoding.set()
+        assert go_on.wait(30)
+        return encode(vector)
+
+    monkeypatch.setattr(CODEC, "encode", slow)
+    with ThreadPoolExecutor(2) as threads:
+        packed = threads.submit(buffer.compress, delta_of(2))
+        assert encoding.wait(30)
+        saved = threads.submit(buffer.save, tmp_path / "error")
+        assert not wait([saved], timeout=0.2).done
+        go_on.set()
+        packed.result(30)
+        saved.result(30)
     assert other.load(tmp_path / "error")
     np.testing.assert_array_equal(other.error, buffer.error)
 

@@ -95,7 +95,8 @@ class Node:
 async def make_nodes(count: int, **fields: Any) -> list[Node]:
     """So many nodes of one network, which serve; a snapshot is made every EVERY rounds."""
     network = MemoryNetwork()
-    return [await Node(network, number, snapshot_every=EVERY, **fields).start() for number in range(count)]
+    section = {"snapshot_every": EVERY, **fields}
+    return [await Node(network, number, **section).start() for number in range(count)]
 
 
 async def saved(*nodes: Node) -> None:

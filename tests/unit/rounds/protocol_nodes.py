@@ -54,11 +54,14 @@ class Node:
 
     def offer(self, samples: int = 1, **fields: Any) -> Offer:
         """What it brings, for `gather`."""
+        if held := fields.get("holding"):
+            fields["vote"] = sign_vote(self.identity, held)
         return Offer(self.claim(samples), **fields)
 
-    def enrol(self, claim: Claim | None = None, where: Head = HEAD) -> bytes:
+    def enrol(self, claim: Claim | None = None, where: Head = HEAD, holding: bytes = b"", vote: bytes = b"") -> bytes:
         """An enrolment at HEAD, packed."""
-        return Enrol(round=where[0], digest=where[1], claim=claim or self.claim(where=where), holding=b"").pack()
+        mine = claim or self.claim(where=where)
+        return Enrol(round=where[0], digest=where[1], claim=mine, holding=holding, vote=vote).pack()
 
     def vote(self, group: bytes, body: bytes) -> bytes:
         """A vote for a body, packed."""

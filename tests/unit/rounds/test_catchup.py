@@ -12,7 +12,7 @@ from histories import EVERY, Node, frozen, make_nodes, saved, train
 
 from p2pllm.network.bulk import Blob
 from p2pllm.rounds import catchup
-from p2pllm.testing import MemoryNetwork, virtual
+from p2pllm.testing import LAYOUT, MemoryNetwork, virtual
 
 SMALL_CHUNK = 256
 CHUNKS = 30
@@ -56,6 +56,48 @@ async def test_who_missed_many_rounds_takes_a_snapshot_and_replays_the_rest() ->
     assert frozen(behind) == frozen(ahead)
     assert Counter(ahead.what)["aggregate"] == 3
     assert behind.disk.on_branch()[0].round == 16, "what was fetched is kept, and can be served"
+
+
+@virtual
+async def test_a_small_disk_replays_in_slices_what_it_has_no_room_for(tmp_path: Path) -> None:
+    network = MemoryNetwork()
+    ahead = await Node(network, 0, snapshot_every=1000).start()
+    behind = await Node(network, 1, tmp_path, snapshot_every=1000).start()
+    await train(ahead, behind, rounds=2)
+    await train(ahead, rounds=20)
+    ahead.disk.snapshots.drop(ahead.disk.on_branch()[0])  # nothing but the replay leads on
+    size, most, put = LAYOUT.nbytes, 0, behind.disk.aggregates.put
+    behind.disk.budget = 6 * size
+
+    def watched(digest: bytes, data: Any) -> None:
+        nonlocal most
+        put(digest, data)
+        most = max(most, sum(behind.disk.aggregates.sizes()))
+
+    behind.disk.aggregates.put = watched  # type: ignore[method-assign]
+    assert await behind.follow(ahead)
+    assert frozen(behind) == frozen(ahead)
+    assert Counter(ahead.what)["aggregate"] == 20, "each once"
+    assert 5 * size <= most <= 6 * size
+    behind.disk.close()
+    again = Node(MemoryNetwork(), 1, tmp_path, snapshot_every=1000)
+    assert again.head == ahead.head, "what is on the disk leads to where it was"
+
+
+@virtual
+async def test_a_replay_in_slices_that_breaks_off_leaves_all_that_was_there() -> None:
+    ahead, behind = await make_nodes(2, snapshot_every=1000)
+    await train(ahead, behind, rounds=2)
+    await train(ahead, rounds=9)
+    ahead.disk.snapshots.drop(ahead.disk.on_branch()[0])
+    behind.disk.budget = 4 * LAYOUT.nbytes
+    before, held = frozen(behind), behind.disk.aggregates.digests()
+    last = ahead.disk.log.record(11)
+    assert last is not None
+    ahead.disk.aggregates.drop(last.body.aggregate)
+    assert not await behind.follow(ahead)
+    assert frozen(behind) == before
+    assert held <= behind.disk.aggregates.digests()
 
 
 @virtual

@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 from histories import Node, changed, claims_of, commit, frozen, gradient, make_nodes, record_of, train
 
-from p2pllm.errors import StateError
+from p2pllm.errors import DiskError, NoRoomError, StateError
+from p2pllm.rounds.fetching import Refuted
 from p2pllm.rounds.keeper import MAX_HELD
-from p2pllm.rounds.record import Checkpoint, genesis
+from p2pllm.rounds.record import Body, Checkpoint, genesis
 from p2pllm.state.chunks import digest_of
 from p2pllm.testing import LAYOUT, identity_number, virtual
+
+
+async def fetch_proposal(node: Node, holders: list[Node], body: Body, timeout: float = 60.0) -> Body | None:
+    return await node.keeper.fetch_proposal([holder.id for holder in holders], body.digest, timeout)
 
 
 def state_after(node: Node) -> bytes:
@@ -139,8 +144,9 @@ async def test_a_proposal_is_fetched_by_digest_and_taken_over() -> None:
         return await liar.keeper.serve(request | {"digest": liar_body.digest})
 
     liar.answer = lie
-    assert await member.keeper.fetch_proposal([liar.id], body.digest) is None
-    assert await member.keeper.fetch_proposal([liar.id, holder.id], body.digest) == body
+    with pytest.raises(Refuted, match=f"{liar.id} is refused: none of them gives it"):
+        await fetch_proposal(member, [liar], body)
+    assert await fetch_proposal(member, [liar, holder], body) == body
     assert member.keeper.holding == body.digest
     await member.keeper.commit(record_of(body, 0, 1))
     assert state_after(member) == body.state
@@ -151,7 +157,7 @@ async def test_what_we_proposed_before_is_not_fetched() -> None:
     (node,) = await make_nodes(1)
     first = await node.keeper.propose(claims_of(node.head, 0), gradient(1))
     await node.keeper.propose(claims_of(node.head, 0), gradient(2))
-    assert await node.keeper.fetch_proposal([], first.digest) == first
+    assert await fetch_proposal(node, [], first) == first
     assert node.keeper.holding == first.digest
 
 
@@ -160,7 +166,8 @@ async def test_a_proposal_with_claims_that_nobody_signed_is_refused() -> None:
     liar, member = await make_nodes(2)
     forged = claims_of(liar.head, 0)[0].model_copy(update={"samples": 10**9})
     body = await liar.keeper.propose((forged,), gradient(1))
-    assert await member.keeper.fetch_proposal([liar.id], body.digest) is None
+    with pytest.raises(Refuted, match="did not sign"):
+        await fetch_proposal(member, [liar], body)
     assert member.keeper.holding == b""
 
 
@@ -169,7 +176,58 @@ async def test_a_proposal_for_another_round_is_refused() -> None:
     ahead, member = await make_nodes(2)
     await commit(ahead)
     body = await ahead.keeper.propose(claims_of(ahead.head, 0), gradient(1))
-    assert await member.keeper.fetch_proposal([ahead.id], body.digest) is None
+    with pytest.raises(Refuted, match="none of them gives it"):
+        await fetch_proposal(member, [ahead], body)
+
+
+@virtual
+async def test_a_proposal_with_an_aggregate_that_is_none_speaks_against_who_holds_it() -> None:
+    liar, member = await make_nodes(2)
+    junk = b"junk" * 10
+    liar.disk.aggregates.put(digest_of(junk), junk)
+    right = await liar.keeper.propose(claims_of(liar.head, 0), gradient(1))
+    wrong = changed(right, aggregate=digest_of(junk))
+    liar.keeper._held[wrong.digest] = wrong
+    with pytest.raises(Refuted, match=f"{liar.id} is refused: The aggregate of round 1 is of no use"):
+        await fetch_proposal(member, [liar], wrong)
+    assert member.keeper.holding == b""
+
+
+@virtual
+async def test_a_full_disk_speaks_against_nobody_who_gives_a_proposal() -> None:
+    holder, member = await make_nodes(2)
+    body = await holder.keeper.propose(claims_of(holder.head, 0), gradient(1))
+
+    def full(digest: bytes, data: Any) -> None:
+        raise NoRoomError("The disk is full.")
+
+    member.disk.aggregates.put = full  # type: ignore[method-assign]
+    with pytest.raises(DiskError, match="full"):
+        await fetch_proposal(member, [holder], body)
+
+
+@virtual
+async def test_a_proposal_that_does_not_come_in_time_is_refused() -> None:
+    holder, member = await make_nodes(2)
+    body = await holder.keeper.propose(claims_of(holder.head, 0), gradient(1))
+
+    async def never(request: dict[str, Any]) -> Any:
+        await asyncio.sleep(9.0)
+
+    holder.answer = never
+    with pytest.raises(Refuted, match="did not come in time"):
+        await fetch_proposal(member, [holder], body, timeout=2.0)
+
+
+@virtual
+async def test_a_proposal_that_a_damaged_state_does_not_lead_to_speaks_against_nobody() -> None:
+    holder, member = await make_nodes(2)
+    await commit(holder)
+    await member.keeper.follow(holder.keeper.branch, [holder.id])
+    body = await holder.keeper.propose(claims_of(holder.head, 0), gradient(1))
+    member.keeper.state.params[3] += 1.0
+    assert await fetch_proposal(member, [holder], body) is None
+    assert await fetch_proposal(member, [holder], body) == body, "the state was made anew"
 
 
 @virtual
@@ -179,7 +237,8 @@ async def test_a_proposal_that_our_state_does_not_lead_to_is_not_held() -> None:
     wrong = changed(right, state=bytes(32))
     liar.keeper._held[wrong.digest] = wrong
     before = frozen(member)
-    assert await member.keeper.fetch_proposal([liar.id], wrong.digest) is None
+    with pytest.raises(Refuted, match="our state does not lead there"):
+        await fetch_proposal(member, [liar], wrong)
     assert member.keeper.holding == b""
     assert frozen(member) == before, "our state was right, and stays"
 
@@ -190,7 +249,7 @@ async def test_who_committed_already_still_gives_the_proposal() -> None:
     fast, slow = await make_nodes(2)
     body = await fast.keeper.propose(claims_of(fast.head, 0, 1), gradient(1))
     await fast.keeper.commit(record_of(body, 0, 1))
-    assert await slow.keeper.fetch_proposal([fast.id], body.digest) == body
+    assert await fetch_proposal(slow, [fast], body) == body
 
 
 # -- a state that is damaged in memory -------------------------------------------------------------------------------

@@ -21,11 +21,11 @@ ONE, TWO = (Claim.sign(identity_number(number), (4, D), 3 - 2 * number, 1.0 + 4 
 ROSTER = Roster(round=4, digest=D, nonce=bytes(16), claims=(ONE, TWO), proposal=b"", holders=())
 ALL: list[Message] = [
     Status(round=1, digest=D, total=12, anchor=1, phase="vote", samples=3, tokens_per_s=1.5),
-    Enrol(round=4, digest=D, claim=ONE, holding=b""),
-    Enrol(round=4, digest=D, claim=ONE, holding=D),
+    Enrol(round=4, digest=D, claim=ONE, holding=b"", vote=b""),
+    Enrol(round=4, digest=D, claim=ONE, holding=D, vote=SIGNATURE),
     EnrolReply(accepted=True),
     ROSTER,
-    ROSTER.model_copy(update={"proposal": D, "holders": (1,)}),
+    ROSTER.model_copy(update={"proposal": D, "holders": ((1, SIGNATURE),)}),
     Vote(group=D, body=b"", signature=b""),
     Vote(group=D, body=D, signature=SIGNATURE),
 ]
@@ -100,10 +100,12 @@ A_CLAIM = msgpack.unpackb(ONE.pack())
         {"claims": ([*A_CLAIM[:2], -1.0, *A_CLAIM[3:]],)},
         {"claims": ([b"short", *A_CLAIM[1:]],)},
         {"proposal": D},  # and nobody holds it
-        {"holders": (0,)},
-        {"proposal": D, "holders": (2,)},
-        {"proposal": D, "holders": (-1,)},
-        {"proposal": D[:16], "holders": (0,)},
+        {"holders": ((0, SIGNATURE),)},
+        {"proposal": D, "holders": ((2, SIGNATURE),)},
+        {"proposal": D, "holders": ((-1, SIGNATURE),)},
+        {"proposal": D, "holders": ((0, SIGNATURE[:63]),)},
+        {"proposal": D, "holders": (0,)},
+        {"proposal": D[:16], "holders": ((0, SIGNATURE),)},
         {"nonce": b""},
         {"round": -1},
         {"digest": bytes(31)},
@@ -133,7 +135,7 @@ def test_a_status_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
 
 def test_the_largest_roster_fits() -> None:
     claims = tuple(Claim.sign(identity_number(number), (4, D), 10**9, 1e6, D) for number in range(MAX_ROSTER))
-    holders = tuple(range(MAX_ROSTER))
+    holders = tuple((place, SIGNATURE) for place in range(MAX_ROSTER))
     many = ROSTER.model_copy(update={"round": 10**9, "claims": claims, "proposal": D, "holders": holders})
     assert Roster.unpack(many.pack()) == many
     one_more = Claim.sign(identity_number(MAX_ROSTER), (4, D), 1, 1.0, D)
@@ -145,7 +147,7 @@ def test_a_roster_names_its_members_and_holders_in_order() -> None:
     first, second = identity_number(0).peer_id, identity_number(1).peer_id
     assert ROSTER.members == (first, second)
     assert ROSTER.holding == []
-    assert ROSTER.model_copy(update={"proposal": D, "holders": (1,)}).holding == [second]
+    assert ROSTER.model_copy(update={"proposal": D, "holders": ((1, SIGNATURE),)}).holding == [second]
     assert ROSTER.head == (4, D)
 
 

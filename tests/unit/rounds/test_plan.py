@@ -45,7 +45,7 @@ def claim(number: int) -> Claim:
 
 
 def enrol(number: int, holding: bytes = b"") -> Enrol:
-    return Enrol(round=1, digest=A, claim=claim(number), holding=holding)
+    return Enrol(round=1, digest=A, claim=claim(number), holding=holding, vote=bytes(64) if holding else b"")
 
 
 # -- who takes part ----------------------------------------------------------------------------------------------
@@ -328,3 +328,24 @@ def test_fewer_than_half_of_the_last_roster_are_a_minority() -> None:
     assert not plan.is_minority("ab", former), "half of them go on"
     assert not plan.is_minority("a", frozenset("ab")), "one of two goes on: the other is likely dead"
     assert not plan.is_minority("a", frozenset()), "there was no round before"
+
+
+@pytest.mark.parametrize(
+    ("samples", "gathered", "fields", "ends"),
+    [
+        (4, 11, {}, False),
+        (4, 12, {}, True),
+        (0, 12, {}, False),  # it has nothing to bring yet
+        (4, 4, {"deadline_passed": True}, True),
+        (0, 4, {"deadline_passed": True}, False),
+        (4, 4, {"others_are_over": True}, True),
+        (0, 4, {"others_are_over": True}, False),
+        (4, 4, {"alone": True}, False),
+        (4, 4, {"paused": True}, False),  # the others go on gathering, and ours is for their round
+        (4, 4, {"paused": True, "alone": True}, True),
+        (0, 4, {"paused": True}, True),
+    ],
+)
+def test_when_a_peer_has_gathered_enough(samples: int, gathered: int, fields: dict[str, bool], ends: bool) -> None:
+    usual = {"deadline_passed": False, "others_are_over": False, "paused": False, "alone": False}
+    assert plan.is_collected(samples, gathered, 12, **{**usual, **fields}) is ends

@@ -10,6 +10,7 @@ import pytest
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.errors import StateError
 from p2pllm.rounds import plan
+from p2pllm.rounds.fetching import Refuted
 from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.messages import Roster
 from p2pllm.rounds.record import Body, Claim, Record, sign_vote
@@ -71,6 +72,7 @@ class Fakes:
         self.decisions = [YES]
         self.votes: dict[str, bytes] = {B: BODY.digest, C: BODY.digest}
         self.fetched: Body | None = None
+        self.refuted = ""
         self.fetched_from: list[tuple[list[str], bytes]] = []
         self.checks = 0
 
@@ -93,7 +95,7 @@ class Fakes:
             nonce=len(self.asked).to_bytes(16, "big"),
             claims=claims,
             proposal=proposal,
-            holders=(1,) if proposal else (),
+            holders=((1, bytes(64)),) if proposal else (),
         )
 
     def pack(self, update: np.ndarray) -> np.ndarray:
@@ -119,8 +121,10 @@ class Fakes:
             raise self.trouble
         return body_of(claims, aggregate)
 
-    async def fetch_proposal(self, peers: list[str], digest: bytes) -> Body | None:
+    async def fetch_proposal(self, peers: list[str], digest: bytes, timeout: float) -> Body | None:
         self.fetched_from.append((peers, digest))
+        if self.refuted:
+            raise Refuted(self.refuted)
         return self.fetched
 
     async def check(self) -> bool:
@@ -173,7 +177,9 @@ async def test_who_fails_again_is_left_out_and_who_led_leads_no_more() -> None:
     fakes.decisions = [NO] * MAX_STRIKES + [YES]
     fakes.fetched = BODY
     fakes.votes = {B: BODY.digest, C: b""}
-    assert (await fakes.runner().run(UPDATE)).record is not None
+    result = await fakes.runner().run(UPDATE)
+    assert result.record is not None
+    assert result.failures == ["C is silent."] * (MAX_STRIKES + 1), "also that of the attempt that the others committed"
     assert fakes.asked == [(NOBODY, NOBODY)] * MAX_STRIKES + [(frozenset({C}), frozenset({B}))]
     assert fakes.suspected == [NOBODY] + [frozenset({C})] * MAX_STRIKES
 
@@ -273,6 +279,26 @@ async def test_a_proposal_that_fails_twice_is_dropped() -> None:
     assert fakes.offers[-1].failed == {OTHER_BODY.digest}
     assert result.attempts == MAX_STRIKES + 1
     assert len(fakes.vectors) == 1
+
+
+@virtual
+async def test_who_holds_what_cannot_be_used_is_left_out_whatever_it_holds_next() -> None:
+    fakes = Fakes()
+    why, without = "The proposal of B is refused.", body_of((CLAIMS[0], CLAIMS[2]))
+    fakes.decisions = [NO] * MAX_STRIKES + [plan.Decision(plan.Verdict.COMMIT, without.digest)]
+    fakes.votes = {C: b""}
+    gather = fakes.gather
+
+    async def another_each_time(*asked: Any) -> Roster | None:
+        fakes.proposal = len(fakes.asked).to_bytes(32, "big") if B not in asked[1] else b""
+        fakes.refuted = why if fakes.proposal else ""
+        return await gather(*asked)
+
+    fakes.gather = another_each_time  # type: ignore[method-assign, assignment]
+    result = await fakes.runner().run(UPDATE)
+    assert result.failures == [why] * MAX_STRIKES
+    assert fakes.asked[-1][0] == {B}
+    assert len(fakes.vectors) == 1, "the next attempt exchanges"
 
 
 @virtual

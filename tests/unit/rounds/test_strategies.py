@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from p2pllm.rounds.update import Update
 from p2pllm.state import Layout
-from p2pllm.testing import MemorySwarm, virtual
+from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 from p2pllm.testing.swarm import Parts
 
 WIDE = Layout.of([("embedding", (130, 70)), ("matrix", (64, 64)), ("gain", (70,))])
+UNEVEN = Layout.of([("matrix", (31, 20)), ("gain", (5,))])
+"""Its three fragments differ in size."""
+
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "diloco"},
     {"strategy": "diloco", "overlap": True},
@@ -65,6 +69,34 @@ async def test_a_death_costs_a_round_nothing_but_time(strategy: dict[str, Any], 
     swarm.check_rounds()
 
 
+@pytest.mark.parametrize("strategy", [each for each in STRATEGIES if each.get("overlap")], ids=str)
+@virtual
+async def test_work_that_went_on_lands_on_the_state_of_its_round(strategy: dict[str, Any]) -> None:
+    """Also on that of a later one, where the swarm has gone on without us meanwhile."""
+    swarm = MemorySwarm(parts=Parts(layout=UNEVEN), **{"rounds": 12, "snapshot_every": 3, **strategy})
+    peers = swarm.add(4)
+    slow = peers[3]
+    compute, finish = slow.compute, slow.compute.finish
+    stood_on: list[bool] = []
+
+    async def watched(go_on: bool = False) -> Update | None:
+        stood_on.append(np.array_equal(compute.base, slow.keeper.state.params))
+        at = slow.keeper.head[0]
+        update = await finish(go_on)
+        if at == 5:
+            assert await slow.view.wait_until(lambda: peers[0].keeper.head[0] > at + 1, 60.0)
+        return cast(Update | None, update)
+
+    compute.finish = watched
+    await swarm.start()
+    await swarm.finish()
+    assert all(stood_on)
+    assert len(compute.landed) >= 6 and compute.landed == sorted(set(compute.landed))
+    assert 6 not in compute.landed, "what it had begun for that round landed on a later one"
+    assert max(compute.landed) > 7, "and it went on"
+    swarm.check_rounds()
+
+
 @virtual
 async def test_fragments_take_turns() -> None:
     swarm = made(strategy="diloco", overlap=True, fragments=3)
@@ -83,10 +115,8 @@ async def test_fragments_take_turns() -> None:
     assert sum(sent[:3]) == WIDE.nbytes and sent[3] == sent[0]
 
 
-@virtual
-async def test_an_update_that_is_none_counts_for_nobody_and_its_sender_is_named() -> None:
-    swarm = made(strategy="sparse_loco", rounds=6)
-    *others, liar = swarm.add(4)
+def damages_what_it_packs(liar: MemoryPeer, round_: int) -> None:
+    """From the round after `round_` on."""
     pack = liar.exchange.pack
 
     def lie(update: np.ndarray) -> bytes:
@@ -94,12 +124,23 @@ async def test_an_update_that_is_none_counts_for_nobody_and_its_sender_is_named(
         payload[0] ^= 0x40
         return bytes(payload)
 
-    liar.at("collecting", 2, lambda: setattr(liar.exchange, "pack", lie))
+    liar.at("collecting", round_, lambda: setattr(liar.exchange, "pack", lie))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@virtual
+async def test_updates_that_are_none_count_for_nobody_and_their_senders_are_named(count: int) -> None:
+    swarm = made(strategy="sparse_loco", rounds=6)
+    others, liars = swarm.add(4), swarm.add(count)
+    for liar in liars:
+        damages_what_it_packs(liar, 2)
     await swarm.start()
     await swarm.until(lambda: all(peer.keeper.head[0] == 6 for peer in others))
     for peer in others:
-        assert [len(record.members) for record in peer.records[3:]] == [3, 3, 3]
-        assert any(liar.id in failure and "refused" in failure for failure in peer.records[2].failures)
+        assert [len(record.members) for record in peer.records[3:]] == [4, 4, 4]
+        for failure in peer.records[2].failures:
+            assert all(f"The update of {liar.id} is refused" in failure for liar in liars)
+        assert peer.records[2].failures
 
 
 @virtual

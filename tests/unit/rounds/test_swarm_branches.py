@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from p2pllm.rounds.chain import Branch
@@ -155,7 +156,7 @@ async def test_the_update_of_who_yields_is_in_its_next_record() -> None:
     follow = lost.keeper.follow
 
     async def watched(branch: Branch, peers: list[str], others: Sequence[str] = ()) -> bool:
-        pending.append(lost.loop._pending)
+        pending.append(lost.loop._pending._kept.get(0))
         lost.compute.step_s = 1000.0  # it has nothing else to bring
         return await follow(branch, peers, others)
 
@@ -170,3 +171,29 @@ async def test_the_update_of_who_yields_is_in_its_next_record() -> None:
     assert lost.disk.log.has(joint.head)
     (claim,) = [claim for claim in joint.body.members if claim.peer == lost.id]
     assert (claim.samples, claim.update) == (update.samples, digest_of(update.vector.data.cast("B")))
+
+
+@virtual
+async def test_what_compression_left_out_stays_when_its_branch_is_left() -> None:
+    swarm = MemorySwarm(rounds=10**6, strategy="sparse_loco")
+    (lost,), others = await split(swarm, (1, 3))
+    begin, errors = lost.compute.begin, list[np.ndarray]()
+
+    async def watched(round_number: int) -> None:
+        if lost.disk.log.abandoned():
+            errors.append(lost.exchange._buffer.error.copy())
+        await begin(round_number)
+
+    lost.compute.begin = watched
+    follow, before = lost.keeper.follow, list[np.ndarray]()
+
+    async def followed(branch: Branch, peers: list[str], others: Sequence[str] = ()) -> bool:
+        before.append(lost.exchange._buffer.error.copy())
+        return await follow(branch, peers, others)
+
+    lost.keeper.follow = followed  # type: ignore[method-assign]
+    swarm.network.heal()
+    await swarm.until(lambda: bool(errors))
+    assert others[0].disk.log.has(lost.keeper.head)
+    assert before[-1].any()
+    np.testing.assert_array_equal(errors[0], before[-1])

@@ -13,11 +13,18 @@ from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.averaging.dense import NOTICE_METHOD
 from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.rounds.chain import Branch
-from p2pllm.rounds.gathering import Offer
+from p2pllm.rounds.gathering import LEADER_GRACE_S, Offer
 from p2pllm.rounds.messages import Roster
-from p2pllm.rounds.record import Body, Record, pack_all
+from p2pllm.rounds.record import Body, Record, pack_all, sign_vote
+from p2pllm.rounds.round import MAX_STRIKES, VOTE_FLOOR_S
 from p2pllm.rounds.vote import Ballot
+from p2pllm.state.chunks import digest_of
 from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
+
+
+def held(liar: MemoryPeer, offer: Offer, body: bytes) -> Offer:
+    """The offer, and that the liar has voted for this body."""
+    return dataclasses.replace(offer, holding=body, vote=sign_vote(liar.identity, body))
 
 
 async def claim(liar: MemoryPeer, branch: Branch, *, serve: Any = None) -> None:
@@ -184,7 +191,8 @@ async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
             payload = roster.model_copy(update={"claims": tuple(claims)}).pack()
         elif lie == "made-up proposal":
             holder = roster.members.index(liar.id)
-            payload = roster.model_copy(update={"proposal": bytes(32), "holders": (holder,)}).pack()
+            holders = ((holder, sign_vote(liar.identity, bytes(32))),)
+            payload = roster.model_copy(update={"proposal": bytes(32), "holders": holders}).pack()
         elif Roster.unpack(sent[0]).head == roster.head:
             payload = sent[0]
         await liar.host.call(peer, "roster", payload, 2.0)
@@ -207,12 +215,51 @@ async def test_a_member_that_says_it_holds_what_is_not_there_stops_nobody(count:
     gather = liar.desk.gather
 
     async def lie(offer: Offer, *peers: frozenset[str]) -> Roster | None:
-        return await gather(dataclasses.replace(offer, holding=b"made up " * 4), *peers)
+        return await gather(held(liar, offer, b"made up " * 4), *peers)
 
     liar.desk.gather = lie  # type: ignore[method-assign, assignment]
     await swarm.start()
     honest = peers[1:]
     await swarm.until(lambda: all(peer.keeper.head[0] == 6 for peer in honest), 600.0)
+    if len(honest) > 1:  # else both are half of the swarm, and each goes on alone
+        swarm.check_rounds()
+
+
+@pytest.mark.parametrize("count", [3, 5])
+@virtual
+async def test_a_member_that_invents_a_proposal_for_each_attempt_is_named_and_left_out(count: int) -> None:
+    """Whatever it says that it holds is another body each time, which it gives; their aggregates are junk."""
+    swarm = MemorySwarm(rounds=4)
+    *honest, liar = swarm.add(count)
+    gather, junk = liar.desk.gather, b"junk" * 10
+    liar.disk.aggregates.put(digest_of(junk), junk)
+    made: list[Body] = []
+
+    async def lie(offer: Offer, *peers: frozenset[str]) -> Roster | None:
+        branch, run = liar.keeper.branch, bytes.fromhex(liar.keeper.run_id)
+        if branch.head[0] != 2:
+            return await gather(offer, *peers)
+        members = claims_of(branch.head, liar.number)
+        total, state = branch.total + members[0].samples, len(made).to_bytes(32, "big")
+        body = Body(
+            run=run, round=3, previous=branch.head[1], total=total, members=members, aggregate=digest_of(junk),
+            state=state,
+        )  # fmt: skip
+        made.append(body)
+        liar.keeper._held[body.digest] = body
+        return await gather(held(liar, offer, body.digest), *peers)
+
+    liar.desk.gather = lie  # type: ignore[method-assign, assignment]
+    await swarm.start()
+    await swarm.until(lambda: all(peer.keeper.head[0] == 4 for peer in honest))
+    assert len({body.digest for body in made}) >= MAX_STRIKES
+    for peer in honest:
+        third = peer.records[2]
+        assert third.round == 3 and 1 < third.attempts <= MAX_STRIKES + 1
+        assert third.members.keys() == {other.id for other in honest}, "the honest go on together"
+        assert sum(f"The proposal of {liar.id} is refused" in why for why in third.failures) == third.attempts - 1
+        took = peer.committed_at[3] - peer.committed_at[2]
+        assert took < 2 * (swarm.manifest.round.roster_wait_s + LEADER_GRACE_S + VOTE_FLOOR_S)
     swarm.check_rounds()
 
 

@@ -94,7 +94,7 @@ async def test_who_is_doubted_counts_again_after_a_while() -> None:
 @virtual
 async def test_a_late_heartbeat_does_not_undo_what_is_known_to_be_committed() -> None:
     node, other = await make_nodes(2)
-    node.view.presume_commit([other.id], OWN)
+    node.view.presume_commit([other.id], OWN.head[0])
     node.hear(other.id, phase="exchange")  # sent before
     assert node.view.statuses()[other.id].phase == "commit"
     await asyncio.sleep(OUTDATED_S + 0.1)
