@@ -193,7 +193,7 @@ class Direct:
 
     async def _connect_to(self, host: str, known: _Known) -> Stream:
         loop = asyncio.get_running_loop()
-        sock = socket.socket(family_of(host), socket.SOCK_STREAM)
+        sock = socket.socket(family_of(host), socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             sock.setblocking(False)
             tune(sock)

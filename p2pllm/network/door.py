@@ -85,7 +85,7 @@ class Door:
 
 async def listen(make: Make, host: str, port: int, context: ssl.SSLContext) -> Door:
     """A Door on this IP address and port, 0 for any. Raises OSError."""
-    sock = socket.socket(family_of(host), socket.SOCK_STREAM)
+    sock = socket.socket(family_of(host), socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

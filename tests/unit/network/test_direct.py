@@ -108,6 +108,20 @@ async def test_a_stream_carries_bytes_both_ways_and_both_ends_count_them(place: 
     assert place.traffic["bob"].peers["ann"].received == len(BLOCK)
 
 
+async def test_no_end_holds_back_a_small_piece_until_the_one_before_it_was_acknowledged(place: Place):
+    accepted = asyncio.get_running_loop().create_future()
+
+    async def see(peer, reader, writer) -> None:
+        accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    place.handlers["/p2pllm/1/test/see"] = see
+    ann, _ = await place.start("ann"), await place.start("bob")
+    _, writer = await ann.open("bob", "/p2pllm/1/test/see")
+    assert writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert await asyncio.wait_for(accepted, 5)
+    writer.close()
+
+
 async def test_peers_introduce_themselves_once_for_many_streams(place: Place):
     ann, _ = await place.start("ann"), await place.start("bob")
     streams = await asyncio.gather(*(ann.open("bob", PROTO) for _ in range(8)))
@@ -141,6 +155,7 @@ async def test_who_is_slow_gets_all_that_was_sent_before_the_end(place: Place):
     async def reduce(peer, reader, writer) -> None:
         channel = channel_of(reader, writer)
         await channel.take_over()
+        await channel.receive_into(memoryview(bytearray(1 << 18)))
         await channel.send(BLOCK[: 1 << 20])
         channel.close()
         sent.set()
@@ -149,7 +164,7 @@ async def test_who_is_slow_gets_all_that_was_sent_before_the_end(place: Place):
     ann, _ = await place.start("ann"), await place.start("bob")
     channel = channel_of(*await ann.open("bob", "/p2pllm/1/test/reduce"))
     await channel.take_over()
-    await channel.send(BLOCK[: 1 << 18])  # which bob does not read
+    await channel.send(BLOCK[: 1 << 18])
     came = bytearray(1 << 20)
     async with asyncio.timeout(20):
         await sent.wait()
@@ -297,6 +312,51 @@ def dial(port: int, name: str, chain: Path | None) -> bytes:
     ):
         tls.sendall(bytes([len(PROTO)]) + PROTO.encode() + b"hello")
         return tls.recv(5)
+
+
+def dial_give_and_end(port: int, name: str, chain: Path, proto: str, data: bytes) -> None:
+    """A TLS client that sends and is gone at once, without the goodbyes of TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(chain)
+    with (
+        socket.create_connection(("127.0.0.1", port), 5) as plain,
+        context.wrap_socket(plain, server_hostname=name) as tls,
+    ):
+        tls.sendall(bytes([len(proto)]) + proto.encode() + data)
+
+
+async def test_what_came_before_the_end_is_read_in_any_pieces_after_it(place: Place):
+    came: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def reduce(peer, reader, writer) -> None:
+        vigil = Vigil(5.0)
+        channel = Channel(reader, writer, vigil.wait("", Want.PULL), vigil.wait("", Want.PUSH))
+        await channel.take_over()
+        got = bytearray(180_000)
+        try:
+            await asyncio.sleep(0.3)  # all of it is here by then, and so is the end
+            for at in range(0, 180_000, 60_000):
+                await channel.receive_into(memoryview(got)[at : at + 60_000])
+            with pytest.raises(ConnectionError, match="ended early"):
+                await channel.receive_into(memoryview(bytearray(1)))
+            came.set_result(bytes(got))
+        except BaseException as error:
+            came.set_exception(error)
+            raise
+
+    place.handlers["/p2pllm/1/test/reduce"] = reduce
+    ann, bob = await place.start("ann"), await place.start("bob")
+    await bob.introduce("ann", pack({"certificate": ann._certificate}))
+    await asyncio.to_thread(
+        dial_give_and_end,
+        bob._port,
+        name_of(ann._certificate),
+        ann._key_file,
+        "/p2pllm/1/test/reduce",
+        BLOCK[:180_000],
+    )
+    assert await asyncio.wait_for(came, 10) == BLOCK[:180_000]
 
 
 @pytest.mark.parametrize("case", ["nobody's name", "no certificate", "another one's certificate", "its own"])
