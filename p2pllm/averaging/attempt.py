@@ -125,7 +125,7 @@ class Attempt:
             except* GaveUp as group:
                 failures = [error for error in group.exceptions if isinstance(error, GaveUp)]
                 blamed = frozenset[str]().union(*(failure.blamed for failure in failures))
-                reason = GaveUp(blamed, failures[0].reason)
+                reason = GaveUp(blamed, "; ".join(dict.fromkeys(failure.reason for failure in failures)))
             else:
                 return
             raise reason

@@ -56,17 +56,18 @@ class SparseExchange(Exchange):
         if not isinstance(payload, bytes):
             raise ValueError("A sparse exchange takes what it packed.")
         got = await self._gather.run(group, payload, deadline)
-        refused = await asyncio.to_thread(self._refused, group, got.updates)
+        refused = await asyncio.to_thread(self._refused, got.arrived)
         return ExchangeResult(
             aggregate=self._form.pack(got.updates) if got.updates and not refused else None,
             failed=got.failed | refused.keys(),
-            reason=got.reason or next(iter(refused.values()), ""),
+            reason="; ".join(filter(None, [got.reason, *refused.values()])),
             bytes_sent=got.bytes_sent,
             bytes_received=got.bytes_received,
             seconds=got.seconds,
         )
 
-    def _refused(self, group: Group, updates: list[bytes]) -> dict[str, str]:
+    def _refused(self, arrived: dict[str, bytes]) -> dict[str, str]:
         """Members whose updates are none, which they signed all the same; and what is wrong with each."""
-        wrong = {group.members[place]: why for place, why in self._form.refusals(updates).items()}
+        members = list(arrived)
+        wrong = {members[place]: why for place, why in self._form.refusals(list(arrived.values())).items()}
         return {member: f"The update of {member} is refused: {why}" for member, why in wrong.items()}
