@@ -119,10 +119,13 @@ class Direct:
             self._server = None
             self._callers.clear()  # with the certificate that goes
             self._known.clear()
+            self._key = b""
             self._key_file.unlink(missing_ok=True)
 
     def _context(self, protocol: int, trusted: bytes = b"") -> ssl.SSLContext:
         """See `certificates.context`. TLS reads our key from a file, which whoever tidies up after days may remove."""
+        if not self._key:
+            raise ValueError("we have stopped")
         restore(self._key_file, self._key)
         return context(protocol, self._key_file, trusted)
 

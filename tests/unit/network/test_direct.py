@@ -520,6 +520,16 @@ async def test_the_key_is_private_and_goes_with_the_node(place: Place):
     assert await ann.open("bob", PROTO) is None
 
 
+async def test_who_is_introduced_to_a_stopped_peer_finds_it_when_it_is_started_again(place: Place):
+    ann, bob = await place.start("ann"), await place.start("bob")
+    await bob.stop()
+    with pytest.raises(ValueError, match="stopped"):
+        await bob.introduce("ann", pack({"certificate": ann._certificate}))
+    assert not (place.folder / "bob" / "direct.pem").exists()
+    await bob.start(place.folder / "bob", "127.0.0.1", 0)
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
+
+
 async def test_peers_meet_after_somebody_has_tidied_up(place: Place):
     ann, _ = await place.start("ann"), await place.start("bob")
     for name in ("ann", "bob"):
