@@ -20,6 +20,7 @@ import numpy as np
 
 from p2pllm.averaging.channel import CHUNK_BYTES, Channel, refuse
 from p2pllm.averaging.codecs import Floats, codec
+from p2pllm.averaging.exchange import in_one
 from p2pllm.averaging.group import Group
 from p2pllm.averaging.mean import NotFinite, weighted_mean
 from p2pllm.averaging.vigil import GaveUp, Vigil, Want, blaming
@@ -125,7 +126,7 @@ class Attempt:
             except* GaveUp as group:
                 failures = [error for error in group.exceptions if isinstance(error, GaveUp)]
                 blamed = frozenset[str]().union(*(failure.blamed for failure in failures))
-                reason = GaveUp(blamed, "; ".join(dict.fromkeys(failure.reason for failure in failures)))
+                reason = GaveUp(blamed, in_one(failure.reason for failure in failures))
             else:
                 return
             raise reason

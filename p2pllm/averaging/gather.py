@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from blake3 import blake3
 
+from p2pllm.averaging.exchange import in_one
 from p2pllm.averaging.group import GROUP_ID_BYTES, Group
 from p2pllm.averaging.patience import CAP_S, Patience
 from p2pllm.errors import NetworkError
@@ -129,7 +130,7 @@ class Gather:
         return Gathered(
             arrived={maker: updates.by_digest[digest] for maker, digest in makers if digest in updates.by_digest},
             failed=frozenset(reasons),
-            reason="; ".join(reasons[maker] for maker in group.members if maker in reasons),
+            reason=in_one(reasons[maker] for maker in group.members if maker in reasons),
             bytes_sent=self._sent - sent,
             bytes_received=sum(len(updates.by_digest.get(digest, b"")) for digest in wanted),
             seconds={"total": time.perf_counter() - begun},

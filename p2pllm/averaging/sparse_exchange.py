@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from p2pllm.averaging.exchange import Exchange, Payload
+from p2pllm.averaging.exchange import Exchange, Payload, in_one
 from p2pllm.averaging.feedback import ErrorBuffer
 from p2pllm.averaging.form import SparseForm
 from p2pllm.averaging.gather import Gather
@@ -60,7 +60,7 @@ class SparseExchange(Exchange):
         return ExchangeResult(
             aggregate=self._form.pack(got.updates) if got.updates and not refused else None,
             failed=got.failed | refused.keys(),
-            reason="; ".join(filter(None, [got.reason, *refused.values()])),
+            reason=in_one([got.reason, *refused.values()]),
             bytes_sent=got.bytes_sent,
             bytes_received=got.bytes_received,
             seconds=got.seconds,

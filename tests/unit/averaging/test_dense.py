@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pllm.averaging import DenseAllReduce, Group, codec
-from p2pllm.averaging.attempt import STREAM_METHOD
+from p2pllm.averaging.attempt import STREAM_METHOD, Attempt
 from p2pllm.averaging.dense import LANE_BYTES, MAX_LANES, lanes_for
+from p2pllm.averaging.vigil import GaveUp
 from p2pllm.network.transport import MUCH_BYTES
 from p2pllm.testing import MemoryHost, MemoryNetwork
 
@@ -200,3 +201,25 @@ async def test_all_that_a_member_moves_with_another_counts_as_much(codec_name: s
         (expected,) = host.expected
         assert (expected >= MUCH_BYTES) == is_much
         assert expected == 2 * codec(codec_name).bytes_for(values // 8)
+
+
+@virtual
+async def test_all_that_went_wrong_at_once_is_said() -> None:
+    async def fail(peer: str) -> None:
+        raise GaveUp(frozenset({peer}), f"{peer} broke.")
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for peer in "bcb":
+                tasks.create_task(fail(peer))
+
+    group = make_group(3, 100)
+    host = MemoryNetwork().host("a")
+    vector = make_vectors(group)["a"]
+    attempt = Attempt(host, group, vector, np.empty_like(vector), part_elements=64, stall_timeout=5.0)
+    working = asyncio.create_task(work())
+    await asyncio.wait([working])
+    with pytest.raises(GaveUp) as caught:
+        attempt._judge(working, asyncio.create_task(asyncio.sleep(0)))
+    assert caught.value.reason == "b broke; c broke." and caught.value.blamed == {"b", "c"}
+    attempt.close()
