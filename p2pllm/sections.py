@@ -141,10 +141,14 @@ SUITED: dict[str, dict[str, Any]] = {
         "round": {"strategy": "diloco", "codec": "int8", **_LONG_ROUNDS},
         "outer": {"learning_rate": 1.0, "momentum": 0.0},
     },
-    "sparse_loco": {"optimizer": _LOCAL_STEPS, "round": {"strategy": "sparse_loco", **_LONG_ROUNDS}},
+    "sparse_loco": {
+        "optimizer": _LOCAL_STEPS,
+        "round": {"strategy": "sparse_loco", "error_decay": 0.8, **_LONG_ROUNDS},
+        "outer": {"learning_rate": 1.3},
+    },
 }
-"""What a new run file says for a strategy where the default does not suit it: some 30 steps of four peers a round, and
-what learned most in scripts/bench/losses.py."""
+"""What a new run file says where a strategy's defaults, those of its paper, do not suit small models and short runs: some
+30 steps of four peers a round, and the rates that learned most with that in scripts/bench/losses.py."""
 
 
 class RoundSection(Section):
@@ -177,6 +181,9 @@ class RoundSection(Section):
     )
     own_share: float = Field(
         0.5, ge=0, le=1, description="with fragments: share of a peer's own parameters where a fragment lands"
+    )
+    error_decay: float = Field(
+        0.95, ge=0, lt=1, description="sparse_loco: what remains, a round, of what compression left out in earlier ones"
     )
     min_peers: int = Field(1, ge=1, le=64, description="peers that must be there for a round to begin")
     max_peers: int = Field(64, ge=1, le=64, description="largest roster of one round")

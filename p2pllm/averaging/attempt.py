@@ -20,12 +20,13 @@ import numpy as np
 
 from p2pllm.averaging.channel import CHUNK_BYTES, Channel, refuse
 from p2pllm.averaging.codecs import Floats, codec
-from p2pllm.averaging.group import Group, all_reasons
+from p2pllm.averaging.exchange import in_one
+from p2pllm.averaging.group import Group
 from p2pllm.averaging.mean import NotFinite, weighted_mean
 from p2pllm.averaging.vigil import GaveUp, Vigil, Want, blaming
 from p2pllm.network.transport import Transport
 
-STREAM_METHOD = "allreduce/1"
+STREAM_METHOD = "allreduce/2"
 MAGIC = b"p2ar\x01"
 HEADER_BYTES = len(MAGIC) + 64
 """Magic and version, group id, digest of the group; the opener's values follow."""
@@ -66,7 +67,7 @@ class Attempt:
         self._vector = vector
         self._codec = codec(group.codec)
         self._part_elements = part_elements
-        self._lane_bytes = codec(group.codec).bytes_for(group.size // len(group.members) // lanes)
+        self._expected = 2 * self._codec.bytes_for(group.size // len(group.members))  # values there, means back
         self._own = np.empty(min(part_elements, group.size), np.float32)
         self._stall = stall_timeout
         self._vigil = Vigil(stall_timeout)
@@ -125,7 +126,7 @@ class Attempt:
             except* GaveUp as group:
                 failures = [error for error in group.exceptions if isinstance(error, GaveUp)]
                 blamed = frozenset[str]().union(*(failure.blamed for failure in failures))
-                reason = GaveUp(blamed, all_reasons(failure.reason for failure in failures))
+                reason = GaveUp(blamed, in_one(failure.reason for failure in failures))
             else:
                 return
             raise reason
@@ -161,7 +162,7 @@ class Attempt:
     async def _exchange_with(self, peer: str, digest: bytes, lane: int, tasks: TaskGroup) -> None:
         with blaming(peer):
             with self._vigil.wait(peer, Want.OPEN).waiting():
-                reader, writer = await self._transport.open_stream(peer, STREAM_METHOD, self._lane_bytes)
+                reader, writer = await self._transport.open_stream(peer, STREAM_METHOD, self._expected)
             receiving, sending = self._vigil.wait(peer, Want.PULL), self._vigil.wait(peer, Want.PUSH)
             channel = Channel(reader, writer, receiving, sending)
             self.channels.append(channel)

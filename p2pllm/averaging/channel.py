@@ -2,8 +2,8 @@
 
 A StreamReader costs three copies and an allocation a read. Where the stream stands on a socket, a Channel
 puts a BufferedProtocol under it, with asyncio's public `set_protocol`, and the kernel writes into the array
-itself; streams without a socket (those of tests) are read the ordinary way. What does not live here: what the
-bytes mean, and whom to blame.
+itself; under TLS, where asyncio gives out what it has decrypted, that is copied once. Streams without a socket (those
+of tests) are read the ordinary way. What does not live here: what the bytes mean, and whom to blame.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Channel:
         self._reader = reader
         self._writer = writer
         self._rest = memoryview(b"")
-        self._direct: _DirectProtocol | None = None
+        self._direct: _SocketProtocol | _TlsProtocol | None = None
         _widen(writer)
 
     async def take_over(self) -> None:
@@ -54,7 +54,8 @@ class Channel:
             return
         # A reader that counts for its node does not see what goes past it.
         hand_over = getattr(self._reader, "hand_over", lambda: lambda count: None)
-        direct = _DirectProtocol(transport, self.receiving, hand_over())
+        kind = _TlsProtocol if transport.get_extra_info("sslcontext") else _SocketProtocol
+        direct = kind(transport, self.receiving, hand_over())
         transport.set_protocol(direct)
         # What the reader holds already comes first; with the end fed, read() returns just that, and at once.
         self._reader.feed_eof()
@@ -152,12 +153,11 @@ def _widen(writer: StreamWriter) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHUNK_BYTES)  # Linux doubles it
 
 
-class _DirectProtocol(asyncio.BufferedProtocol):
-    """Lets the transport write what comes into the array that `fill` names, and reads nothing otherwise."""
+class _Direct(asyncio.BaseProtocol):
+    """Has what comes written into the array that `fill` names, and has nothing read otherwise."""
 
     def __init__(self, transport: asyncio.Transport, receiving: Wait, report: Callable[[int], None]) -> None:
         self._transport = transport
-        self._is_tls = transport.get_extra_info("sslcontext") is not None
         self._report = report
         self._receiving = receiving
         # The StreamWriter's drain() and wait_closed() live in the stream's own protocol: it must hear, too.
@@ -167,6 +167,7 @@ class _DirectProtocol(asyncio.BufferedProtocol):
         self._ended = False
 
     async def fill(self, view: memoryview) -> None:
+        """Raises ConnectionResetError if the stream ends before."""
         if self._ended or self._transport.is_closing():
             raise ConnectionResetError("The stream ended early.")
         self._target = view
@@ -183,22 +184,15 @@ class _DirectProtocol(asyncio.BufferedProtocol):
         if not self._transport.is_closing():
             self._transport.pause_reading()
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._target
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def _came(self, nbytes: int) -> None:
+        """So many bytes are in the array."""
         self._target = self._target[nbytes:]
-        self._report(nbytes)
         self._receiving.touch()
         if not self._target:
             # At once, not when the waiter wakes: the loop may look at the socket again before that.
             self.pause()
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)
-
-    def eof_received(self) -> bool:
-        self._end()
-        return not self._is_tls  # which has no half-closed state
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
@@ -214,6 +208,50 @@ class _DirectProtocol(asyncio.BufferedProtocol):
         self._ended = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(ConnectionResetError("The stream ended early."))
+
+
+class _SocketProtocol(_Direct, asyncio.BufferedProtocol):
+    """The kernel writes into the array."""
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._target
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._report(nbytes)
+        self._came(nbytes)
+
+    def eof_received(self) -> bool:
+        self._end()
+        return True  # the other direction goes on
+
+
+class _TlsProtocol(_Direct, asyncio.Protocol):
+    """Takes all that asyncio has decrypted, which is at most what it lets wait undecrypted and one read more.
+
+    Once the other side's end has come, asyncio gives out its buffer a single time and drops what is not taken then.
+    """
+
+    def __init__(self, transport: asyncio.Transport, receiving: Wait, report: Callable[[int], None]) -> None:
+        super().__init__(transport, receiving, report)
+        self._spare = memoryview(b"")  # came, but no array was there for it
+
+    async def fill(self, view: memoryview) -> None:
+        at = min(len(self._spare), len(view))
+        view[:at] = self._spare[:at]
+        self._spare = self._spare[at:]
+        if at < len(view):
+            await super().fill(view[at:])
+
+    def data_received(self, data: bytes) -> None:
+        self._report(len(data))
+        at = min(len(data), len(self._target))
+        self._target[:at] = data[:at]
+        self._spare = memoryview(data)[at:]  # nothing is read while there is some
+        self._came(at)
+
+    def eof_received(self) -> bool:
+        self._end()
+        return False  # TLS has no half-closed state
 
 
 async def refuse(answer: bytes, reader: StreamReader, writer: StreamWriter) -> None:

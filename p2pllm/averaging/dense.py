@@ -18,7 +18,7 @@ import numpy as np
 
 from p2pllm.averaging.attempt import FINISHED, HEADER_BYTES, MAGIC, REFUSED, STREAM_METHOD, Attempt
 from p2pllm.averaging.channel import refuse
-from p2pllm.averaging.codecs import Floats
+from p2pllm.averaging.codecs import Floats, codec
 from p2pllm.averaging.exchange import Exchange, Payload
 from p2pllm.averaging.group import GROUP_ID_BYTES, MAX_MEMBERS, ExchangeResult, Group
 from p2pllm.averaging.patience import Patience
@@ -29,7 +29,7 @@ from p2pllm.network.streams import held
 from p2pllm.network.transport import Transport
 from p2pllm.state import FLOAT
 
-NOTICE_METHOD = "allreduce/1/gave-up"
+NOTICE_METHOD = f"{STREAM_METHOD}/gave-up"
 NOTICE_SECONDS = 1.0
 """Longest time to tell the others that we gave up, within the deadline."""
 
@@ -38,7 +38,7 @@ MAX_PENDING = MAX_MEMBERS * MAX_LANES
 """Streams, over all peers, whose group we have not started; we stop reading them after their header."""
 
 LANE_BYTES = 2 << 20
-"""A member's values of a span, and their mean, go over one stream for so many bytes, at most MAX_LANES."""
+"""A member's values of a span, and their mean, go over one stream for so many encoded bytes, at most MAX_LANES."""
 
 MAX_PENDING_PER_PEER = 4 * MAX_LANES
 HEADER_SECONDS = 10.0
@@ -55,7 +55,7 @@ _REMEMBERED = 1024
 
 def lanes_for(group: Group) -> int:
     """Streams from each member to each other one: all come to the same."""
-    return max(1, min(FLOAT.itemsize * group.size // len(group.members) // LANE_BYTES, MAX_LANES))
+    return max(1, min(codec(group.codec).bytes_for(group.size // len(group.members)) // LANE_BYTES, MAX_LANES))
 
 
 def part_bytes_for(group: Group) -> int:

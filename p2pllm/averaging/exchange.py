@@ -7,6 +7,7 @@ What does not live here: the exchanges that there are (`dense`, `sparse_exchange
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,12 @@ Payload = NDArray[np.float32] | bytes
 def view_of(payload: Payload | bytearray | memoryview) -> memoryview:
     """The bytes of what travels, or of an aggregate; no copy."""
     return payload.data.cast("B") if isinstance(payload, np.ndarray) else memoryview(payload)
+
+
+def in_one(reasons: Iterable[str]) -> str:
+    """One sentence of several; empty if there is none."""
+    clauses = [reason.rstrip(".") for reason in dict.fromkeys(reasons) if reason]
+    return "; ".join(clauses) + "." * bool(clauses)
 
 
 class Exchange(ABC):

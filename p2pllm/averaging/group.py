@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,11 +94,6 @@ class Group:
         """The span of member `index` in pieces of `part_elements`; the last may be smaller."""
         span = self.span(index)
         return [slice(at, min(at + part_elements, span.stop)) for at in range(span.start, span.stop, part_elements)]
-
-
-def all_reasons(reasons: Iterable[str]) -> str:
-    """What went wrong with several members, in one sentence; empty if nothing did."""
-    return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
 
 
 @dataclass(frozen=True)

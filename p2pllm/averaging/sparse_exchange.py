@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from p2pllm.averaging.exchange import Exchange, Payload
+from p2pllm.averaging.exchange import Exchange, Payload, in_one
 from p2pllm.averaging.feedback import ErrorBuffer
 from p2pllm.averaging.form import SparseForm
 from p2pllm.averaging.gather import Gather
-from p2pllm.averaging.group import ExchangeResult, Group, all_reasons
+from p2pllm.averaging.group import ExchangeResult, Group
 from p2pllm.network.transport import Transport
 
 
@@ -24,10 +24,12 @@ class SparseExchange(Exchange):
 
     keeps = True
 
-    def __init__(self, transport: Transport, form: SparseForm, run_id: str, file: Path | None = None) -> None:
+    def __init__(
+        self, transport: Transport, form: SparseForm, run_id: str, error_decay: float, file: Path | None = None
+    ) -> None:
         """file: keeps what compression left out from one session to the next."""
         self._form = form
-        self._buffer = ErrorBuffer(self._form.codec, run_id)
+        self._buffer = ErrorBuffer(self._form.codec, run_id, error_decay)
         self._file = file
         self._gather = Gather(transport, self._form.codec.max_bytes)
 
@@ -56,17 +58,18 @@ class SparseExchange(Exchange):
         if not isinstance(payload, bytes):
             raise ValueError("A sparse exchange takes what it packed.")
         got = await self._gather.run(group, payload, deadline)
-        refused = await asyncio.to_thread(self._refused, group, got.updates)
+        refused = await asyncio.to_thread(self._refused, got.arrived)
         return ExchangeResult(
             aggregate=self._form.pack(got.updates) if got.updates and not refused else None,
             failed=got.failed | refused.keys(),
-            reason=all_reasons([got.reason, *refused.values()]),
+            reason=in_one([got.reason, *refused.values()]),
             bytes_sent=got.bytes_sent,
             bytes_received=got.bytes_received,
             seconds=got.seconds,
         )
 
-    def _refused(self, group: Group, updates: list[bytes]) -> dict[str, str]:
+    def _refused(self, arrived: dict[str, bytes]) -> dict[str, str]:
         """Members whose updates are none, which they signed all the same; and what is wrong with each."""
-        wrong = {group.members[place]: why for place, why in self._form.refusals(updates).items()}
+        members = list(arrived)
+        wrong = {members[place]: why for place, why in self._form.refusals(list(arrived.values())).items()}
         return {member: f"The update of {member} is refused: {why}" for member, why in wrong.items()}

@@ -11,7 +11,7 @@ from p2pllm.averaging.dense import DenseAllReduce
 from p2pllm.averaging.exchange import Exchange
 from p2pllm.averaging.form import DenseForm, Form, SparseForm
 from p2pllm.averaging.sparse_exchange import SparseExchange
-from p2pllm.manifest import RunDraft
+from p2pllm.manifest import RunDraft, RunManifest
 from p2pllm.network.transport import Transport
 from p2pllm.state import Layout
 
@@ -23,11 +23,12 @@ def form_of(draft: RunDraft, layout: Layout) -> Form:
     return DenseForm(layout, draft.round.fragments)
 
 
-def exchange_of(form: Form, run_id: str, transport: Transport, folder: Path | None = None) -> Exchange:
-    """The exchange that makes aggregates of this form.
+def exchange_of(manifest: RunManifest, form: Form, transport: Transport, folder: Path | None = None) -> Exchange:
+    """The exchange of a run, which makes aggregates of this form.
 
     folder: where it keeps what is this peer's own, from session to session.
     """
     if not isinstance(form, SparseForm):
         return DenseAllReduce(transport)
-    return SparseExchange(transport, form, run_id, None if folder is None else folder / "error.safetensors")
+    file = None if folder is None else folder / "error.safetensors"
+    return SparseExchange(transport, form, manifest.run_id, manifest.round.error_decay, file)

@@ -18,6 +18,7 @@ __all__ = [
     "MAX_ADDRESS_BYTES",
     "checked_addresses",
     "host_of",
+    "hosts_of",
     "is_loopback",
     "ordered",
     "port_of",
@@ -98,6 +99,16 @@ def reach(addresses: Iterable[str]) -> str:
         elif (host := host_of(address)) and ipaddress.ip_address(host).is_global:
             kinds.add("direct")
     return min(kinds, default="")
+
+
+def hosts_of(seen: Iterable[str], said: Iterable[str]) -> list[str]:
+    """IP addresses at which to dial a peer. seen: addresses of its connections with us; said: those that it announces.
+
+    What it only says counts where no connection shows better, and only out on the internet: it must not have us dial
+    whom it likes in our own networks.
+    """
+    hosts = [host for host in map(host_of, seen) if host]
+    return hosts or [host for host in map(host_of, said) if host and ipaddress.ip_address(host).is_global]
 
 
 def port_of(address: str) -> int | None:

@@ -33,10 +33,18 @@ def new_certificate(file: Path, owner: str) -> bytes:
         .sign(key, None)
     )
     file.unlink(missing_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        out.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        out.write(made.public_bytes(Encoding.PEM))
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + made.public_bytes(Encoding.PEM)
+    restore(file, pem)
     return made.public_bytes(Encoding.DER)
+
+
+def restore(file: Path, pem: bytes) -> None:
+    """Write a key and its certificate to a file of mode 0600, unless it is there."""
+    if file.exists():
+        return
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+        out.write(pem)
 
 
 def name_of(certificate: bytes) -> str:

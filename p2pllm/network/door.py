@@ -1,8 +1,8 @@
 """Door: listens for TLS connections, and lets in a few at a time.
 
 asyncio's own server starts a handshake, with a buffer of 256 KiB, for everybody who connects; here further ones wait in
-the kernel's queue. Also what sockets that carry bulk are set to. What does not live here: whose certificate is taken,
-and what is said on a connection (`direct`).
+the kernel's queue, but not for long behind who says nothing. Also what sockets that carry bulk are set to. What does
+not live here: whose certificate is taken, and what is said on a connection (`direct`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import contextlib
 import logging
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Collection
 
 from p2pllm.network.streams import Make
 
 log = logging.getLogger(__name__)
 
-HANDSHAKE_S = 5.0
+HANDSHAKE_S = 2.0
 """Time in which a caller shows its certificate, and again in which it says what it wants."""
 
 MAX_HANDSHAKES = 128
 """At a time."""
+
+PRESSED_S = 0.5
+"""While others wait, the oldest handshake of the host that has most of them is given up after so long."""
 
 _BACKLOG = 256
 _REST_S = 1.0
@@ -42,24 +46,32 @@ class Door:
         """make: a protocol for each that shows a certificate that the context takes."""
         self.sockets = (sock,)
         self._make, self._context = make, context
-        self._free = asyncio.Semaphore(MAX_HANDSHAKES)
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], tuple[str, float]] = {}  # host, and since when; oldest first
         self._accepting = asyncio.create_task(self._accept(sock))
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._free.acquire()
+            while len(self._handshakes) >= MAX_HANDSHAKES:
+                await self._make_room()
             try:
-                sock, _ = await loop.sock_accept(listening)
+                sock, address = await loop.sock_accept(listening)
             except OSError as error:  # as too many open files
                 log.warning("A connection for bulk cannot be accepted: %s.", error.strerror or error)
-                self._free.release()
                 await asyncio.sleep(_REST_S)
                 continue
             task = asyncio.create_task(self._let_in(sock))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+            self._handshakes[task] = (address[0], loop.time())
+            task.add_done_callback(self._handshakes.pop)
+
+    async def _make_room(self) -> None:
+        """Wait until a handshake is over, one way or another, or is old enough to be given up."""
+        busiest = Counter(host for host, _ in self._handshakes.values()).most_common(1)[0][0]
+        oldest, since = next((task, since) for task, (host, since) in self._handshakes.items() if host == busiest)
+        seconds = since + PRESSED_S - asyncio.get_running_loop().time()
+        if seconds <= 0:
+            oldest.cancel()
+        await asyncio.wait(self._handshakes, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
 
     async def _let_in(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -71,8 +83,6 @@ class Door:
         except BaseException:
             sock.close()
             raise
-        finally:
-            self._free.release()
 
     def close(self) -> None:
         """Stop listening, and give up what has not come in."""
@@ -85,7 +95,7 @@ class Door:
 
 async def listen(make: Make, host: str, port: int, context: ssl.SSLContext) -> Door:
     """A Door on this IP address and port, 0 for any. Raises OSError."""
-    sock = socket.socket(family_of(host), socket.SOCK_STREAM)
+    sock = socket.socket(family_of(host), socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -18,14 +18,14 @@ from hivemind.p2p import PeerID
 
 from p2pllm.errors import NetworkError, UnreachableError
 from p2pllm.identity import Identity, is_peer_id
-from p2pllm.network.addresses import MAX_ADDRESS_BYTES, MAX_ADDRESSES, host_of, split, to_text
+from p2pllm.network.addresses import MAX_ADDRESS_BYTES, MAX_ADDRESSES, hosts_of, split, to_text
 from p2pllm.network.book import AddressBook
 from p2pllm.network.calls import METHOD as CALLS
 from p2pllm.network.calls import Calls
 from p2pllm.network.control import P2PD_STOPPED, Control
 from p2pllm.network.dht import Directory
-from p2pllm.network.direct import METHOD as DIRECT
 from p2pllm.network.direct import Direct
+from p2pllm.network.introduction import METHOD as DIRECT
 from p2pllm.network.options import ListenSettings, NodeSettings, P2pdOptions
 from p2pllm.network.p2pd import Progress
 from p2pllm.network.streams import Traffic
@@ -256,9 +256,8 @@ class Node:
         return await self.call(peer, DIRECT, payload, OPEN_STREAM_S)
 
     async def _hosts(self, peer: str) -> list[str]:
-        """Where a peer may be reached: from where it is connected with us, then where it says that it is."""
-        texts = [*await self.seen_at(peer), *self._book.texts(peer)]
-        return [host for host in map(host_of, texts) if host]
+        """Where a peer may be reached: from where it is connected with us; if a relay lies between, where it says."""
+        return hosts_of(await self.seen_at(peer), self._book.texts(peer))
 
     def _served(self, proto: str) -> StreamHandler | None:
         return self._streams.get(proto.removeprefix(self._prefix)) if proto.startswith(self._prefix) else None

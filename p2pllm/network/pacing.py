@@ -26,7 +26,7 @@ class Pacer:
         self._free_at = 0.0
 
     def owe(self, count: int) -> float:
-        """Seconds that `count` bytes, which were just moved, and all before them still take at the rate."""
+        """Seconds that `count` bytes, which move now, and all before them still take at the rate."""
         if not self.mbit:
             return 0.0
         now = asyncio.get_running_loop().time()
@@ -34,6 +34,6 @@ class Pacer:
         return max(0.0, self._free_at - now)
 
     async def pay(self, count: int) -> None:
-        """Wait as long as `count` bytes, which were just moved, and all before them take at the rate."""
+        """Wait as long as `count` bytes, which are about to move, and all before them take at the rate."""
         if self.mbit:
             await asyncio.sleep(self.owe(count))

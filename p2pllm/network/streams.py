@@ -7,6 +7,7 @@ messages that p2pd expects at the start of a stream (`control`), and TLS (`direc
 from __future__ import annotations
 
 import asyncio
+import math
 from asyncio import StreamReader, StreamReaderProtocol, StreamWriter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,8 +153,14 @@ async def pace(writer: StreamWriter, count: int) -> None:
 
 def limits_upload(writer: StreamWriter) -> bool:
     """Whether this machine sends no faster than a set rate."""
+    return limit_of_upload(writer) < math.inf
+
+
+def limit_of_upload(writer: StreamWriter) -> float:
+    """Bytes a second that this machine sends at most, on all streams of this kind together."""
     moved = writer.moved if isinstance(writer, CountedWriter) else None
-    return moved is not None and moved.pacer is not None and moved.pacer.mbit > 0
+    limited = moved is not None and moved.pacer is not None and moved.pacer.mbit > 0
+    return moved.pacer.mbit * 1e6 / 8 if limited and moved and moved.pacer else math.inf
 
 
 def limits_intake(reader: StreamReader) -> bool:

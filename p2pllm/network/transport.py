@@ -22,8 +22,9 @@ StreamHandler = Callable[[str, StreamReader, StreamWriter], Awaitable[None]]
 MAX_CALL_BYTES = 256 * 1024
 """Bound on the payload and on the reply of a call; anything larger travels in a stream."""
 
-MUCH_BYTES = 1 << 20
-"""A stream that is to carry so much is worth a dial; less travels sooner on a connection that stands already."""
+MUCH_BYTES = 128 * 1024
+"""Streams that are to carry so much are worth a dial, which costs 1 ms of processor time at either end: as much lies
+on a line of 10 Mbit/s for a tenth of a second, and heartbeats would queue behind it. Less travels with the calls."""
 
 
 class Transport(Protocol):
@@ -44,7 +45,8 @@ class Transport(Protocol):
     async def open_stream(self, peer: str, method: str, expected: int = 0) -> tuple[StreamReader, StreamWriter]:
         """Open a stream of bytes, both ways. Raises NetworkError. The caller closes the writer.
 
-        expected: bytes that are to travel, for which another path may be worth while.
+        expected: bytes that are to travel, both ways, on this stream and those that are opened to the peer along with
+        it, for which another path may be worth while.
         Who reads from the stream's socket past the reader calls the reader's `hand_over()`, if there is one, and what
         that returns with each number of bytes that came.
         """

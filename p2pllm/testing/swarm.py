@@ -51,7 +51,7 @@ _POLL_S = 0.02
 def _exchange(peer: MemoryPeer) -> Exchange:
     manifest = peer.swarm.manifest
     if manifest.round.strategy == "sparse_loco":
-        return exchange_of(peer.disk.form(peer.swarm.layout), manifest.run_id, peer.host)
+        return exchange_of(manifest, peer.disk.form(peer.swarm.layout), peer.host)
     return DenseAllReduce(peer.host, part_bytes=256)  # so that small vectors have several parts
 
 

@@ -176,7 +176,7 @@ class Participant:
         keeper.serving.give_way = self._give_way
         self._desk = RosterDesk(self._node, view, section, self._run_id)
         self._votes = VoteBox(self._node, view, identity)
-        self._exchange = exchange_of(disk.form(layout), self._run_id, self._node, self.folder.path)
+        self._exchange = exchange_of(manifest, disk.form(layout), self._node, self.folder.path)
         runner = RoundRunner(identity, view, self._desk, self._votes, self._exchange, keeper, section)
         self._ledger = Ledger(disk.log, self._node.peer_id)
         self.loop = TrainingLoop(manifest, view, self._desk, runner, keeper, compute, self._on_round)

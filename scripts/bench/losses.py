@@ -84,6 +84,7 @@ BATCH = 8
 AHEAD = 6  # with overlap, one of so many steps of a round is computed while the update before travels
 PLAIN = {"outer": {"learning_rate": 1.0, "momentum": 0.0}}
 MUON = {"optimizer": {"type": "muon", "learning_rate": 16e-3}}
+TUNED = Way("sparse_loco", decay=0.8, changes={"outer": {"learning_rate": 1.3}})
 ALONE = Way("diloco", peers=1, changes=PLAIN)
 
 WAYS: dict[str, Way] = {
@@ -94,16 +95,17 @@ WAYS: dict[str, Way] = {
     "diloco int8": Way("diloco", codec="int8", changes=PLAIN),
     "diloco fp32, overlap": Way("diloco", overlap=True, changes=PLAIN),
     "diloco fp32, 3 fragments": Way("diloco", steps=STEPS // 3, overlap=True, fragments=3, changes=PLAIN),
-    "sparse_loco": Way("sparse_loco"),
-    "sparse_loco, by all": Way("sparse_loco", divide_by="all"),
-    "sparse_loco, overlap": Way("sparse_loco", overlap=True),
+    "sparse_loco": TUNED,
+    "sparse_loco, as its paper": Way("sparse_loco"),
+    "sparse_loco, by all": replace(TUNED, divide_by="all"),
+    "sparse_loco, overlap": replace(TUNED, overlap=True),
     "one process, muon": replace(ALONE, changes={**PLAIN, **MUON}),
     "diloco fp32, muon": Way("diloco", changes={**PLAIN, **MUON}),
     "diloco int8, muon, overlap": Way("diloco", overlap=True, codec="int8", changes={**PLAIN, **MUON}),
     "diloco fp32, muon, H 10": Way("diloco", steps=10, changes={**PLAIN, **MUON}),
     "sparse_loco, muon": Way("sparse_loco", changes={"optimizer": {"type": "muon"}}),
     **{f"diloco fp32, H {steps}": Way("diloco", steps=steps, changes=PLAIN) for steps in (10, 5)},
-    **{f"sparse_loco, H {steps}": Way("sparse_loco", steps=steps) for steps in (10, 5)},
+    **{f"sparse_loco, H {steps}": replace(TUNED, steps=steps) for steps in (10, 5)},
 }
 
 
@@ -160,6 +162,18 @@ SEARCH: dict[str, Way] = {
     **{
         f"sparse_loco, rate 0.002, error decay {decay}": _with("sparse_loco", 2e-3, decay=decay)
         for decay in (0.8, 0.9, 0.99)
+    },
+    **{
+        f"sparse_loco, rate {rate}, outer {outer}, error decay {decay}": _with(
+            "sparse_loco", rate, {"learning_rate": outer}, decay=decay
+        )
+        for rate, outer, decay in (
+            (2e-3, 1.3, 0.5),
+            (2e-3, 1.3, 0.7),
+            (2e-3, 1.3, 0.8),
+            (2e-3, 1.7, 0.8),
+            (1.4e-3, 1.3, 0.8),
+        )
     },
     "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),
 }

@@ -89,9 +89,7 @@ async def trajectory(**section: Any) -> list[str]:
     hosts, form = [network.host(number) for number in range(len(WEIGHTS))], form_of(manifest, layout)
     sparse = manifest.round.strategy == "sparse_loco"
     exchanges: list[Exchange] = [
-        exchange_of(form_of(manifest, layout), manifest.run_id, host)
-        if sparse
-        else DenseAllReduce(host, part_bytes=256)
+        exchange_of(manifest, form_of(manifest, layout), host) if sparse else DenseAllReduce(host, part_bytes=256)
         for host in hosts
     ]
     for exchange in exchanges:

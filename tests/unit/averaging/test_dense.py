@@ -10,8 +10,12 @@ from cluster import Cluster, SocketNetwork, check, make_group, make_vectors, vir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pllm.averaging import Group, codec
-from p2pllm.testing import MemoryNetwork
+from p2pllm.averaging import DenseAllReduce, Group, codec
+from p2pllm.averaging.attempt import STREAM_METHOD, Attempt
+from p2pllm.averaging.dense import LANE_BYTES, MAX_LANES, lanes_for
+from p2pllm.averaging.vigil import GaveUp
+from p2pllm.network.transport import MUCH_BYTES
+from p2pllm.testing import MemoryHost, MemoryNetwork
 
 
 @pytest.mark.parametrize("codec_name", ["fp32", "fp16", "bf16", "int8"])
@@ -163,3 +167,59 @@ async def test_callers_mistakes_raise(cluster: Cluster) -> None:
     await engine.run(group, np.zeros(10, np.float32), 5)
     with pytest.raises(ValueError, match="before"):
         await engine.run(group, np.zeros(10, np.float32), 5)
+
+
+@pytest.mark.parametrize(("codec_name", "lanes"), [("fp32", 4), ("fp16", 3), ("int8", 1)])
+def test_lanes_follow_what_travels(codec_name: str, lanes: int) -> None:
+    group = make_group(4, 4 * 3 * LANE_BYTES // 2, codec_name)
+    assert lanes_for(group) == lanes <= MAX_LANES
+
+
+class Noting(MemoryHost):
+    """Notes what it says of the bytes that are to travel."""
+
+    expected: set[int]
+
+    async def open_stream(self, peer: str, method: str, expected: int = 0):
+        if method == STREAM_METHOD:
+            self.__dict__.setdefault("expected", set()).add(expected)
+        return await super().open_stream(peer, method, expected)
+
+
+@pytest.mark.parametrize(("codec_name", "values", "is_much"), [("int8", 5_000_000, True), ("fp32", 60_000, False)])
+@virtual
+async def test_all_that_a_member_moves_with_another_counts_as_much(codec_name: str, values: int, is_much: bool) -> None:
+    network = MemoryNetwork()
+    network.host_class = Noting
+    group = make_group(8, values, codec_name)
+    vectors = make_vectors(group)
+    made = {member: DenseAllReduce(network.host(member)) for member in group.members}
+    for each in made.values():
+        await each.start()
+    await asyncio.gather(*(made[member].run(group, vectors[member], 60.0) for member in group.members))
+    for host in network.hosts.values():
+        (expected,) = host.expected
+        assert (expected >= MUCH_BYTES) == is_much
+        assert expected == 2 * codec(codec_name).bytes_for(values // 8)
+
+
+@virtual
+async def test_all_that_went_wrong_at_once_is_said() -> None:
+    async def fail(peer: str) -> None:
+        raise GaveUp(frozenset({peer}), f"{peer} broke.")
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for peer in "bcb":
+                tasks.create_task(fail(peer))
+
+    group = make_group(3, 100)
+    host = MemoryNetwork().host("a")
+    vector = make_vectors(group)["a"]
+    attempt = Attempt(host, group, vector, np.empty_like(vector), part_elements=64, stall_timeout=5.0)
+    working = asyncio.create_task(work())
+    await asyncio.wait([working])
+    with pytest.raises(GaveUp) as caught:
+        attempt._judge(working, asyncio.create_task(asyncio.sleep(0)))
+    assert caught.value.reason == "b broke; c broke." and caught.value.blamed == {"b", "c"}
+    attempt.close()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 import ssl
 import stat
@@ -19,10 +20,12 @@ from hypothesis import strategies as st
 from p2pllm.averaging.channel import Channel
 from p2pllm.averaging.vigil import Vigil, Want
 from p2pllm.errors import NetworkError, SettingsError
-from p2pllm.network import direct, door
+from p2pllm.network import direct, door, reached
+from p2pllm.network.addresses import hosts_of
 from p2pllm.network.certificates import name_of, new_certificate, owner_of
-from p2pllm.network.direct import MAX_PEERS, Direct
+from p2pllm.network.direct import TAKEN, Direct
 from p2pllm.network.messages import pack, unpack
+from p2pllm.network.reached import MAX_PEERS
 from p2pllm.network.streams import Traffic
 
 PROTO = "/p2pllm/1/test/mirror"
@@ -108,6 +111,20 @@ async def test_a_stream_carries_bytes_both_ways_and_both_ends_count_them(place: 
     assert place.traffic["bob"].peers["ann"].received == len(BLOCK)
 
 
+async def test_no_end_holds_back_a_small_piece_until_the_one_before_it_was_acknowledged(place: Place):
+    accepted = asyncio.get_running_loop().create_future()
+
+    async def see(peer, reader, writer) -> None:
+        accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    place.handlers["/p2pllm/1/test/see"] = see
+    ann, _ = await place.start("ann"), await place.start("bob")
+    _, writer = await ann.open("bob", "/p2pllm/1/test/see")
+    assert writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert await asyncio.wait_for(accepted, 5)
+    writer.close()
+
+
 async def test_peers_introduce_themselves_once_for_many_streams(place: Place):
     ann, _ = await place.start("ann"), await place.start("bob")
     streams = await asyncio.gather(*(ann.open("bob", PROTO) for _ in range(8)))
@@ -141,6 +158,7 @@ async def test_who_is_slow_gets_all_that_was_sent_before_the_end(place: Place):
     async def reduce(peer, reader, writer) -> None:
         channel = channel_of(reader, writer)
         await channel.take_over()
+        await channel.receive_into(memoryview(bytearray(1 << 18)))
         await channel.send(BLOCK[: 1 << 20])
         channel.close()
         sent.set()
@@ -149,7 +167,7 @@ async def test_who_is_slow_gets_all_that_was_sent_before_the_end(place: Place):
     ann, _ = await place.start("ann"), await place.start("bob")
     channel = channel_of(*await ann.open("bob", "/p2pllm/1/test/reduce"))
     await channel.take_over()
-    await channel.send(BLOCK[: 1 << 18])  # which bob does not read
+    await channel.send(BLOCK[: 1 << 18])
     came = bytearray(1 << 20)
     async with asyncio.timeout(20):
         await sent.wait()
@@ -174,7 +192,7 @@ async def test_who_is_not_reached_is_not_tried_again_for_a_while(place: Place, m
     assert await ann.open("bob", PROTO) is None
     assert place.introductions == 1
     now = asyncio.get_running_loop().time()
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + direct.RETRY_S + 1)
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + reached.RETRY_S + 1)
     stream = await ann.open("bob", PROTO)
     monkeypatch.undo()
     assert await mirrored(stream) == BLOCK
@@ -186,7 +204,7 @@ async def test_a_peer_that_has_moved_is_found_when_it_is_tried_again(place: Plac
     assert await ann.open("bob", PROTO) is None
     place.hosts = ["127.0.0.1"]
     now = asyncio.get_running_loop().time()
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + direct.RETRY_S + 1)
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + reached.RETRY_S + 1)
     first = await ann.open("bob", PROTO)
     monkeypatch.undo()
     assert await mirrored(first) == BLOCK
@@ -197,12 +215,68 @@ async def test_a_peer_that_has_moved_is_found_when_it_is_tried_again(place: Plac
     assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
 
 
-async def test_a_stream_of_what_nobody_serves_is_closed_and_not_counted(place: Place):
+async def test_a_stream_of_what_nobody_serves_is_not_opened_and_not_counted(place: Place):
     ann, bob = await place.start("ann"), await place.start("bob")
-    reader, writer = await ann.open("bob", "/p2pllm/1/test/nothing")
-    assert await asyncio.wait_for(reader.read(), 5) == b""
-    writer.close()
-    assert place.served == [] and place.traffic["bob"].streams == {} and not bob._open
+    assert await ann.open("bob", "/p2pllm/1/test/nothing") is None
+    await closed(bob)
+    assert place.served == [] and place.traffic["bob"].streams == place.traffic["ann"].streams == {}
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK  # it says nothing against the peer
+
+
+async def closed(peer: Direct) -> None:
+    """Wait until nothing is open that others opened."""
+    async with asyncio.timeout(5):
+        while peer._open:  # noqa: ASYNC110 - the other side notices at once
+            await asyncio.sleep(0.01)
+
+
+def dial_for_nothing(port: int, name: str, chain: Path, count: int) -> list[ssl.SSLSocket]:
+    """Sockets that ask for what nobody serves, and that the client keeps."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(chain)
+    made = []
+    for _ in range(count):
+        made.append(context.wrap_socket(socket.create_connection(("127.0.0.1", port), 5), server_hostname=name))
+        with contextlib.suppress(OSError):  # those that are too many may be refused before
+            made[-1].sendall(b"\x03/no")
+    return made
+
+
+def descriptors() -> int:
+    """How many this process has."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts descriptors in /proc")
+async def test_sockets_that_are_refused_are_closed_at_once_whatever_the_other_side_does(place: Place):
+    ann, bob = await place.start("ann"), await place.start("bob")
+    await bob.introduce("ann", pack({"certificate": ann._certificate}))
+    before = descriptors()
+    made = await asyncio.to_thread(dial_for_nothing, bob._port, name_of(ann._certificate), ann._key_file, 60)
+    try:
+        async with asyncio.timeout(5):  # asyncio would wait 30 s for the other side's goodbye
+            while descriptors() > before + len(made):  # noqa: ASYNC110 - it closes them at once
+                await asyncio.sleep(0.01)
+        assert not bob._open
+    finally:
+        for sock in made:
+            sock.close()
+
+
+async def test_a_stream_counts_until_its_socket_is_closed(place: Place):
+    async def end(peer, reader, writer) -> None:
+        await reader.readexactly(1)
+
+    place.handlers["/p2pllm/1/test/end"] = end
+    ann, bob = await place.start("ann"), await place.start("bob")
+    _, writer = await ann.open("bob", "/p2pllm/1/test/end")
+    writer.transport.pause_reading()  # so it does not hear the goodbye
+    writer.write(b"x")
+    await asyncio.sleep(0.2)
+    assert bob._open["ann"] == 1
+    writer.transport.abort()
+    await closed(bob)
 
 
 async def test_a_peer_has_a_share_of_the_streams(place: Place, monkeypatch: pytest.MonkeyPatch):
@@ -212,21 +286,16 @@ async def test_a_peer_has_a_share_of_the_streams(place: Place, monkeypatch: pyte
     for reader, writer in first:
         writer.write(b"x")
         assert await asyncio.wait_for(reader.readexactly(1), 5) == b"x"
-    reader, writer = await ann.open("bob", PROTO)
-    assert await asyncio.wait_for(reader.read(), 5) == b""
-    for _, other in [*first, (reader, writer)]:
+    assert await ann.open("bob", PROTO) is None, "p2pd is to carry it"
+    for _, other in first:
         other.close()
-    async with asyncio.timeout(5):
-        while bob._open:  # noqa: ASYNC110 - the other side notices at once
-            await asyncio.sleep(0.01)
+    await closed(bob)
     assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
 
 
-async def test_strangers_that_say_nothing_wait_for_a_place_and_time_out(place: Place, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(door, "MAX_HANDSHAKES", 2)
-    monkeypatch.setattr(door, "HANDSHAKE_S", 0.3)
+async def test_strangers_that_say_nothing_give_way(place: Place):
     ann, bob = await place.start("ann"), await place.start("bob")
-    strangers = [socket.create_connection(("127.0.0.1", bob._port)) for _ in range(5)]
+    strangers = [socket.create_connection(("127.0.0.1", bob._port)) for _ in range(door.MAX_HANDSHAKES)]
     try:
         stream = await ann.open("bob", PROTO)  # behind all of them
         assert stream is not None and await mirrored(stream) == BLOCK
@@ -274,7 +343,30 @@ async def test_a_firewall_that_drops_what_comes_costs_a_bounded_time(place: Plac
         bob._port = silent.getsockname()[1]
         async with asyncio.timeout(5):
             assert set(await asyncio.gather(*(ann.open("bob", PROTO) for _ in range(8)))) == {None}
-    assert ann._failed["bob"][1] == direct.RETRY_S  # once for all of them
+    assert ann._reached.pause("bob") == reached.RETRY_S  # once for all of them
+
+
+async def test_a_slow_dial_says_nothing_against_a_peer_that_others_reached(place: Place):
+    ann, bob = await place.start("ann"), await place.start("bob")
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
+    port, bob._port = bob._port, 1  # nobody listens there
+    known = ann._known["bob"]
+    known.port = 1
+    assert await ann.open("bob", PROTO) is None
+    bob._port = port
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
+
+
+async def test_a_peer_cannot_have_itself_tried_all_the_time(place: Place):
+    ann = await place.start("ann")
+    asked = []
+    for number in range(3):
+        made = new_certificate(place.folder / "ann" / f"{number}.pem", "bob")
+        (place.folder / "ann" / f"{number}.pem").unlink()
+        await ann.introduce("bob", pack({"certificate": made}))
+        assert await ann.open("bob", PROTO) is None
+        asked.append(place.introductions)
+    assert asked == [1, 2, 2], "it is not there, however often it says that it was started anew"
 
 
 async def test_an_impostor_on_the_port_gets_nothing(place: Place):
@@ -296,7 +388,54 @@ def dial(port: int, name: str, chain: Path | None) -> bytes:
         context.wrap_socket(plain, server_hostname=name) as tls,
     ):
         tls.sendall(bytes([len(PROTO)]) + PROTO.encode() + b"hello")
-        return tls.recv(5)
+        return tls.recv(1) and tls.recv(5)
+
+
+def dial_give_and_end(port: int, name: str, chain: Path, proto: str, data: bytes) -> None:
+    """A TLS client that sends and is gone at once, without the goodbyes of TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(chain)
+    with (
+        socket.create_connection(("127.0.0.1", port), 5) as plain,
+        context.wrap_socket(plain, server_hostname=name) as tls,
+    ):
+        tls.sendall(bytes([len(proto)]) + proto.encode())
+        assert tls.recv(1) == TAKEN
+        tls.sendall(data)
+
+
+async def test_what_came_before_the_end_is_read_in_any_pieces_after_it(place: Place):
+    came: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def reduce(peer, reader, writer) -> None:
+        vigil = Vigil(5.0)
+        channel = Channel(reader, writer, vigil.wait("", Want.PULL), vigil.wait("", Want.PUSH))
+        await channel.take_over()
+        got = bytearray(180_000)
+        try:
+            await asyncio.sleep(0.3)  # all of it is here by then, and so is the end
+            for at in range(0, 180_000, 60_000):
+                await channel.receive_into(memoryview(got)[at : at + 60_000])
+            with pytest.raises(ConnectionError, match="ended early"):
+                await channel.receive_into(memoryview(bytearray(1)))
+            came.set_result(bytes(got))
+        except BaseException as error:
+            came.set_exception(error)
+            raise
+
+    place.handlers["/p2pllm/1/test/reduce"] = reduce
+    ann, bob = await place.start("ann"), await place.start("bob")
+    await bob.introduce("ann", pack({"certificate": ann._certificate}))
+    await asyncio.to_thread(
+        dial_give_and_end,
+        bob._port,
+        name_of(ann._certificate),
+        ann._key_file,
+        "/p2pllm/1/test/reduce",
+        BLOCK[:180_000],
+    )
+    assert await asyncio.wait_for(came, 10) == BLOCK[:180_000]
 
 
 @pytest.mark.parametrize("case", ["nobody's name", "no certificate", "another one's certificate", "its own"])
@@ -379,6 +518,34 @@ async def test_the_key_is_private_and_goes_with_the_node(place: Place):
     await ann.stop()
     assert not file.exists()
     assert await ann.open("bob", PROTO) is None
+
+
+async def test_who_is_introduced_to_a_stopped_peer_finds_it_when_it_is_started_again(place: Place):
+    ann, bob = await place.start("ann"), await place.start("bob")
+    await bob.stop()
+    with pytest.raises(ValueError, match="stopped"):
+        await bob.introduce("ann", pack({"certificate": ann._certificate}))
+    assert not (place.folder / "bob" / "direct.pem").exists()
+    await bob.start(place.folder / "bob", "127.0.0.1", 0)
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
+
+
+async def test_peers_meet_after_somebody_has_tidied_up(place: Place):
+    ann, _ = await place.start("ann"), await place.start("bob")
+    for name in ("ann", "bob"):
+        shutil.rmtree(place.folder / name)
+    assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
+    assert stat.S_IMODE((place.folder / "ann" / "direct.pem").stat().st_mode) == 0o600
+
+
+def test_a_peer_does_not_have_us_dial_into_our_own_networks():
+    def tcp(host: str) -> str:
+        return f"/ip4/{host}/tcp/4001"
+
+    said = [tcp("192.168.1.1"), tcp("8.8.8.8"), tcp("127.0.0.1"), tcp("169.254.169.254")]
+    relayed = tcp("9.9.9.9") + "/p2p/12D3KooWA/p2p-circuit"
+    assert hosts_of([tcp("10.0.0.7"), relayed], said) == ["10.0.0.7"], "it is there, as its connection shows"
+    assert hosts_of([relayed], said) == ["8.8.8.8"]
 
 
 async def test_a_port_that_is_taken_is_named(place: Place, tmp_path: Path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from p2pllm.averaging import Exchange, ExchangeResult, Group, Payload
+from p2pllm.averaging.attempt import STREAM_METHOD
 from p2pllm.rounds.record import genesis
 from p2pllm.state import Layout
 from p2pllm.testing import (
@@ -57,7 +58,7 @@ async def test_parts_can_be_replaced() -> None:
     assert asyncio.get_running_loop().time() - begin > 10.0
     for peer in peers:
         assert peer.keeper.layout == TINY
-        assert "allreduce/1" not in peer.host.sent
+        assert STREAM_METHOD not in peer.host.sent
         assert peer.host.sent["beat"].bytes > 0
 
 
