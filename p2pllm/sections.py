@@ -147,8 +147,8 @@ SUITED: dict[str, dict[str, Any]] = {
         "outer": {"learning_rate": 1.3},
     },
 }
-"""What a new run file says where a strategy's defaults, those of its paper, do not suit small models and short runs: some
-30 steps of four peers a round, and the rates that learned most with that in scripts/bench/losses.py."""
+"""What a new run file says where a strategy's defaults, those of its paper, do not suit small models and short runs:
+some 30 steps of four peers a round, and the rates that learned most with that in scripts/bench/losses.py."""
 
 
 class RoundSection(Section):

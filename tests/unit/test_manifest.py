@@ -13,8 +13,8 @@ from p2pllm.manifest import MAX_MANIFEST_BYTES, RunDraft, RunManifest, draft_tem
 from p2pllm.sections import SUITED, OuterSection, RoundSection
 
 FOUNDER = "12D3KooWNMszKZCCPkRwtMBfzXuSxBMMpmy5S1oHfVAqUGwXfyyE"
-GOLDEN_DRAFT = "3c0a9edeb24a747840846cd2a50d20d28c6544aa0de74b26505c7eb073a4b685"
-GOLDEN_RUN = "913723ce46d76fef665b902a5958da4d043dd900584d6fa066135bef5d6e2b74"
+GOLDEN_DRAFT = "43f98c88952f0a78f229e5a36da182e276138e1e7ea107277998dab2160510fe"
+GOLDEN_RUN = "99f3e0971a0d1e9b011d0dc7ef08fdb0890342345ff441c0d40e8d9d13819f79"
 """They change with every field, default or spelling of a number, and then old runs and new peers do not meet: change
 them on purpose only."""
 

@@ -201,7 +201,7 @@ async def test_an_update_that_is_none_is_found_while_another_one_is_missing() ->
     network = MemoryNetwork()
     hosts, made = await gathers(network, 3)
     form = SparseForm(Layout.of([("weight", (4, 32))]))
-    ours = SparseExchange(hosts[0], form, "5a" * 32)
+    ours = SparseExchange(hosts[0], form, "5a" * 32, error_decay=0.95)
     await ours.start()
     payload = ours.pack(np.ones(128, np.float32))
     assert isinstance(payload, bytes)
