@@ -239,4 +239,4 @@ def _load(module: str, what: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         needs = module.partition(".")[0]
-        raise UsageError(f"{what} need {needs}, which is not installed: pip install 'p2pllm[{extra}]'.") from None
+        raise UsageError(f"{what} need {needs}, which is not installed: pip install -e '.[{extra}]'.") from None

@@ -50,7 +50,7 @@ def serve(port: int, host: str, home: Path | None) -> None:
 def tensorboard(folder: Path, follow: bool, home: Path | None, run_prefix: str | None, name: str | None) -> None:
     """Write the rounds of this machine's peers to DIR as TensorBoard's event files; a round is a step.
 
-    Rounds that are in DIR already are not written again. Needs the extra: pip install 'p2pllm[tensorboard]'.
+    Rounds that are in DIR already are not written again. Needs the extra: pip install -e '.[tensorboard]'.
     """
     from p2pllm.sinks import TensorBoardSink
     from p2pllm_peers.exporter import Export, label
@@ -72,7 +72,7 @@ def wandb(project: str, follow: bool, home: Path | None, run_prefix: str | None,
 
     Sent are the rounds and the run's manifest; of this machine only the versions of Python and of W&B, and the kind of
     system. W&B's own variables hold: WANDB_MODE=offline writes to the peer's folder, for `wandb sync`. Needs the extra:
-    pip install 'p2pllm[wandb]'.
+    pip install -e '.[wandb]'.
     """
     from p2pllm_peers.exporter import Export, wandb_sink
 

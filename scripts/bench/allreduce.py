@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _systems import SYSTEMS, peer_main
+from _allreduce import SYSTEMS, peer_main
 from _table import table
 
 STARTUP_SECONDS = 180

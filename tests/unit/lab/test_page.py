@@ -174,7 +174,7 @@ def test_without_the_extra_it_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     real = builtins.__import__
     found = report(evidence(tmp_path, {"a": [record(1, 2.0)]}))
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match=r"pip install 'p2pllm\[lab\]'\.$"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[lab\]'\.$"):
         write_page(found, tmp_path / "report.html")
 
 

@@ -97,7 +97,7 @@ def test_what_cannot_be_used_is_one_sentence(peer_env: Any, monkeypatch: pytest.
     peer_env.refuses(2, ["no peer named 'x'"], "metrics", "jsonl", "--name", "x")
     monkeypatch.setitem(sys.modules, "tensorboardX.proto.event_pb2", None)
     peer_env.refuses(2, ["manifest"], "metrics", "wandb")  # it is damaged, and W&B would be told what is in it
-    peer_env.refuses(2, ["pip install 'p2pllm[tensorboard]'"], "metrics", "tensorboard", "out")
+    peer_env.refuses(2, ["pip install -e '.[tensorboard]'"], "metrics", "tensorboard", "out")
     assert not (peer_env.folder / "out").exists()
 
 

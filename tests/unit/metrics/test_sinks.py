@@ -122,7 +122,7 @@ def test_what_is_not_installed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, make: Callable[[Path], object], extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=rf"not installed: pip install 'p2pllm\[{extra}\]'\.$"):
+    with pytest.raises(UsageError, match=rf"not installed: pip install -e '\.\[{extra}\]'\.$"):
         make(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -53,7 +53,7 @@ def write_page(report: Report, path: Path) -> None:
         if missing.name not in ("jinja2", "matplotlib"):
             raise
         raise UsageError(
-            "The report's page needs matplotlib and jinja2, which are not installed: pip install 'p2pllm[lab]'."
+            "The report's page needs matplotlib and jinja2, which are not installed: pip install -e '.[lab]'."
         ) from None
     template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
