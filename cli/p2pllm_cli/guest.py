@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from p2pllm.errors import UsageError
-from p2pllm_cli.options import find_peer, run_options, settings_of
+from p2pllm.errors import DaemonError, UsageError
+from p2pllm_cli.options import find_peer, find_peers, run_options, settings_of
+
+if TYPE_CHECKING:
+    from p2pllm_peers.folders import PeerFolder
 
 
 @click.command("set", short_help="Change what peers of this machine may take.")
@@ -71,24 +76,50 @@ def _show(home: Path | None) -> None:
 @run_options
 @click.option("--for", "duration", help="For how long, as 90s, 30m, 2h or 1d; default: until `p2pllm resume`.")
 def pause(home: Path | None, run_prefix: str | None, name: str | None, duration: str | None) -> None:
-    """Compute nothing for a while. What was gathered goes into the round under way; nobody waits for this peer."""
+    """Compute nothing for a while. What was gathered goes into the round under way; nobody waits for this peer.
+
+    Without --run and --name all peers that run on this machine pause.
+    """
     from p2pllm_peers import steering
 
     seconds = None if duration is None else _seconds(duration)
-    peer = find_peer(home, run_prefix, name)
-    steering.pause(peer, seconds)
-    click.echo(f"'{peer.name}' pauses{f' for {duration}' if duration else ' until `p2pllm resume`'}.")
+
+    def one(peer: PeerFolder) -> str:
+        steering.pause(peer, seconds)
+        return f"'{peer.name}' pauses{f' for {duration}' if duration else ' until `p2pllm resume`'}."
+
+    _each(_meant(home, run_prefix, name), one)
 
 
 @click.command()
 @run_options
 def resume(home: Path | None, run_prefix: str | None, name: str | None) -> None:
-    """End a pause."""
+    """End a pause, without --run and --name that of all peers that run on this machine."""
     from p2pllm_peers import steering
 
-    peer = find_peer(home, run_prefix, name)
-    reason = steering.resume(peer)
-    click.echo(f"'{peer.name}' goes on{f' later; for now it pauses: {reason}' if reason else ''}.")
+    def one(peer: PeerFolder) -> str:
+        reason = steering.resume(peer)
+        return f"'{peer.name}' goes on{f' later; for now it pauses: {reason}' if reason else ''}."
+
+    _each(_meant(home, run_prefix, name), one)
+
+
+def _meant(home: Path | None, run_prefix: str | None, name: str | None) -> list[PeerFolder]:
+    """Those that run, if nobody is named: who wants the machine for themselves wants it whole."""
+    running = [peer for peer in find_peers(home, run_prefix, name) if peer.running() is not None]
+    return running if running and not (run_prefix or name) else [find_peer(home, run_prefix, name)]
+
+
+def _each(peers: list[PeerFolder], one: Callable[[PeerFolder], str]) -> None:
+    """Print what came of each; one that does not answer keeps nothing from the others. Raises DaemonError for it."""
+    failed = []
+    for peer in peers:
+        try:
+            click.echo(one(peer))
+        except DaemonError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def _seconds(duration: str) -> float:

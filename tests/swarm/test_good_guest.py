@@ -97,6 +97,13 @@ def test_a_pause_frees_the_machine_and_delays_nobody(pair: Pair) -> None:
     until(lambda: own in pair.last_members(), "it contributes again")
 
 
+def test_without_a_name_all_peers_of_the_machine_pause(pair: Pair) -> None:
+    for command, phase in (("pause", True), ("resume", False)):
+        said = pair.run(command)
+        assert "'founder'" in said and "'volunteer'" in said
+        until(lambda phase=phase: {bool(one["paused"]) for one in pair.statuses().values()} == {phase}, command)
+
+
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="only Linux tells who waits for a processor")
 def test_the_limit_of_processor_time_is_held(pair: Pair) -> None:
     percent = 100 * 0.4 / (os.cpu_count() or 1)
