@@ -173,6 +173,7 @@ SEARCH: dict[str, Way] = {
             (2e-3, 1.3, 0.8),
             (2e-3, 1.7, 0.8),
             (1.4e-3, 1.3, 0.8),
+            (1.4e-3, 1.3, 0.95),
         )
     },
     "sparse_loco, rate 0.002, by all": _with("sparse_loco", 2e-3, divide_by="all"),
