@@ -140,6 +140,17 @@ def checked(links: Links) -> list[LinkCheck]:
 @pytest.mark.swarm
 @pytest.mark.alone
 @real
+def test_a_peer_sees_what_its_cgroup_allows(tmp_path: Path) -> None:
+    code = "import os; print(sorted(os.listdir('/sys/fs/cgroup')))"
+    with star(tmp_path, {"a": HOME, "b": HOME}) as links:
+        seen = [
+            subprocess.run([*prefix, sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            for prefix in ([], links.prefix("a"))
+        ]
+    assert seen[0] == seen[1]
+
+
+@real
 def test_lines_do_what_was_asked(tmp_path):
     office = Link(up_mbit=50, down_mbit=50, delay_ms=5.0, jitter_ms=1, loss=0.01)
     with star(tmp_path, {"a": HOME, "b": office}, kind="box") as links:

@@ -159,8 +159,11 @@ def _fileno(pipe: IO[bytes] | None) -> int:
 
 
 def in_namespace(name: str) -> list[str]:
-    """Words before a command line that run it in a namespace; same process, same standard streams."""
-    return ["ip", "netns", "exec", name]
+    """Words before a command line that run it in a namespace; same process, same standard streams.
+
+    `ip netns exec` would hide the cgroups, and with them what a peer may take of the processors.
+    """
+    return ["nsenter", f"--net=/var/run/netns/{name}"]
 
 
 def peer_commands(address: str) -> list[str]:
