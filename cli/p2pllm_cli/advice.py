@@ -11,6 +11,9 @@ from typing import Any
 LITTLE_DISK = 1e9
 """Free bytes below which a disk is nearly full."""
 
+SLOW_S = 1.0
+"""A shorter exchange says nothing about a line, however short a round is."""
+
 _SLOWING = ("cpu_percent", "duty_percent", "hours", "only_on_mains", "only_when_idle")
 _NARROWING = ("upload_mbit", "download_mbit")
 
@@ -47,9 +50,9 @@ def _line(status: dict[str, Any]) -> Iterator[Advice]:
     """Of the way to the others."""
     seconds, limits = status.get("seconds", {}), status.get("limits", {})
     exchange, compute = seconds.get("exchange", 0.0), seconds.get("compute", 0.0)
-    if exchange > compute:
+    if exchange > max(compute, SLOW_S):
         narrowing = [f"{name}={limits[name]}" for name in _NARROWING if name in limits]
-        why = f"because of {', '.join(narrowing)}?" if narrowing else "the line is slow for this run"
+        why = f"because of {', '.join(narrowing)}?" if narrowing else "a line, here or elsewhere, is slow for this run"
         yield f"the exchange took {exchange:.3g} s, computing {compute:.3g} s: {why}", "yellow"
     if status.get("reach") == "relay":
         yield "others reach this peer only through a relay: `p2pllm doctor` says what helps", "yellow"

@@ -45,7 +45,7 @@ def dashboard(
     peers = _shown_to_all(home, run_prefix, name) if public else _shown_to_us(home, run_prefix, name)
 
     def ready(url: str) -> None:
-        click.echo(f"The page is at {url}")
+        click.echo(f"The page is at {url}" + ("" if public else " ; open that if no browser does."))
         if public:
             click.echo("Others put this machine's name or address in place of the one above.")
         click.echo("Ctrl+C ends it.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from p2pllm.errors import DaemonError, UsageError
+from p2pllm.errors import P2PLLMError, UsageError
 from p2pllm_cli.options import find_peer, find_peers, run_options, settings_of
 
 if TYPE_CHECKING:
@@ -111,12 +111,12 @@ def _meant(home: Path | None, run_prefix: str | None, name: str | None) -> list[
 
 
 def _each(peers: list[PeerFolder], one: Callable[[PeerFolder], str]) -> None:
-    """Print what came of each; one that does not answer keeps nothing from the others. Raises DaemonError for it."""
+    """Print what came of each; one that does not answer keeps nothing from the others. Raises P2PLLMError for it."""
     failed = []
     for peer in peers:
         try:
             click.echo(one(peer))
-        except DaemonError as error:
+        except P2PLLMError as error:
             failed.append(error)
     if failed:
         raise failed[0]

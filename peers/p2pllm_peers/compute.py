@@ -140,11 +140,15 @@ class ComputeProcess:
         """Until the worker has built what it computes with. Raises what ended it for good."""
         await self._readiness.wait()
 
-    async def close(self) -> None:
-        """End the process and give its memory back, whatever it is doing; takes at most 2 seconds."""
+    async def give_up(self) -> None:
+        """End the process for good; its memory stays, as the peer's state may be there. It is not ready any more."""
         if self._building is not None:
             self._building.cancel()
         await self._worker.close()
+
+    async def close(self) -> None:
+        """End the process and give its memory back, whatever it is doing; takes at most 2 seconds."""
+        await self.give_up()
         self._vectors.close()
         self._readiness.seen()
 

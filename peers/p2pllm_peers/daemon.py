@@ -167,7 +167,8 @@ class Daemon:
         }
         write_whole(folder.path / "daemon.json", json.dumps(self._facts).encode())
         # Who found no socket left it in files; from here on all will ask us.
-        participant.set(self._wishes.news(folder))
+        if news := self._wishes.news(folder):
+            participant.set(news)
         participant.guest.recall()
 
     async def _tell_ready(self, compute: Devices) -> None:

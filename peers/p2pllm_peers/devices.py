@@ -54,10 +54,11 @@ class Devices:
         ]
         self._first = self._all[0]
         self._lost: dict[str, str] = {}  # what became of each device that failed, by its name
-        for name, process in zip(names, self._all, strict=True):
-            process.failed.add_done_callback(functools.partial(self._on_failed, name))
+        self._ending = set[asyncio.Future[None]]()
+        for at, (name, process) in enumerate(zip(names, self._all, strict=True)):
+            process.failed.add_done_callback(functools.partial(self._on_failed, at, name))
 
-    def _on_failed(self, name: str, failed: asyncio.Future[None]) -> None:
+    def _on_failed(self, at: int, name: str, failed: asyncio.Future[None]) -> None:
         """A device that fails leaves the others, where there are any; a model that is not the run's is so on all."""
         if failed.cancelled() or self.failed.done():
             return
@@ -68,6 +69,8 @@ class Devices:
             return
         self._lost[name] = f"The device {name} failed, and the others go on without it until the next start: {error}"
         log.error("%s", self._lost[name])
+        # it may only be slow, and would join in later
+        self._ending.add(asyncio.ensure_future(self._all[at].give_up()))
 
     @property
     def _living(self) -> list[ComputeProcess]:

@@ -43,6 +43,11 @@ class MicroBatch:
         holds = not self._chosen and (not kept.until or self._clock() < kept.until)
         self._again_at = kept.until if holds else 0.0
         self.size = self._chosen or (kept.size if holds else 0)
+        if self._again_at:
+            self.notice = (
+                f"Memory ran out lately, so it computes with a micro-batch of {self.size} for a while; see `p2pllm "
+                "explain memory`."
+            )
         return self.size
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from p2pllm.errors import DaemonError, P2PLLMError
+from p2pllm.errors import DaemonError, P2PLLMError, StateError
 from p2pllm.settings import load_settings
 from p2pllm.settings_file import LIVE, change_settings
 from p2pllm_peers.control import ask
@@ -39,9 +39,12 @@ def pause(peer: PeerFolder, seconds: float | None) -> None:
 
 
 def resume(peer: PeerFolder) -> str:
-    """End a pause; returns why the peer does not compute all the same, or nothing. Raises DaemonError."""
+    """End a pause; returns why the peer does not compute all the same, or nothing. Raises DaemonError, StateError."""
     if peer.running() == {}:
-        (peer.path / PAUSE_FILE).unlink(missing_ok=True)
+        try:
+            (peer.path / PAUSE_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            raise StateError(f"The pause of '{peer.name}' cannot be taken back: {error}.") from None
     return "" if peer.running() == {} else str(tell(peer, {"do": "resume"})["paused"])
 
 

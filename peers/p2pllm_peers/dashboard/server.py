@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from p2pllm.settings_file import LIVE
 from p2pllm_peers import steering
 from p2pllm_peers.dashboard.feed import POLL_S, Feed, Page, packed
 from p2pllm_peers.dashboard.guard import Guard, add_headers
+from p2pllm_peers.flags import kept
 from p2pllm_peers.folders import PeerFolder
 from p2pllm_peers.housekeeping import run_name
 
@@ -91,7 +93,7 @@ class Dashboard:
 
     def _feed(self, peer: PeerFolder) -> Feed:
         if peer not in self._feeds:
-            self._feeds[peer] = Feed(peer, changeable, self.guard.public, self._poll_s)
+            self._feeds[peer] = Feed(peer, partial(changeable, peer), self.guard.public, self._poll_s)
         return self._feeds[peer]
 
     async def _start(self, request: web.Request) -> web.StreamResponse:
@@ -139,19 +141,17 @@ class Dashboard:
         is_time = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds <= MAX_PAUSE_S
         if seconds is not None and not is_time:
             raise UsageError("A pause lasts a number of seconds above 0, up to a year; null: until it is ended.")
-        peer = await self._tell(request, {"do": "pause", "seconds": seconds})
+        _, peer = await self._chosen(request)
+        await asyncio.to_thread(steering.pause, peer, seconds)
+        await self._feed(peer).look()
         return _done(f"'{peer.name}' pauses.")
 
     async def _resume(self, request: web.Request) -> web.StreamResponse:
         await _body(request)
-        peer = await self._tell(request, {"do": "resume"})
-        return _done(f"'{peer.name}' goes on as soon as its other limits let it.")
-
-    async def _tell(self, request: web.Request, order: dict[str, Any]) -> PeerFolder:
         _, peer = await self._chosen(request)
-        await asyncio.to_thread(steering.tell, peer, order)
+        reason = await asyncio.to_thread(steering.resume, peer)
         await self._feed(peer).look()
-        return peer
+        return _done(f"'{peer.name}' goes on{f' later; for now it pauses: {reason}' if reason else ''}.")
 
     async def _set(self, request: web.Request) -> web.StreamResponse:
         values = (await _body(request)).get("values")
@@ -213,10 +213,10 @@ def _described(peer: PeerFolder) -> dict[str, str]:
     return {"id": peer_key(peer), "run_name": run_name(peer.run) or "", "run_id": run_id, "name": peer.name}
 
 
-def changeable() -> list[dict[str, Any]]:
-    """The settings that a page can change, as they are now; none if the file is not valid at the moment."""
+def changeable(peer: PeerFolder) -> list[dict[str, Any]]:
+    """The settings of a peer that a page can change, as they are now; none if the file is not valid at the moment."""
     try:
-        settings = load_settings()
+        settings = load_settings(**kept(peer))
     except P2PLLMError:
         return []
     found = []

@@ -22,13 +22,13 @@ _GRACE_S = 1.0
 
 
 def run(dashboard: Dashboard, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `ready` is called with the address to open. Raises PortError."""
+    """Serve until SIGINT, SIGTERM or SIGHUP; `ready` is called with the address to open. Raises PortError."""
     asyncio.run(_run(dashboard, host, port, ready))
 
 
 async def _run(dashboard: Dashboard, host: str, port: int, ready: Callable[[str], None]) -> None:
     ended = asyncio.Event()
-    for sign in (signal.SIGINT, signal.SIGTERM):
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: the terminal was closed
         asyncio.get_running_loop().add_signal_handler(sign, ended.set)
     runner = web.AppRunner(dashboard.app(), access_log=None, shutdown_timeout=_GRACE_S)
     await runner.setup()

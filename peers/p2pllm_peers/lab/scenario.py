@@ -174,8 +174,8 @@ class Verdict(_Section):
         le=1,
         description="rounds by those of a run without faults that lasts as long; 0: any",
     )
-    max_waiting: float | None = Field(
-        None, ge=0, le=1, description="share of its time that any peer waited: neither computing nor in an exchange"
+    max_idle: float | None = Field(
+        None, ge=0, le=1, description="share of its time that any peer neither gathered samples nor closed a round"
     )
     min_attendance: float | None = Field(
         None, ge=0, le=1, description="share of the rounds that every peer was a member of; 1: nobody was ever left out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from p2pllm_peers.dashboard.feed import LINKS_S, Feed, Page
 from p2pllm_peers.dashboard.feed import POLL_S as POLL_EVERY_S
 from p2pllm_peers.dashboard.history import PARTS, THINNED, WHOLE, Row
 from p2pllm_peers.dashboard.server import changeable
+from p2pllm_peers.flags import keep
 
 
 @pytest.fixture
@@ -161,7 +163,7 @@ async def test_a_long_run_of_many_peers_stays_small(daemon: FakeDaemon) -> None:
 async def test_a_page_of_many_peers_gets_little_in_a_second_even_if_all_changes(daemon: FakeDaemon) -> None:
     members = 64
     page = Page()
-    feed = Feed(daemon.peer, changeable)
+    feed = Feed(daemon.peer, partial(changeable, daemon.peer))
     feed._pages.add(page)
     feed._book.update = lambda: False  # type: ignore[method-assign]
     daemon.reply, daemon.links = status(members), links(members, shift=0.1)
@@ -204,3 +206,8 @@ async def test_a_look_that_fails_is_not_the_last(
     await until(lambda: looks > 2)
     feed.close(page)
     assert "something that nobody foresaw" in caplog.text
+
+
+def test_the_page_shows_the_limits_that_a_peer_keeps_by_its_flags(daemon: FakeDaemon) -> None:
+    keep(daemon.peer, {"upload_mbit": 5.0})
+    assert {row["name"]: row["value"] for row in changeable(daemon.peer)}["upload_mbit"] == 5.0

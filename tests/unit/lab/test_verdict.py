@@ -235,15 +235,15 @@ def test_attendance(tmp_path: Path) -> None:
     assert not check(evidence(tmp_path / "2", {"a": []}), min_attendance=0.1).passed
 
 
-def test_waiting(tmp_path: Path) -> None:
+def test_idle(tmp_path: Path) -> None:
     calm = [record(n, 2.0 * n, round_s=sum(record(1, 0.0)["seconds"].values())) for n in range(1, 5)]
     long = [record(n, 2.0 * n, round_s=sum(record(1, 0.0)["seconds"].values()) + 1.0) for n in range(1, 5)]
     made = evidence(tmp_path / "1", {"a": calm, "b": long})
     whole = long[0]["round_s"]
-    assert check(made, max_waiting=1.1 / whole).passed
-    found = check(made, max_waiting=0.9 / whole)
-    assert not found.passed and found.measured == f"b {1 / whole:.1%}, the others less"
-    assert not check(evidence(tmp_path / "2", {"a": []}), max_waiting=1.0).passed
+    assert check(made, max_idle=1.1 / whole).passed
+    found = check(made, max_idle=0.9 / whole)
+    assert not found.passed and found.measured == f"b {1 / whole:.1%}, no other more"
+    assert not check(evidence(tmp_path / "2", {"a": []}), max_idle=1.0).passed
 
 
 def test_the_long_run(tmp_path: Path) -> None:

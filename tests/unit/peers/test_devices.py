@@ -52,6 +52,9 @@ class Worker:
         self.asked += 1
         return float(self.params.sum())
 
+    async def give_up(self) -> None:
+        self.told.append(("give_up", None))
+
     async def share(self, share: float, cores: float | None) -> None:
         self.told.append(("share", (share, cores)))
 
@@ -107,6 +110,7 @@ async def test_those_that_live_go_on_without_one_that_failed(tmp_path: Path, wor
     assert not peer.failed.done()
     assert peer.notice == "The device cuda:0 failed, and the others go on without it until the next start: It died."
     assert peer.device == "cuda:1, cpu"
+    assert workers[0].told == [("give_up", None)], "it may only be slow, and must not join in later"
     peer.params[:] = 2.0
     assert await peer.evaluate() == 8.0 and workers[1].asked == 1, "by another, of the state's parameters"
     await peer.share(1.0, 3.0)

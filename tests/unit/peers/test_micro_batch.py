@@ -80,7 +80,7 @@ def test_the_next_start_keeps_what_memory_forced_for_a_while_only() -> None:
     kept = micro_batch.kept
     assert kept == Kept(4, clock.now + AGAIN_S)
     soon = MicroBatch(0, clock)
-    assert soon.start(kept) == 4 and soon.kept == kept
+    assert soon.start(kept) == 4 and soon.kept == kept and "micro-batch of 4" in soon.notice
     clock.now += AGAIN_S
     assert soon.due() is not None
     assert MicroBatch(0, clock).start(kept) == 0, "it is measured anew"

@@ -56,8 +56,8 @@ def judge(report: Report, limits: Verdict) -> list[Check]:
     checks += [_returns(report, do, limit) for do, limit in limits.returns_within_s.items()]
     if limits.min_pace:
         checks.append(_pace(report, limits.min_pace))
-    if limits.max_waiting is not None:
-        checks.append(_waiting(report, limits.max_waiting))
+    if limits.max_idle is not None:
+        checks.append(_idle(report, limits.max_idle))
     if limits.min_attendance is not None:
         checks.append(_attendance(report, limits.min_attendance))
     if limits.nothing_left:
@@ -260,18 +260,18 @@ def _pace(report: Report, limit: float) -> Check:
     return Check(name, wanted, told, swarm["pace"] >= limit)
 
 
-def _waiting(report: Report, limit: float) -> Check:
-    """What no part of a round explains (`commits.PARTS`) is time in which a peer had nothing to do."""
-    name, wanted = "waiting", f"at most {limit:.0%} of any peer's time"
-    shares = {}
-    for peer, parts in report["anatomy"]["peers"].items():
+def _idle(report: Report, limit: float) -> Check:
+    """What no part of a round explains (`commits.PARTS`), by all of a peer's time; of each peer that there was."""
+    name, wanted = "idle", f"at most {limit:.0%} of any peer's time is explained by no part of a round"
+    shares: dict[str, float] = {}
+    for peer in (row["name"] for row in report["peers"]):
+        parts = report["anatomy"]["peers"].get(peer, {})
         whole = sum(part["mean"] for part in parts.values())
-        if "idle" in parts and whole:
-            shares[peer] = parts["idle"]["mean"] / whole
-    if not shares:
-        return Check(name, wanted, "no peer recorded how long its rounds took", False)
+        if "idle" not in parts or not whole:
+            return Check(name, wanted, f"{peer} recorded no round with its time", False)
+        shares[peer] = parts["idle"]["mean"] / whole
     worst = max(shares, key=lambda peer: (shares[peer], peer))
-    return Check(name, wanted, f"{worst} {shares[worst]:.1%}, the others less", shares[worst] <= limit)
+    return Check(name, wanted, f"{worst} {shares[worst]:.1%}, no other more", shares[worst] <= limit)
 
 
 def _attendance(report: Report, limit: float) -> Check:
