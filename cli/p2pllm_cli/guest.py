@@ -94,7 +94,7 @@ def pause(home: Path | None, run_prefix: str | None, name: str | None, duration:
 @click.command()
 @run_options
 def resume(home: Path | None, run_prefix: str | None, name: str | None) -> None:
-    """End a pause, without --run and --name that of all peers that run on this machine."""
+    """End a pause. Without --run and --name that of all peers that run on this machine."""
     from p2pllm_peers import steering
 
     def one(peer: PeerFolder) -> str:
