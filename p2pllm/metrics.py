@@ -40,9 +40,7 @@ class RoundRecord:
     bytes_received: int
     seconds: dict[str, float] = field(default_factory=dict)  # a part of the round -> its time
     round_s: float = 0.0  # since this peer was at the round's start; what `seconds` does not explain was idle
-    failures: list[str] = field(
-        default_factory=list
-    )  # why earlier attempts at the round failed here, one sentence each
+    failures: list[str] = field(default_factory=list)  # what failed here in the round's attempts, a sentence each
     traffic: dict[str, int] = field(default_factory=dict)  # payload so far: <control|updates|state>_<sent|received>
 
     def to_json(self) -> str:

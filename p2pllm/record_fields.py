@@ -29,7 +29,10 @@ FIELDS: dict[str, tuple[str, str]] = {
         "validation, and what these consist of. Parts may overlap.",
     ),
     "round_s": ("seconds", "Since this peer was at the round's start; what `seconds` does not explain was idle."),
-    "failures": ("", "List: why earlier attempts failed here, a sentence each."),
+    "failures": (
+        "",
+        "List: what failed here in the round's attempts, also where one of them committed; a sentence each.",
+    ),
     "traffic": (
         "bytes",
         "Object: payload since the daemon started; control, updates and state, each with _sent and _received.",

@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class ErrorBuffer:
-    """The error of one peer, float32 (layout.size,). Each round: `compress`, then `commit` or `undo`.
+    """The error of one peer, float32 (layout.size,). Each round: `compress`, then `commit` if it counts.
 
     `compress` leaves in the buffer all that it was given, also what the payload says. Only `commit`, to be called when
-    a round with this payload counts, takes that out. So nothing is lost if it never does: after `undo`, another
-    `compress` or a restart, what was not committed is in the buffer and is sent with what comes next. It stays there
+    a round with this payload counts, takes that out. So nothing is lost if it never does: after another `compress` or a
+    restart, what was not committed is in the buffer, undiminished, and is sent with what comes next. It stays there
     when the peer moves to another branch of the log, as a pending update does: it is what this peer has yet to say.
     """
 
     def __init__(self, codec: SparseCodec, run_id: str, decay: float = 0.95) -> None:
-        """decay: what remains of the error from one `compress` to the next, at least 0 and below 1.
+        """decay: what remains of the error from one committed round to the next, at least 0 and below 1.
 
         Raises ValueError if it is not.
         """
@@ -48,6 +48,7 @@ class ErrorBuffer:
         self._decay = np.float32(decay)
         self._error = np.zeros(codec.layout.size, FLOAT)
         self._sent: SparseUpdate | None = None
+        self._is_due = False  # to decay: a round was committed since it last did
         self._changing = threading.Lock()
 
     @property
@@ -60,8 +61,9 @@ class ErrorBuffer:
     def compress(self, delta: Floats) -> bytes:
         """The payload of a round: decay the error, add `delta`, float32 (layout.size,), and encode the sum.
 
-        A payload that was neither committed nor undone before counts as undone. Raises ValueError, and changes
-        nothing, if `delta` has another shape or holds a number that is not finite or above LARGEST.
+        It decays only if a round was committed since. A payload that was not committed before this counts as lost.
+        Raises ValueError, and changes nothing, if `delta` has another shape or holds a number that is not finite or
+        above LARGEST.
         """
         if delta.shape != self._error.shape or delta.dtype != FLOAT:
             raise ValueError(f"A change to be compressed is {delta.dtype} of shape {delta.shape}, not as its layout.")
@@ -70,7 +72,7 @@ class ErrorBuffer:
             raise ValueError("A change to be compressed holds a number that is not finite, or is far too large.")
         with self._changing:
             self._sent = None
-            np.multiply(self._error, self._decay, out=self._error)
+            self._decay_if_due()
             np.add(self._error, delta, out=self._error)
             payload = self._codec.encode(self._error)
             self._sent = self._codec.decode(payload)
@@ -81,11 +83,12 @@ class ErrorBuffer:
         with self._changing:
             if self._sent is not None:
                 self._error[self._sent.positions] -= self._sent.values
-                self._sent = None
+                self._sent, self._is_due = None, True
 
-    def undo(self) -> None:
-        """The last payload got into no round and never will: what it says stays in the error."""
-        self._sent = None
+    def _decay_if_due(self) -> None:
+        if self._is_due:
+            np.multiply(self._error, self._decay, out=self._error)
+            self._is_due = False
 
     def save(self, path: Path) -> None:
         """Write the error to a safetensors file; durable when this returns, and `path` is never half written.
@@ -93,8 +96,9 @@ class ErrorBuffer:
         Save after `commit`: what is not committed is saved as not sent. A `compress` that runs in another thread ends
         first. Raises StateError if the disk fails.
         """
-        data = self._error.astype(FLOAT, copy=False).view(np.uint8).data
-        with self._changing, explained(f"The error of compression cannot be saved in {path}", data.nbytes):
+        with self._changing, explained(f"The error of compression cannot be saved in {path}", self._error.nbytes):
+            self._decay_if_due()
+            data = self._error.view(np.uint8).data
             DiskFolder(path.parent, read_only=False).put(path.name, [self._head(data), data])
 
     def load(self, path: Path) -> bool:
@@ -103,7 +107,7 @@ class ErrorBuffer:
         One that is damaged, or of another run or layout, cannot be read or is not there leaves the buffer empty and
         a line in the log.
         """
-        self._error[:], self._sent = 0, None
+        self._error[:], self._sent, self._is_due = 0, None, False
         try:
             loaded = self._read(path)
         except FileNotFoundError:

@@ -30,5 +30,5 @@ class Patience:
         return min(max(FACTOR * max(self._silences), FLOOR_S), CAP_S)
 
     def note(self, silence_s: float) -> None:
-        """An exchange went well, with this as its longest silence."""
+        """Somebody came back after so long: the longest silence of an exchange, or one that we gave up too early."""
         self._silences.append(silence_s)

@@ -163,10 +163,9 @@ class CatchUp:
         await self.mend(peers)
         last = self._disk.log.branch.head[0]
         base = own if own and await self._is_right(own) else await asyncio.to_thread(self._disk.newest_base)
-        lacking = len(self._lacking(base.round if base else 0, last))
         if base is None:
             base = await self._newer(None, peers)
-        elif lacking > SNAPSHOT_COST:
+        elif (lacking := len(await self._lacking(base.round, last))) > SNAPSHOT_COST:
             base = await self._newer(base, peers, lacking - SNAPSHOT_COST) or base
         while base is not None:
             await asyncio.to_thread(into.copy_from, base)
@@ -186,7 +185,7 @@ class CatchUp:
         for offer in await self._fetcher.offers(peers):
             if base is not None and offer.round <= base.round:
                 break
-            if len(self._lacking(offer.round, last)) >= most_lacking:
+            if len(await self._lacking(offer.round, last)) >= most_lacking:
                 break
             try:
                 return await self._fetcher.snapshot(offer)
@@ -200,20 +199,24 @@ class CatchUp:
         named = record.body.state if record else self._disk.initial_state
         return bytes.fromhex(await asyncio.to_thread(own.digest)) == named
 
-    def _lacking(self, round_: int, last: int) -> list[Body]:
+    async def _lacking(self, round_: int, last: int) -> list[Body]:
         """The rounds whose aggregates have to be fetched to replay from `round_`."""
-        records = (self._disk.log.record(number) for number in range(round_ + 1, last + 1))
-        bodies = [record.body for record in records if record is not None]
-        return [body for body in bodies if not self._disk.aggregates.has(body.aggregate)]
+
+        def read() -> list[Body]:
+            records = (self._disk.log.record(number) for number in range(round_ + 1, last + 1))
+            bodies = [record.body for record in records if record is not None]
+            return [body for body in bodies if not self._disk.aggregates.has(body.aggregate)]
+
+        return await asyncio.to_thread(read)  # of a long log it takes seconds
 
     async def _replay(self, state: SharedState, last: int, peers: list[str]) -> None:
         """Take `state` to round `last`: fetch as many aggregates as the disk has room for, replay and drop them, again.
 
         Those that are on the disk already stay: they lead to the state that we had, if this one is not to be had.
         """
-        lacking = self._lacking(state.round, last)
+        lacking = await self._lacking(state.round, last)
         while state.round < last:
-            count = self._fitting(lacking, state.layout)
+            count = await asyncio.to_thread(self._fitting, lacking, state.layout)
             fetched, lacking = lacking[:count], lacking[count:]
             await self._fetcher.aggregates(fetched, peers)
             while state.round < (lacking[0].round - 1 if lacking else last):

@@ -11,7 +11,7 @@ a peer works on (`keeper`) and getting what is missing from others (`catchup`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -154,13 +154,19 @@ class Disk:
 
     # -- staying within bounds ---------------------------------------------------------------------------------------
 
-    def save(self, state: SharedState, record: bytes) -> None:
-        """Keep a snapshot, and drop what is not needed any more. Raises StateError if the disk does not take it."""
-        self.snapshots.save(state, record)
-        self.collect()
+    def save(self, state: SharedState, record: bytes, old: Collection[bytes]) -> None:
+        """Keep a snapshot, and drop what is not needed any more, see `collect`.
 
-    def collect(self) -> None:
-        """Drop snapshots and aggregates that no replay needs: the older ones, and those of abandoned branches."""
+        Raises StateError if the disk does not take it.
+        """
+        self.snapshots.save(state, record)
+        self.collect(old)
+
+    def collect(self, old: Collection[bytes]) -> None:
+        """Drop snapshots and aggregates that no replay needs: the older ones, and those of abandoned branches.
+
+        old: digests of aggregates that may go. Others may have come since, to be voted on: no record names them yet.
+        """
         kept = self.on_branch()[: 1 if self.is_full else KEPT_SNAPSHOTS]
         for found in self.snapshots.all():
             if found not in kept:
@@ -168,7 +174,7 @@ class Disk:
         first = kept[-1].round + 1 if kept else 1
         last = self.log.branch.head[0]
         needed = {record.body.aggregate for round_ in range(first, last + 1) if (record := self.log.record(round_))}
-        for digest in self.aggregates.digests():
+        for digest in old:
             if digest not in needed:
                 self.aggregates.drop(digest)
 

@@ -83,11 +83,20 @@ class Fetcher:
             return None
         return record if record is not None and record.head == head else None
 
-    async def aggregate(self, body: Body, peers: list[str]) -> BytesLike | None:
-        """The aggregate of a round, from our disk, or from the first of `peers` that gives it and kept there."""
+    async def aggregate(self, body: Body, peers: list[str], timeout: float | None = None) -> BytesLike | None:
+        """The aggregate of a round, from our disk, or from the first of `peers` that gives it and kept there.
+
+        timeout: seconds that each of them has, beside the bounds of `bulk`.
+        """
         found = await asyncio.to_thread(self._disk.aggregates.get, body.aggregate)
         for peer in self._by_trust(peers) if found is None else ():
-            if await self._aggregate_from(peer, body):
+            try:
+                async with asyncio.timeout(timeout):
+                    came = await self._aggregate_from(peer, body)
+            except TimeoutError:
+                self._failures[peer] += 1
+                continue
+            if came:
                 return await asyncio.to_thread(self._disk.aggregates.get, body.aggregate)
         return found
 
@@ -112,18 +121,31 @@ class Fetcher:
         await asyncio.to_thread(self._disk.aggregates.put, body.aggregate, got[1])
         return True
 
-    async def proposal(self, digest: bytes, base: Head, peers: list[str]) -> Body:
-        """The body with this digest, which `peers` voted for as the round after `base`.
+    async def proposal(self, digest: bytes, base: Head, peers: list[str], timeout: float) -> Body:
+        """The body with this digest, which `peers` voted for as the round after `base`; all are asked at once.
 
-        Raises Refuted if none of them gives one.
+        Raises Refuted if none of them gives it within `timeout` seconds.
         """
-        for peer in peers:
-            got = await self._ask(peer, {"what": "proposal", "digest": digest}, MAX_RECORD_BYTES)
-            with contextlib.suppress(MessageError):
-                body = None if got is None else Body.unpack(bytes(got[1]))
-                if body is not None and body.digest == digest and body.base == base:
-                    return body
+        asked = [asyncio.create_task(self._proposal_from(peer, digest)) for peer in peers]
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    for answer in asyncio.as_completed(asked):
+                        body = await answer
+                        if body is not None and body.base == base:
+                            return body
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
         raise Refuted("none of them gives it")
+
+    async def _proposal_from(self, peer: str, digest: bytes) -> Body | None:
+        got = await self._ask(peer, {"what": "proposal", "digest": digest}, MAX_RECORD_BYTES)
+        with contextlib.suppress(MessageError):
+            body = None if got is None else Body.unpack(bytes(got[1]))
+            return body if body is not None and body.digest == digest else None
+        return None
 
     async def offers(self, peers: list[str]) -> list[Offer]:
         """The snapshots of our log that `peers` have, newest first, each with all who have it."""

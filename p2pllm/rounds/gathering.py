@@ -21,7 +21,7 @@ class Offer:
     claim: Claim
     former: frozenset[str] = frozenset()  # members of the newest record
     holding: bytes = b""  # digest of the body that we voted for in an attempt without majority; empty: none
-    vote: bytes = b""  # ours for that
+    proof: bytes = b""  # that we hold it, see `sign_holding`
     failed: frozenset[bytes] = frozenset()  # proposals that we would not settle again
 
 

@@ -154,27 +154,23 @@ class StateKeeper:
     async def fetch_proposal(self, peers: list[str], digest: bytes, timeout: float) -> Body | None:
         """The body with this digest, which `peers` voted for, unless we hold it; None if our state was wrong.
 
-        Raises Refuted, which names them, if they give none within `timeout` seconds that our state leads to, and
-        StateError, a DiskError if it does not take it, if our disk fails.
+        timeout: seconds that each of them has. Raises Refuted, which names them, if none gives what our state leads to,
+        and StateError, a DiskError if it does not take it, if our disk fails.
         """
         held = self._held.get(digest)
         if held is not None and self._in_spare == digest:
             return held
         try:
-            async with asyncio.timeout(timeout):
-                body = held or await self._fetcher.proposal(digest, self.head, peers)
-                await asyncio.to_thread(check_claims, body)
-                aggregate = await self._aggregate_of(body, peers)
-            return await self._take_over(body, aggregate)
-        except TimeoutError:
-            why = "it did not come in time"
+            body = held or await self._fetcher.proposal(digest, self.head, peers, timeout)
+            await asyncio.to_thread(check_claims, body)
+            return await self._take_over(body, await self._aggregate_of(body, peers, timeout))
         except (Refuted, MessageError) as error:
             why = str(error).rstrip(".")
         raise Refuted(f"The proposal of {', '.join(peers)} is refused: {why}.")
 
-    async def _aggregate_of(self, body: Body, peers: list[str]) -> BytesLike:
+    async def _aggregate_of(self, body: Body, peers: list[str], timeout: float) -> BytesLike:
         try:
-            found = await self._fetcher.aggregate(body, peers)
+            found = await self._fetcher.aggregate(body, peers, timeout)
         except StateError as error:
             raise DiskError(str(error)) from None  # not the fault of who gave it
         if found is None:
@@ -195,6 +191,10 @@ class StateKeeper:
         if not await self.check():
             return None
         raise Refuted("our state does not lead there")
+
+    def forget(self, digest: bytes) -> None:
+        """We do not hold this proposal any more: it cannot be settled."""
+        self._held.pop(digest, None)
 
     async def commit(self, record: Record) -> dict[str, float]:
         """Take the round that the record tells of; returns the seconds of its parts.
@@ -301,11 +301,12 @@ class StateKeeper:
             if not at_once:
                 return
             await asyncio.wait({self._saving})
+        old = await asyncio.to_thread(self.disk.aggregates.digests)
         state, record = await asyncio.to_thread(copy_of, self.state), self.head[1]
 
         async def save() -> None:
             try:
-                await asyncio.to_thread(self.disk.save, state, record)
+                await asyncio.to_thread(self.disk.save, state, record, old)
             except StateError as error:
                 log.error("%s", error)  # the one before still stands, and its aggregates
 

@@ -202,7 +202,7 @@ class TrainingLoop:
     async def _train(self) -> None:
         """One round: inner steps on the state at our head, their update into the swarm's next record, and its step.
 
-        It ends without a record of ours if the swarm has gone on without us.
+        It ends without a record if the swarm has gone on without us.
         """
         begin = time.monotonic()
         await self._collect()
@@ -211,35 +211,33 @@ class TrainingLoop:
             return
         fresh = await self._compute.finish(go_on=self._manifest.round.overlap and not self.paused)
         collected = time.monotonic()
-        at = self._keeper.head[0]
-        update = self._pending.join(at, fresh)
-        self._empty_handed = update is None
-        if update is None:
+        head = self._keeper.head
+        if self._is_behind():
+            self._pending.keep(head, fresh)
+            return
+        offered = await self._pending.offer(head, fresh, self._runner.pack)
+        self._empty_handed = offered is None
+        if offered is None:
             await self._rest()
             return
-        if self._is_behind():
-            self._pending.keep(at, update, None)
-            return
         try:
-            result = await self._runner.run(update)
+            result = await self._runner.run(offered)
             seconds = await self._commit(result.record) if result.record else {}
         except StateError:
-            self._pending.keep(at, update, self._runner.claim)
+            self._pending.note(None)
             raise
+        self._pending.note(result.record)
         if result.included:
             self._arrivals = 0
-            self._pending.delivered()
-        else:
-            self._pending.keep(at, update, self._runner.claim)
         if result.record is None:
-            log.info("round %d is not ours: %s", at + 1, result.reason)
+            log.info("round %d is not ours: %s", head[0] + 1, result.reason)
             return
         await self._report(result.record, result, {"compute": collected - begin, **result.seconds, **seconds})
 
     async def _collect(self) -> None:
         """Gather samples until the swarm has enough of them, or the deadline passes and we have some."""
         branch, section = self._keeper.branch, self._manifest.round
-        head, pending = branch.head, self._pending.samples(branch.head[0])
+        head, pending = branch.head, self._pending.samples(branch.head)
         self._view.say(branch=branch, phase=self._phase(0), samples=pending)
         while not self._over() and not self.paused and self._present(head) < section.min_peers:
             await self._view.wait_change(1.0)

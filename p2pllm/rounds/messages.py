@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -19,7 +20,7 @@ from p2pllm.rounds.packing import (
     Signature,
     Total,
 )
-from p2pllm.rounds.record import Claim, Head, is_vote
+from p2pllm.rounds.record import Claim, Head, is_holding
 
 Phase = Literal[
     "starting", "joining", "arriving", "collecting", "roster", "exchange", "vote", "commit", "paused", "done", "leaving"
@@ -59,22 +60,27 @@ class Enrol(Message):
     digest: Digest
     claim: Claim
     holding: MaybeDigest  # the body that it has voted for in an attempt that found no majority; empty: none
-    vote: MaybeSignature  # its vote for that
+    proof: MaybeSignature  # that it holds that, see `sign_holding`
 
     @model_validator(mode="after")
-    def _voted(self) -> Self:
-        if bool(self.holding) != bool(self.vote):
-            raise ValueError("what is held was voted for")
+    def _proven(self) -> Self:
+        if bool(self.holding) != bool(self.proof):
+            raise ValueError("what is held is signed, and nothing else")
         return self
+
+    @property
+    def head(self) -> Head:
+        """The head that the round starts from."""
+        return (self.round, self.digest)
 
     def is_signed(self, peer: str) -> bool:
         """Whether all that it says is signed by `peer`."""
-        held = not self.holding or is_vote(peer, self.holding, self.vote)
-        return held and self.claim.peer == peer and self.claim.is_signed((self.round, self.digest))
+        held = not self.holding or is_holding(peer, self.head, self.holding, self.proof)
+        return held and self.claim.peer == peer and self.claim.is_signed(self.head)
 
 
 Holder = tuple[Annotated[int, Field(ge=0, lt=MAX_ROSTER)], Signature]
-"""A member's place in the roster, and its vote for the proposal."""
+"""A member's place in the roster, and its proof that it holds the proposal."""
 
 
 class EnrolReply(Message):
@@ -87,8 +93,8 @@ class Roster(Message):
     """The leader closes a round: who takes part, in this order, with which claim.
 
     With a proposal nothing is exchanged: its holders have its aggregate from an attempt before, and the roster votes
-    on that, so that what one of them may have committed is not lost. Holders are shown by their votes: if they cannot
-    give what they hold it speaks against them, so nobody else may name them.
+    on that, so that what one of them may have committed is not lost. Holders are shown by their own signatures: if they
+    cannot give what they hold it speaks against them, so nobody else may name them.
     """
 
     max_bytes: ClassVar[int] = 16 * 1024
@@ -104,8 +110,11 @@ class Roster(Message):
     def _consistent(self) -> Self:
         if len({claim.key for claim in self.claims}) != len(self.claims):
             raise ValueError("a member is named twice")
-        if bool(self.proposal) != bool(self.holders) or any(index >= len(self.claims) for index, _ in self.holders):
+        places = [place for place, _ in self.holders]
+        if bool(self.proposal) != bool(places) or any(place >= len(self.claims) for place in places):
             raise ValueError("a proposal needs holders, and holders are members")
+        if any(one >= other for one, other in itertools.pairwise(places)):
+            raise ValueError("holders are not in the order of the roster, or one stands twice")
         return self
 
     @property
@@ -121,14 +130,14 @@ class Roster(Message):
     @property
     def holding(self) -> list[str]:
         """Members that hold the proposal."""
-        return [self.claims[index].peer for index, _ in self.holders]
+        return [self.claims[place].peer for place, _ in self.holders]
 
     @property
     def is_signed(self) -> bool:
         """Whether its members signed their claims, and its holders what they hold."""
-        votes = zip(self.holding, self.holders, strict=True)
+        proofs = zip(self.holding, self.holders, strict=True)
         return all(claim.is_signed(self.head) for claim in self.claims) and all(
-            is_vote(peer, self.proposal, vote) for peer, (_, vote) in votes
+            is_holding(peer, self.head, self.proposal, proof) for peer, (_, proof) in proofs
         )
 
 

@@ -6,55 +6,74 @@ out of those that a round does hold (`averaging.feedback`).
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from p2pllm.averaging import Exchange
-from p2pllm.rounds.record import Claim, Record
-from p2pllm.rounds.update import Update, joined
+from p2pllm.rounds.record import Head, Record
+from p2pllm.rounds.update import Packed, Update, joined
 
 
 class Pending:
     """Keeps an update whose round failed, or was committed without it, for a later round.
 
-    With fragments it is one of a fragment, which is averaged again a turn later; by then, or if the same round is tried
-    again, it is joined with the new one. An exchange that `keeps` what it packed has that already, without its samples:
-    here is only what it did not pack.
+    For one head a peer packs once. Others may hold what it packed in a proposal, and may yet commit that: so until the
+    head moves it is offered as it is, and what was computed since waits for the next round; else it could count twice.
+
+    With fragments an update is one of a fragment, which is averaged again a turn later. An exchange that `keeps` what
+    it packed has that already, without its samples: of it nothing is kept here once the head has moved.
     """
 
     def __init__(self, exchange: Exchange, fragments: int) -> None:
         """fragments: of the run."""
         self._exchange = exchange
         self._fragments = fragments
-        self._kept: dict[int, Update] = {}  # by fragment
-        self._claim: Claim | None = None  # for what was packed last, unless that was delivered or more is kept
+        self._kept: dict[int, Update] = {}  # by fragment, not packed
+        self._packed: Packed | None = None  # for the head that we were at last
 
-    def samples(self, round_: int) -> int:
-        """Samples that the round after `round_` would have from before."""
-        kept = self._kept.get(round_ % self._fragments)
-        return kept.samples if kept else 0
+    def samples(self, head: Head) -> int:
+        """Samples that the round after `head` would have from before."""
+        self._release(head)
+        kept = self._kept.get(head[0] % self._fragments)
+        return (kept.samples if kept else 0) + (self._packed.update.samples if self._packed else 0)
 
-    def join(self, round_: int, fresh: Update | None) -> Update | None:
-        """What goes into the round after `round_`: what is kept for it and what is new. It is kept no more."""
-        return joined(self._kept.pop(round_ % self._fragments, None), fresh)
+    async def offer(
+        self, head: Head, fresh: Update | None, pack: Callable[[Update], Awaitable[Packed]]
+    ) -> Packed | None:
+        """What goes into the round after `head`: what was packed for it before, or else all there is, packed now."""
+        self._release(head)
+        if self._packed is not None:
+            self.keep(head, fresh)
+            return self._packed
+        update = joined(self._kept.pop(head[0] % self._fragments, None), fresh)
+        if update is not None:
+            self._packed = await pack(update)
+        return self._packed
 
-    def keep(self, round_: int, update: Update, claim: Claim | None) -> None:
-        """The round after `round_` is without this update. claim: ours in that round; None: it was not even packed."""
-        if claim is not None or not self._exchange.keeps:
-            self._claim = claim
-        if claim is None or not self._exchange.keeps:
-            self._kept[round_ % self._fragments] = update.kept()
-
-    def delivered(self) -> None:
-        """What `join` gave last is in a committed round."""
-        self._claim = None
-        self._exchange.delivered()
+    def keep(self, head: Head, fresh: Update | None) -> None:
+        """This cannot go into the round after `head`."""
+        if fresh is not None:
+            self._add(head[0] % self._fragments, fresh)
 
     def note(self, record: Record | None) -> None:
-        """The swarm committed this round without our knowing: if the update that we packed last is in it, all is well.
+        """This is the round after the head that we packed for last; None: there is none, or none that we know of.
 
-        A claim is signed for one head, so a record of another branch never has it. Another one of ours than that leaves
-        everything pending: better to bring some of it twice than never.
+        A claim is signed for one head, so a record of another branch never has it.
         """
-        if record is None or self._claim is None or self._claim not in record.body.members:
+        if self._packed is None:
+            return
+        if record is not None and self._packed.claim in record.body.members:
+            self._exchange.delivered()
+            self._packed = None
+        else:
+            self._packed = self._packed.kept()  # the worker may write there again
+
+    def _release(self, head: Head) -> None:
+        """What was packed for another head than this is free to be packed anew."""
+        if self._packed is None or self._packed.head == head:
             return
         if not self._exchange.keeps:
-            self._kept.pop((record.body.round - 1) % self._fragments, None)
-        self.delivered()
+            self._add(self._packed.head[0] % self._fragments, self._packed.update)
+        self._packed = None
+
+    def _add(self, fragment: int, update: Update) -> None:
+        self._kept[fragment] = joined(self._kept.get(fragment), update.kept()) or update

@@ -182,6 +182,15 @@ def proposal(enrolments: Mapping[str, Enrol], failed: frozenset[bytes] = frozens
     return max(held, key=lambda body: (held[body], body), default=b"")
 
 
+def speaks_for(proposed: Iterable[str], roster: Iterable[str]) -> bool:
+    """Whether more than half of a roster are members of a proposal that it is to settle.
+
+    Else one member could decide every round with a proposal of itself alone.
+    """
+    members = frozenset(roster)
+    return 2 * len(members & frozenset(proposed)) > len(members)
+
+
 def branch_to_follow(own: Branch | None, statuses: Mapping[str, Status]) -> Branch | None:
     """The branch that we should move to, or None where ours is as good as any.
 

@@ -4,9 +4,9 @@ A `Body` says what a round did: whose updates, their aggregate, and the state af
 name, and the next body holds it, so that the newest digest stands for the whole log. A `Record` is a body with the
 votes for it. Votes are no part of the name: peers that commit one round may have heard different votes.
 
-Every signature is of the peer that it speaks for: a `Claim` of a member for what it brings, a vote of a member for a
-body, a `Checkpoint` of the organiser for a record. What does not live here: which records follow each other and
-which branch to choose (`chain`), files (`log`).
+Every signature is of the peer that it speaks for, and each kind has a domain of its own: a `Claim` of a member for what
+it brings, a vote of a member for a body, its word that it holds one, a `Checkpoint` of the organiser for a record. What
+does not live here: which records follow each other and which branch to choose (`chain`), files (`log`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from p2pllm.rounds.packing import (
 MAX_RECORD_BYTES = 24 * 1024
 """Bound on a packed record; one of MAX_ROSTER members with all their votes has 16.5 KB."""
 
-CLAIM_DOMAIN, VOTE_DOMAIN, CHECKPOINT_DOMAIN = "claim", "vote", "checkpoint"
+CLAIM_DOMAIN, VOTE_DOMAIN, HOLDING_DOMAIN, CHECKPOINT_DOMAIN = "claim", "vote", "holding", "checkpoint"
 
 Head = tuple[int, bytes]
 """(round, digest of its record): a place in the log. Round r is the state after r outer steps."""
@@ -148,6 +148,24 @@ def sign_vote(identity: Identity, body: bytes) -> bytes:
 def is_vote(peer: str, body: bytes, signature: bytes) -> bool:
     """Whether the peer voted for the body with this digest."""
     return _verify(peer, VOTE_DOMAIN, body, signature)
+
+
+def sign_holding(identity: Identity, head: Head, body: bytes) -> bytes:
+    """Our word that we hold the body with this digest for the round after `head`, 64 bytes.
+
+    It is no vote: those are in the log for all to see, and somebody could show ours for a round that is long over.
+    """
+    return identity.sign(HOLDING_DOMAIN, _held(head, body))
+
+
+def is_holding(peer: str, head: Head, body: bytes, signature: bytes) -> bool:
+    """Whether the peer says that it holds this body for the round after `head`."""
+    return _verify(peer, HOLDING_DOMAIN, _held(head, body), signature)
+
+
+def _held(head: Head, body: bytes) -> bytes:
+    packed: bytes = msgpack.packb([head[0], head[1], body])
+    return packed
 
 
 class Record(Message):

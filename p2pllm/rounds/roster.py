@@ -101,7 +101,7 @@ class RosterDesk:
         gathering = self._at(head)
         gathering.closed = None
         gathering.asked.clear()
-        enrol = Enrol(round=head[0], digest=head[1], claim=offer.claim, holding=offer.holding, vote=offer.vote)
+        enrol = Enrol(round=head[0], digest=head[1], claim=offer.claim, holding=offer.holding, proof=offer.proof)
         gathering.enrolments[me] = enrol
         search = Search(self._clock(), dict.fromkeys(left_out | not_leading, math.inf), left_out, suspects)
         while True:
@@ -217,7 +217,7 @@ class RosterDesk:
             claims=tuple(enrol.claim for enrol in enrolled.values()),
             proposal=proposal,
             holders=tuple(
-                (place, enrolled[peer].vote)
+                (place, enrolled[peer].proof)
                 for place, peer in enumerate(members)
                 if proposal and enrolled[peer].holding == proposal
             ),

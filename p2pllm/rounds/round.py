@@ -21,10 +21,10 @@ from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.keeper import StateKeeper
 from p2pllm.rounds.messages import Phase, Roster
 from p2pllm.rounds.pace import Deadline
-from p2pllm.rounds.record import Body, Claim, Record, sign_vote
+from p2pllm.rounds.record import Body, Claim, Record, sign_holding
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.swarm import SwarmView
-from p2pllm.rounds.update import Update
+from p2pllm.rounds.update import Packed, Update
 from p2pllm.rounds.vote import Ballot, VoteBox
 from p2pllm.sections import RoundSection
 from p2pllm.state import span_of
@@ -61,7 +61,7 @@ class RoundResult:
     record: Record | None = None  # to be committed; None: there is none of this round for us
     included: bool = False  # our update is in it
     reason: str = ""
-    failures: list[str] = field(default_factory=list)  # the reasons of all attempts that failed
+    failures: list[str] = field(default_factory=list)  # what failed here in all attempts, also where one committed
     attempts: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -94,8 +94,6 @@ class RoundRunner:
         self._view = view
         self._desk = desk
         self._votes = votes
-        self.claim: Claim | None = None
-        """What we claimed in the round that was run last, for the update as it was packed."""
         self.exchange = exchange
         self._keeper = keeper
         self._section = section
@@ -103,33 +101,37 @@ class RoundRunner:
         self._exchange_time = Deadline(EXCHANGE_FACTOR, EXCHANGE_FLOOR_S, EXCHANGE_CAP_S, first=unmeasured_s)
         self._vote_time = Deadline(VOTE_FACTOR, VOTE_FLOOR_S, VOTE_CAP_S, first=VOTE_FLOOR_S)
 
-    async def run(self, update: Update) -> RoundResult:
-        """Average `update` with the others' until one record is agreed on, or the swarm has moved on.
+    async def pack(self, update: Update) -> Packed:
+        """An update as it travels, claimed for the round after our head."""
+        payload = await asyncio.to_thread(self.exchange.pack, update.vector)
+        digest = await asyncio.to_thread(digest_of, view_of(payload))
+        head = self._keeper.head
+        return Packed(head, Claim.sign(self._identity, head, update.samples, update.loss, digest), payload, update)
 
-        There is no last attempt: who fails twice is left out, so that in the end those agree who can. Raises DiskError
-        if our disk does not take what we would vote for.
+    async def run(self, offered: Packed) -> RoundResult:
+        """Average what is offered with the others' until one record is agreed on, or the swarm has moved on.
+
+        There is no last attempt: who fails twice is left out, so that in the end those agree who can. Raises StateError
+        if our disk fails: a DiskError if it does not take what we would vote for.
         """
         clock = asyncio.get_running_loop().time
-        result, self.claim = RoundResult(), None
+        result = RoundResult()
         strikes: Counter[str] = Counter()
         leaders: Counter[str] = Counter()
         proposals: Counter[bytes] = Counter()  # that failed
         suspects: frozenset[str] = frozenset()
-        payload = await asyncio.to_thread(self.exchange.pack, update.vector)
-        digest = await asyncio.to_thread(digest_of, view_of(payload))
-        claim = self.claim = Claim.sign(self._identity, self._keeper.head, update.samples, update.loss, digest)
         while True:
             result.attempts += 1
-            offer = self._offer(claim, _out(proposals))
+            offer = self._offer(offered.claim, _out(proposals))
             gathering = self._desk.gather(offer, _out(strikes), _out(leaders), suspects)
             roster = await self._timed(result, "roster", gathering)
             if roster is None:
                 result.reason = "the swarm committed this round without us"
                 return result
             closed_at = clock()
-            culprits = await self._attempt(result, roster, payload)
+            culprits = await self._attempt(result, roster, offered.payload)
             if result.record is not None:
-                result.included = claim in result.record.body.members
+                result.included = offered.claim in result.record.body.members
                 return result
             if len(roster.members) == 1:
                 return result  # nobody else to blame
@@ -141,8 +143,8 @@ class RoundRunner:
 
     def _offer(self, claim: Claim, failed: frozenset[bytes]) -> Offer:
         holding = self._keeper.holding
-        vote = sign_vote(self._identity, holding) if holding else b""
-        return Offer(claim, self._keeper.members, holding, vote, failed)
+        proof = sign_holding(self._identity, self._keeper.head, holding) if holding else b""
+        return Offer(claim, self._keeper.members, holding, proof, failed)
 
     async def _attempt(self, result: RoundResult, roster: Roster, payload: Payload) -> frozenset[str]:
         """Exchange and vote with one roster, and fill in `result`; returns whom a failure speaks against."""
@@ -205,8 +207,14 @@ class RoundRunner:
             return _Proposed(None, nothing, error if isinstance(error, DiskError) else None)
 
     async def _settle(self, roster: Roster) -> _Proposed:
-        """The roster's proposal. If it cannot be used, that speaks against all who voted for it."""
+        """The roster's proposal. If it cannot be used, that speaks against all who hold it."""
         body, why = await self._fetched(roster.holding, roster.proposal, len(roster.members))
+        if body is not None and not plan.speaks_for(body.peers, roster.members):
+            self._keeper.forget(body.digest)
+            body, why = (
+                None,
+                f"The proposal of {', '.join(roster.holding)} is refused: it is without half of the roster.",
+            )
         failed = frozenset(roster.holding) - {self._view.peer_id} if why else frozenset[str]()
         reason = "" if body else why or "our state did not lead to the proposal, and was made anew"
         return _Proposed(body, ExchangeResult(failed=failed, reason=reason))
@@ -214,7 +222,7 @@ class RoundRunner:
     async def _fetched(self, holders: list[str], digest: bytes, members: int) -> tuple[Body | None, str]:
         """A body that these voted for, or None; and what was wrong with theirs, if our state is right.
 
-        Holders may have to give it to all other members, one after another, so it has an exchange's time for each.
+        Holders may have to give it to all other members, one after another, so each has an exchange's time for each.
         """
         timeout = self._exchange_time.seconds * max(1, members - len(holders))
         try:

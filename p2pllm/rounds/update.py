@@ -1,14 +1,17 @@
-"""Update: what one peer brings to a round, and Compute, the process that makes it, as the main loop sees it.
+"""Update: what one peer brings to a round, how it travels, and Compute, the process that makes it, as the loop sees it.
 
 What does not live here: how updates are computed (the programs, `training`) and what becomes of them (`round`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+
+from p2pllm.averaging import Payload
+from p2pllm.rounds.record import Claim, Head
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,26 @@ class Update:
     def kept(self) -> Update:
         """The same in memory of its own, for a later round."""
         return Update(self.samples, self.loss, self.vector.copy())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An update as it travels, with what we claim for it in the round after one head."""
+
+    head: Head
+    claim: Claim
+    payload: Payload
+    update: Update
+
+    def kept(self) -> Packed:
+        """The same in memory of its own."""
+        update = self.update.kept()
+        return replace(self, update=update, payload=update.vector if self.is_plain else self.payload)
+
+    @property
+    def is_plain(self) -> bool:
+        """What travels is the update itself."""
+        return self.payload is self.update.vector
 
 
 def joined(*parts: Update | None) -> Update | None:

@@ -26,6 +26,7 @@ from p2pllm.rounds.record import (
     Record,
     genesis,
     pack_all,
+    sign_holding,
     sign_vote,
     unpack_all,
 )
@@ -135,10 +136,14 @@ def _rosters() -> list[bytes]:
     status = Status(round=1, digest=head[1], total=9, anchor=1, phase="vote", samples=3, tokens_per_s=1.5)
     messages = [
         Roster(**plain, proposal=b"", holders=()),
-        Roster(**plain, proposal=bytes(32), holders=((0, bytes(64)), (2, sign_vote(identity_number(2), bytes(32))))),
+        Roster(
+            **plain,
+            proposal=bytes(32),
+            holders=((0, bytes(64)), (2, sign_holding(identity_number(2), head, bytes(32)))),
+        ),
         Roster(**plain | {"claims": claims_of(head, MAX_ROSTER)}, proposal=b"", holders=()),
-        Enrol(round=head[0], digest=head[1], claim=claims[0], holding=b"", vote=b""),
-        Enrol(round=head[0], digest=head[1], claim=claims[1], holding=bytes(32), vote=bytes(64)),
+        Enrol(round=head[0], digest=head[1], claim=claims[0], holding=b"", proof=b""),
+        Enrol(round=head[0], digest=head[1], claim=claims[1], holding=bytes(32), proof=bytes(64)),
         EnrolReply(accepted=True),
         status,
     ]

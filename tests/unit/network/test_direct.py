@@ -223,6 +223,21 @@ async def test_a_stream_of_what_nobody_serves_is_not_opened_and_not_counted(plac
     assert await mirrored(await ann.open("bob", PROTO)) == BLOCK  # it says nothing against the peer
 
 
+async def test_a_peer_that_never_answers_what_a_stream_is_for_is_not_tried_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    """Else each of its streams would cost the time of a dial, for good."""
+    monkeypatch.setattr(direct, "IN_ALL_S", 0.5)
+    ann, bob = await place.start("ann"), await place.start("bob")
+
+    async def silent(peer, reader, writer) -> None:
+        await reader.read()
+
+    monkeypatch.setattr(bob, "_serve", silent)
+    assert await ann.open("bob", PROTO) is None
+    assert not ann._reached.may_try("bob")
+
+
 async def closed(peer: Direct) -> None:
     """Wait until nothing is open that others opened."""
     async with asyncio.timeout(5):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from p2pllm.rounds import plan
 from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.messages import Enrol, Vote
-from p2pllm.rounds.record import Claim, Head, sign_vote
+from p2pllm.rounds.record import Claim, Head, sign_holding, sign_vote
 from p2pllm.rounds.roster import RosterDesk
 from p2pllm.rounds.swarm import Liveness, SwarmView
 from p2pllm.rounds.vote import VoteBox
@@ -55,13 +55,13 @@ class Node:
     def offer(self, samples: int = 1, **fields: Any) -> Offer:
         """What it brings, for `gather`."""
         if held := fields.get("holding"):
-            fields["vote"] = sign_vote(self.identity, held)
+            fields["proof"] = sign_holding(self.identity, HEAD, held)
         return Offer(self.claim(samples), **fields)
 
-    def enrol(self, claim: Claim | None = None, where: Head = HEAD, holding: bytes = b"", vote: bytes = b"") -> bytes:
+    def enrol(self, claim: Claim | None = None, where: Head = HEAD, holding: bytes = b"", proof: bytes = b"") -> bytes:
         """An enrolment at HEAD, packed."""
         mine = claim or self.claim(where=where)
-        return Enrol(round=where[0], digest=where[1], claim=mine, holding=holding, vote=vote).pack()
+        return Enrol(round=where[0], digest=where[1], claim=mine, holding=holding, proof=proof).pack()
 
     def vote(self, group: bytes, body: bytes) -> bytes:
         """A vote for a body, packed."""

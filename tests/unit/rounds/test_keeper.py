@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from histories import Node, changed, claims_of, commit, frozen, gradient, make_nodes, record_of, train
+from histories import EVERY, Node, changed, claims_of, commit, frozen, gradient, make_nodes, record_of, saved, train
 
 from p2pllm.errors import DiskError, NoRoomError, StateError
 from p2pllm.rounds.fetching import Refuted
 from p2pllm.rounds.keeper import MAX_HELD
 from p2pllm.rounds.record import Body, Checkpoint, genesis
+from p2pllm.state import SharedState, Snapshot
 from p2pllm.state.chunks import digest_of
 from p2pllm.testing import LAYOUT, identity_number, virtual
 
@@ -215,8 +216,41 @@ async def test_a_proposal_that_does_not_come_in_time_is_refused() -> None:
         await asyncio.sleep(9.0)
 
     holder.answer = never
-    with pytest.raises(Refuted, match="did not come in time"):
+    with pytest.raises(Refuted, match="none of them gives it"):
         await fetch_proposal(member, [holder], body, timeout=2.0)
+
+
+@pytest.mark.parametrize("what", ["proposal", "aggregate"])
+@virtual
+async def test_one_holder_that_is_silent_keeps_nobody_from_the_others(what: str) -> None:
+    silent, other, member = await make_nodes(3)
+    for holder in (silent, other):
+        body = await holder.keeper.propose(claims_of(holder.head, 0), gradient(1))
+
+    async def stall(request: dict[str, Any]) -> Any:
+        if request["what"] == what:
+            await asyncio.sleep(9.0)
+        return await silent.keeper.serve(request)
+
+    silent.answer = stall
+    assert await fetch_proposal(member, [silent, other], body, timeout=2.0) == body
+
+
+@virtual
+async def test_a_snapshot_that_is_written_drops_no_aggregate_that_is_voted_on() -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=EVERY - 1)
+    save, next_one = node.disk.snapshots.save, gradient(99).data.cast("B")
+
+    def slow(state: SharedState, record: bytes) -> Snapshot:
+        node.disk.aggregates.put(digest_of(next_one), next_one)  # while the snapshot is written
+        return save(state, record)
+
+    node.disk.snapshots.save = slow  # type: ignore[method-assign]
+    await train(node, rounds=1)
+    await saved(node)
+    assert node.disk.on_branch()[0].round == EVERY
+    assert node.disk.aggregates.has(digest_of(next_one))
 
 
 @virtual

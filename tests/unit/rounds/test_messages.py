@@ -21,8 +21,8 @@ ONE, TWO = (Claim.sign(identity_number(number), (4, D), 3 - 2 * number, 1.0 + 4 
 ROSTER = Roster(round=4, digest=D, nonce=bytes(16), claims=(ONE, TWO), proposal=b"", holders=())
 ALL: list[Message] = [
     Status(round=1, digest=D, total=12, anchor=1, phase="vote", samples=3, tokens_per_s=1.5),
-    Enrol(round=4, digest=D, claim=ONE, holding=b"", vote=b""),
-    Enrol(round=4, digest=D, claim=ONE, holding=D, vote=SIGNATURE),
+    Enrol(round=4, digest=D, claim=ONE, holding=b"", proof=b""),
+    Enrol(round=4, digest=D, claim=ONE, holding=D, proof=SIGNATURE),
     EnrolReply(accepted=True),
     ROSTER,
     ROSTER.model_copy(update={"proposal": D, "holders": ((1, SIGNATURE),)}),

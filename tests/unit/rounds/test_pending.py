@@ -6,14 +6,17 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from histories import changed, claims_of, record_of
+from histories import claims_of, record_of
 from test_strategies import STRATEGIES, made
 
 from p2pllm.averaging import Exchange
+from p2pllm.errors import DiskError
 from p2pllm.rounds.pending import Pending
-from p2pllm.rounds.record import Body, Claim
-from p2pllm.rounds.update import Update
-from p2pllm.testing import head, virtual
+from p2pllm.rounds.record import Body, Claim, Head, Record
+from p2pllm.rounds.update import Packed, Update
+from p2pllm.testing import MemoryPeer, head, virtual
+
+HERE, THERE = head(3, 1), head(4, 1)
 
 
 class FakeExchange:
@@ -33,73 +36,85 @@ def update(samples: int, value: float = 1.0) -> Update:
     return Update(samples, 1.0, np.full(5, value, np.float32))
 
 
-def claimed(round_: int, samples: int = 4) -> Claim:
-    (claim,) = claims_of(head(round_, 1), 0, samples=samples)
+async def offer(to: Pending, where: Head, fresh: Update | None) -> Packed | None:
+    async def pack(update: Update) -> Packed:
+        return Packed(where, claimed(where, update.samples), update.vector, update)
+
+    return await to.offer(where, fresh, pack)
+
+
+def claimed(where: Head, samples: int) -> Claim:
+    (claim,) = claims_of(where, 0, samples=samples)
     return claim
 
 
-def body(*claims: Claim) -> Body:
+def round_with(*claims: Claim) -> Record:
     total = sum(claim.samples for claim in claims)
-    return Body(
-        run=bytes(32), round=4, previous=bytes(32), total=total, members=claims, aggregate=bytes(32), state=bytes(32)
+    return record_of(
+        Body(
+            run=bytes(32), round=4, previous=HERE[1], total=total, members=claims, aggregate=bytes(32), state=bytes(32)
+        ),
+        0,
     )
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_what_was_not_packed_is_kept(keeps: bool) -> None:
+@virtual
+async def test_what_was_not_packed_goes_into_the_next_round(keeps: bool) -> None:
     kept, _ = pending(keeps)
     lost = update(4, 1.0)
-    kept.keep(3, lost, None)
+    kept.keep(HERE, lost)
     lost.vector[:] = 7.0  # the worker writes there again
-    assert kept.samples(4) == 4
-    both = kept.join(4, update(12, 5.0))
-    assert both is not None and both.samples == 16
-    np.testing.assert_allclose(both.vector, 4.0)
-    assert kept.samples(4) == 0 and kept.join(4, None) is None
-
-
-def test_what_an_exchange_keeps_is_not_kept_twice() -> None:
-    kept, _ = pending(keeps=True)
-    kept.keep(3, update(4), claimed(3))
-    assert kept.join(4, None) is None
-
-
-def test_a_fragment_waits_for_its_turn_or_for_the_same_round_again() -> None:
-    kept, _ = pending(fragments=3)
-    kept.keep(4, update(4), claimed(4))
-    assert [kept.samples(round_) for round_ in (4, 5, 6, 7)] == [4, 0, 0, 4]
-    assert kept.join(5, None) is None
-    again = kept.join(4, update(2))
-    assert again is not None and again.samples == 6
-    kept.keep(4, again, None)
-    kept.keep(5, update(1), None)
-    assert [kept.samples(round_) for round_ in (6, 7, 8)] == [0, 6, 1]
+    assert kept.samples(THERE) == 4
+    both = await offer(kept, THERE, update(12, 5.0))
+    assert both is not None and both.update.samples == 16
+    np.testing.assert_allclose(both.update.vector, 4.0)
+    kept.note(round_with(both.claim))
+    assert kept.samples(THERE) == 0 and await offer(kept, THERE, None) is None
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_only_a_record_with_what_was_packed_last_ends_it(keeps: bool) -> None:
+@virtual
+async def test_what_was_packed_for_a_head_is_offered_there_until_that_moves(keeps: bool) -> None:
+    """Others may hold it in a proposal. What came since counts in the next round, and in no other."""
     kept, exchange = pending(keeps)
-    kept.keep(3, update(4), claimed(3))
-    record = record_of(body(claimed(3)), 0)
+    first = update(4, 1.0)
+    packed = await offer(kept, HERE, first)
+    assert packed is not None
     kept.note(None)
-    kept.note(record_of(changed(record.body, members=(claimed(3, samples=5),), total=5), 0))
-    assert (exchange.deliveries, kept.samples(3)) == (0, 0 if keeps else 4)
-    kept.note(record)
-    assert (exchange.deliveries, kept.samples(3)) == (1, 0)
-    kept.note(record)
+    first.vector[:] = 7.0
+    again = await offer(kept, HERE, update(2, 2.0))
+    assert again is not None and again.claim == packed.claim and kept.samples(HERE) == 6
+    np.testing.assert_allclose(again.update.vector, 1.0)
+    np.testing.assert_allclose(cast(np.ndarray, again.payload), 1.0)
+    kept.note(round_with(packed.claim))
+    assert (exchange.deliveries, kept.samples(THERE)) == (1, 2)
+    kept.note(round_with(packed.claim))
     assert exchange.deliveries == 1
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_what_came_after_it_was_packed_is_kept_when_that_turns_out_to_be_committed(keeps: bool) -> None:
+@virtual
+async def test_once_the_head_has_moved_it_is_packed_anew(keeps: bool) -> None:
     kept, exchange = pending(keeps)
-    kept.keep(3, update(4), claimed(3))
-    joined = kept.join(3, update(2))
-    assert joined is not None
-    kept.keep(3, joined, None)
-    kept.note(record_of(body(claimed(3)), 0))
-    assert kept.samples(3) == (2 if keeps else 6)
-    assert exchange.deliveries == keeps
+    assert await offer(kept, HERE, update(4)) is not None
+    kept.note(round_with(claimed(HERE, 5)))  # ours, but another one, as of a former life
+    again = await offer(kept, THERE, update(2))
+    assert again is not None and again.update.samples == (2 if keeps else 6), "what it packed it keeps, without samples"
+    assert exchange.deliveries == 0
+
+
+@virtual
+async def test_a_fragment_waits_for_its_turn() -> None:
+    kept, _ = pending(fragments=3)
+    assert await offer(kept, head(4, 1), update(4)) is not None
+    kept.note(None)
+    assert [kept.samples(head(round_, 1)) for round_ in (5, 6, 7)] == [0, 0, 4]
+    assert await offer(kept, head(5, 1), None) is None
+    kept.keep(head(5, 1), update(1))
+    again = await offer(kept, head(7, 1), update(2))
+    assert again is not None and again.update.samples == 6
+    assert [kept.samples(head(round_, 1)) for round_ in (8, 9)] == [1, 0]
 
 
 @pytest.mark.parametrize("strategy", [{"strategy": "sync"}, *STRATEGIES], ids=str)
@@ -119,23 +134,61 @@ async def test_nothing_is_lost_when_the_swarm_goes_on_while_an_update_is_finishe
         finished.append(update.samples if update else 0)
         return cast(Update | None, update)
 
-    late.compute.finish = slow
-    in_exchange, keep = list[Claim](), late.loop._pending.keep
+    pack, packed = late.loop._runner.pack, list[int]()
 
-    def seen(round_: int, update: Update, claim: Claim | None) -> None:
-        if claim is not None and late.exchange.keeps:  # what it packed it sends later, without the samples
-            in_exchange.append(claim)
-        keep(round_, update, claim)
+    async def seen(update: Update) -> Packed:
+        packed.append(update.samples)
+        return await pack(update)
 
-    late.loop._pending.keep = seen
+    late.compute.finish, late.loop._runner.pack = slow, seen  # type: ignore[method-assign]
     await swarm.start()
     await swarm.finish()
     assert len(missed) >= 3
-    recorded = {
-        claim
-        for record in peers[0].disk.log.records()
-        for claim in (record.body.members if record else ())
-        if claim.peer == late.id
-    }
-    kept = sum(update.samples for update in late.loop._pending._kept.values())
-    assert sum(finished) == kept + sum(claim.samples for claim in recorded.union(in_exchange))
+    left = left_of(late)
+    if late.exchange.keeps:  # what it packed it sends later, without the samples
+        assert sum(finished) == left + sum(packed)
+    else:
+        assert sum(finished) == left + in_the_log(late)
+
+
+@pytest.mark.parametrize("strategy", [{"strategy": "sync"}, *STRATEGIES], ids=str)
+@virtual
+async def test_what_others_hold_of_a_peer_whose_disk_failed_counts_once(strategy: dict[str, Any]) -> None:
+    """The other one votes for a record with its update, which finds no majority, and is settled when it is back."""
+    swarm = made(**{**strategy, "rounds": 6})
+    poor, other = swarm.add(2)
+    finish, finished = poor.compute.finish, list[int]()
+    propose, failed = poor.keeper.propose, list[int]()
+
+    async def counted(go_on: bool = False) -> Update | None:
+        update = cast(Update | None, await finish(go_on))
+        finished.append(update.samples if update else 0)
+        return update
+
+    async def full_once(claims: tuple[Claim, ...], aggregate: Any) -> Body:
+        at = poor.keeper.head[0]
+        if 2 <= at <= 4 and at not in failed and len(claims) == 2:
+            failed.append(at)
+            raise DiskError("The disk is full.")
+        return await propose(claims, aggregate)
+
+    poor.compute.finish, poor.keeper.propose = counted, full_once  # type: ignore[method-assign]
+    await swarm.start()
+    await swarm.finish()
+    swarm.check_rounds()
+    assert failed == [2, 3, 4]
+    assert sum(finished) == left_of(poor) + in_the_log(poor)
+    claims = [claim for record in other.disk.log.records() if record for claim in record.body.members]
+    assert len({claim.update for claim in claims if claim.peer == poor.id}) == 6
+
+
+def in_the_log(peer: MemoryPeer) -> int:
+    """Samples of a peer in committed rounds."""
+    records = [record for record in peer.disk.log.records() if record]
+    return sum(claim.samples for record in records for claim in record.body.members if claim.peer == peer.id)
+
+
+def left_of(peer: MemoryPeer) -> int:
+    """Samples that are pending, of all fragments."""
+    fragments = range(peer.swarm.manifest.round.fragments)
+    return sum(peer.loop._pending.samples((peer.keeper.head[0] + at, bytes(32))) for at in fragments)

@@ -45,7 +45,7 @@ def claim(number: int) -> Claim:
 
 
 def enrol(number: int, holding: bytes = b"") -> Enrol:
-    return Enrol(round=1, digest=A, claim=claim(number), holding=holding, vote=bytes(64) if holding else b"")
+    return Enrol(round=1, digest=A, claim=claim(number), holding=holding, proof=bytes(64) if holding else b"")
 
 
 # -- who takes part ----------------------------------------------------------------------------------------------

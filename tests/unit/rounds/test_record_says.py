@@ -11,7 +11,9 @@ from p2pllm.rounds.record import (
     Checkpoint,
     Record,
     genesis,
+    is_holding,
     is_vote,
+    sign_holding,
     sign_vote,
 )
 
@@ -70,6 +72,14 @@ def test_a_vote_is_for_one_body_by_one_peer() -> None:
     assert not is_vote(PEERS[0].peer_id, bytes(32), vote)
 
 
+def test_a_holding_is_of_one_body_at_one_head_by_one_peer() -> None:
+    held = sign_holding(PEERS[0], BODY.base, BODY.digest)
+    assert is_holding(PEERS[0].peer_id, BODY.base, BODY.digest, held)
+    assert not is_holding(PEERS[1].peer_id, BODY.base, BODY.digest, held)
+    assert not is_holding(PEERS[0].peer_id, BODY.head, BODY.digest, held)
+    assert not is_holding(PEERS[0].peer_id, BODY.base, bytes(32), held)
+
+
 def test_a_checkpoint_is_the_founders_word_for_one_record_of_one_run() -> None:
     point = Checkpoint.sign(PEERS[0], RUN, BODY.head)
     assert Checkpoint.unpack(point.pack()) == point and point.head == BODY.head
@@ -83,6 +93,7 @@ def test_no_signature_serves_another_purpose() -> None:
     """A claim, a vote and a checkpoint over the same bytes differ in their domain."""
     vote, checkpoint = sign_vote(PEERS[0], BODY.digest), Checkpoint.sign(PEERS[0], RUN, BODY.head)
     assert not is_vote(PEERS[0].peer_id, BODY.digest, checkpoint.signature)
+    assert not is_holding(PEERS[0].peer_id, BODY.base, BODY.digest, vote)
     assert not checkpoint.model_copy(update={"signature": vote}).is_signed(PEERS[0].peer_id)
     assert not BODY.members[0].model_copy(update={"signature": vote}).is_signed(BASE)
 

@@ -11,7 +11,7 @@ from protocol_nodes import HEAD, WAIT, Node, make_nodes, timed
 from p2pllm.errors import NetworkError
 from p2pllm.rounds.gathering import LEADER_GRACE_S
 from p2pllm.rounds.messages import EnrolReply, Phase, Roster
-from p2pllm.rounds.record import Claim, Head, sign_vote
+from p2pllm.rounds.record import Claim, Head, sign_holding, sign_vote
 from p2pllm.rounds.roster import BUSY_S, SUSPECT_WAIT_S
 from p2pllm.testing import branch, head, identity_number, peer_number, virtual
 
@@ -196,16 +196,35 @@ async def test_an_enrolment_with_a_claim_that_its_sender_did_not_sign_is_refused
 
 
 @virtual
-async def test_who_says_that_it_holds_something_shows_its_vote_for_it() -> None:
+async def test_who_says_that_it_holds_something_signs_that_for_this_round() -> None:
     node, other, third = await make_nodes(3)
-    with pytest.raises(NetworkError, match="not signed by who sent it"):
-        await other.host.call(node.id, "enrol", other.enrol(holding=A, vote=sign_vote(third.identity, A)), 1.0)
-    await other.host.call(node.id, "enrol", other.enrol(holding=A, vote=sign_vote(other.identity, A)), 1.0)
+    for wrong in (
+        sign_holding(third.identity, HEAD, A),
+        sign_holding(other.identity, head(2, 1), A),
+        sign_vote(other.identity, A),
+    ):
+        with pytest.raises(NetworkError, match="not signed by who sent it"):
+            await other.host.call(node.id, "enrol", other.enrol(holding=A, proof=wrong), 1.0)
+    right = sign_holding(other.identity, HEAD, A)
+    await other.host.call(node.id, "enrol", other.enrol(holding=A, proof=right), 1.0)
     assert node.desk._now.enrolments[other.id].holding == A
 
 
 @pytest.mark.parametrize(
-    "flaw", ["", "stranger", "samples", "head", "without", "of another head", "forged", "framed", "bytes"]
+    "flaw",
+    [
+        "",
+        "stranger",
+        "samples",
+        "head",
+        "without",
+        "of another head",
+        "forged",
+        "framed",
+        "old holding",
+        "a vote",
+        "bytes",
+    ],
 )
 @virtual
 async def test_a_roster_that_is_not_ours_is_refused(flaw: str) -> None:
@@ -219,7 +238,10 @@ async def test_a_roster_that_is_not_ours_is_refused(flaw: str) -> None:
         "without": {"claims": (theirs, other.claim(1))},
         "of another head": {"claims": (leader.claim(1, head(2, 1)), mine)},
         "forged": {"claims": (theirs.model_copy(update={"samples": 10**9}), mine)},
-        "framed": {"proposal": A, "holders": ((1, sign_vote(leader.identity, A)),)},  # the member holds nothing
+        # The member holds nothing. What it once held, or voted for, others have seen.
+        "framed": {"proposal": A, "holders": ((1, sign_holding(leader.identity, HEAD, A)),)},
+        "old holding": {"proposal": A, "holders": ((1, sign_holding(member.identity, head(2, 1), A)),)},
+        "a vote": {"proposal": A, "holders": ((1, sign_vote(member.identity, A)),)},
     }
     fields = {"round": 3, "digest": HEAD[1], "claims": (theirs, mine), "proposal": b"", "holders": ()}
     payload = b"\xff" if flaw == "bytes" else Roster(nonce=bytes(16), **{**fields, **flaws.get(flaw, {})}).pack()

@@ -14,7 +14,7 @@ from p2pllm.rounds.fetching import Refuted
 from p2pllm.rounds.gathering import Offer
 from p2pllm.rounds.messages import Roster
 from p2pllm.rounds.record import Body, Claim, Record, sign_vote
-from p2pllm.rounds.round import MAX_STRIKES, RoundRunner
+from p2pllm.rounds.round import MAX_STRIKES, RoundResult, RoundRunner
 from p2pllm.rounds.update import Update, joined
 from p2pllm.rounds.vote import Ballot
 from p2pllm.state.chunks import digest_of
@@ -73,6 +73,7 @@ class Fakes:
         self.votes: dict[str, bytes] = {B: BODY.digest, C: BODY.digest}
         self.fetched: Body | None = None
         self.refuted = ""
+        self.forgotten: list[bytes] = []
         self.fetched_from: list[tuple[list[str], bytes]] = []
         self.checks = 0
 
@@ -131,15 +132,20 @@ class Fakes:
         self.checks += 1
         return True
 
-    def runner(self) -> RoundRunner:
+    def forget(self, digest: bytes) -> None:
+        self.forgotten.append(digest)
+
+    async def run_once(self) -> RoundResult:
+        """Bring UPDATE into the round."""
         me = cast(Any, self)
-        return RoundRunner(KEYS[0], me, me, me, me, me, make_manifest().round)
+        runner = RoundRunner(KEYS[0], me, me, me, me, me, make_manifest().round)
+        return await runner.run(await runner.pack(UPDATE))
 
 
 @virtual
 async def test_an_agreed_body_is_the_result() -> None:
     fakes = Fakes()
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is not None and result.record.body == BODY
     assert set(result.record.voters) == {ME, B, C}
     assert result.included
@@ -153,7 +159,7 @@ async def test_an_agreed_body_is_the_result() -> None:
 async def test_a_failed_attempt_is_made_again_with_the_same_update() -> None:
     fakes = Fakes()
     fakes.decisions = [NO, NO, NO, YES]
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is not None
     assert result.attempts == 4
     assert all(vector is VECTOR for vector in fakes.vectors)
@@ -164,7 +170,7 @@ async def test_a_failed_attempt_is_made_again_with_the_same_update() -> None:
 async def test_only_a_moved_head_ends_the_attempts() -> None:
     fakes = Fakes(attempts=20)
     fakes.decisions = [NO]
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is None and not result.included
     assert result.attempts == 21
     assert "without us" in result.reason
@@ -177,7 +183,7 @@ async def test_who_fails_again_is_left_out_and_who_led_leads_no_more() -> None:
     fakes.decisions = [NO] * MAX_STRIKES + [YES]
     fakes.fetched = BODY
     fakes.votes = {B: BODY.digest, C: b""}
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is not None
     assert result.failures == ["C is silent."] * (MAX_STRIKES + 1), "also that of the attempt that the others committed"
     assert fakes.asked == [(NOBODY, NOBODY)] * MAX_STRIKES + [(frozenset({C}), frozenset({B}))]
@@ -190,7 +196,7 @@ async def test_a_roster_that_cannot_be_used_is_a_failed_attempt() -> None:
     fakes.exchange = ValueError("This group was run before.")
     fakes.decisions = [NO, YES]
     fakes.fetched = BODY
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is not None
     assert result.attempts == 2
     assert fakes.cast == [b"", b""], "who has no aggregate says so"
@@ -201,7 +207,7 @@ async def test_a_disk_that_does_not_take_the_aggregate_is_a_vote_for_nothing() -
     fakes = Fakes(attempts=1)
     fakes.trouble = StateError("The disk is full.")
     fakes.decisions = [NO]
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert fakes.cast == [b""]
     assert result.record is None
 
@@ -212,7 +218,7 @@ async def test_what_others_agreed_on_is_fetched_from_who_voted_for_it() -> None:
     fakes.votes = {B: OTHER_BODY.digest, C: OTHER_BODY.digest}
     fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, OTHER_BODY.digest)]
     fakes.fetched = OTHER_BODY
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is not None and result.record.body == OTHER_BODY
     assert fakes.fetched_from == [([B, C], OTHER_BODY.digest)]
     assert set(result.record.voters) == {B, C}
@@ -223,7 +229,7 @@ async def test_a_body_that_cannot_be_fetched_is_tried_again_until_the_swarm_has_
     fakes = Fakes(attempts=3)
     fakes.votes = {B: OTHER_BODY.digest, C: OTHER_BODY.digest}
     fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, OTHER_BODY.digest)]
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is None
     assert result.attempts == 4
 
@@ -235,7 +241,7 @@ async def test_a_record_may_be_without_our_update() -> None:
     fakes.votes = {B: without.digest, C: without.digest}
     fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, without.digest)]
     fakes.fetched = without
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is not None
     assert not result.included
 
@@ -246,7 +252,7 @@ async def test_our_state_is_checked_when_somebody_comes_to_another_one(others: b
     fakes = Fakes()
     fakes.decisions = [NO, YES]
     fakes.votes = {B: others}
-    await fakes.runner().run(UPDATE)
+    await fakes.run_once()
     assert fakes.checks == (others != BODY.digest)
 
 
@@ -260,7 +266,7 @@ async def test_what_is_held_is_offered_and_a_proposal_is_settled_without_an_exch
     fakes.votes = {B: OTHER_BODY.digest}
     fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, OTHER_BODY.digest)]
     fakes.fetched = OTHER_BODY
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert fakes.offers[0].holding == OTHER_BODY.digest
     assert fakes.fetched_from == [([B], OTHER_BODY.digest)]
     assert fakes.cast == [OTHER_BODY.digest]
@@ -274,7 +280,7 @@ async def test_a_proposal_that_fails_twice_is_dropped() -> None:
     fakes.proposal = OTHER_BODY.digest
     fakes.decisions = [NO] * MAX_STRIKES + [YES]
     fakes.votes = {B: b"", C: b""}
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert fakes.cast == [b""] * MAX_STRIKES + [BODY.digest]
     assert fakes.offers[-1].failed == {OTHER_BODY.digest}
     assert result.attempts == MAX_STRIKES + 1
@@ -295,10 +301,25 @@ async def test_who_holds_what_cannot_be_used_is_left_out_whatever_it_holds_next(
         return await gather(*asked)
 
     fakes.gather = another_each_time  # type: ignore[method-assign, assignment]
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.failures == [why] * MAX_STRIKES
     assert fakes.asked[-1][0] == {B}
     assert len(fakes.vectors) == 1, "the next attempt exchanges"
+
+
+@virtual
+async def test_a_proposal_without_most_of_the_roster_is_not_voted_for_and_speaks_against_who_holds_it() -> None:
+    fakes = Fakes()
+    alone = fakes.fetched = body_of(CLAIMS[1:2], OTHER)
+    fakes.proposal = alone.digest
+    without = body_of((CLAIMS[0], CLAIMS[2]))
+    fakes.decisions = [NO] * MAX_STRIKES + [plan.Decision(plan.Verdict.COMMIT, without.digest)]
+    fakes.votes = {C: b""}
+    result = await fakes.run_once()
+    assert fakes.cast[:MAX_STRIKES] == [b""] * MAX_STRIKES
+    assert fakes.forgotten == [alone.digest] * MAX_STRIKES
+    assert fakes.asked[-1][0] == {B}
+    assert f"The proposal of {B} is refused: it is without half of the roster." in result.failures
 
 
 @virtual
@@ -306,7 +327,7 @@ async def test_alone_there_is_nobody_to_blame() -> None:
     fakes = Fakes(members=(ME,))
     fakes.exchange = ValueError("The vector does not fit.")
     fakes.decisions = [NO]
-    result = await fakes.runner().run(UPDATE)
+    result = await fakes.run_once()
     assert result.record is None
     assert result.attempts == 1
 

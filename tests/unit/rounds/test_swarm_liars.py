@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from histories import changed, claims_of, record_of
+from histories import changed, claims_of, gradient, record_of
 
 from p2pllm.averaging import ExchangeResult, Group
 from p2pllm.averaging.dense import NOTICE_METHOD
@@ -15,7 +15,7 @@ from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.rounds.chain import Branch
 from p2pllm.rounds.gathering import LEADER_GRACE_S, Offer
 from p2pllm.rounds.messages import Roster
-from p2pllm.rounds.record import Body, Record, pack_all, sign_vote
+from p2pllm.rounds.record import Body, Record, pack_all, peer_of, sign_holding
 from p2pllm.rounds.round import MAX_STRIKES, VOTE_FLOOR_S
 from p2pllm.rounds.vote import Ballot
 from p2pllm.state.chunks import digest_of
@@ -23,8 +23,8 @@ from p2pllm.testing import MemoryPeer, MemorySwarm, virtual
 
 
 def held(liar: MemoryPeer, offer: Offer, body: bytes) -> Offer:
-    """The offer, and that the liar has voted for this body."""
-    return dataclasses.replace(offer, holding=body, vote=sign_vote(liar.identity, body))
+    """The offer, and that the liar holds this body."""
+    return dataclasses.replace(offer, holding=body, proof=sign_holding(liar.identity, liar.keeper.head, body))
 
 
 async def claim(liar: MemoryPeer, branch: Branch, *, serve: Any = None) -> None:
@@ -171,7 +171,7 @@ async def test_a_member_that_votes_for_nonsense_stops_nobody(count: int, lie: st
     await swarm.until(lambda: len({peer.keeper.head for peer in honest}) == 1)
 
 
-@pytest.mark.parametrize("lie", ["replay", "different", "forged claim", "made-up proposal"])
+@pytest.mark.parametrize("lie", ["replay", "different", "forged claim", "made-up proposal", "an old proposal"])
 @virtual
 async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
     swarm = MemorySwarm(rounds=20)  # enough for the liar to lead one
@@ -191,8 +191,14 @@ async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
             payload = roster.model_copy(update={"claims": tuple(claims)}).pack()
         elif lie == "made-up proposal":
             holder = roster.members.index(liar.id)
-            holders = ((holder, sign_vote(liar.identity, bytes(32))),)
+            holders = ((holder, sign_holding(liar.identity, roster.head, bytes(32))),)
             payload = roster.model_copy(update={"proposal": bytes(32), "holders": holders}).pack()
+        elif lie == "an old proposal":  # with the votes for it of those who are to look like liars
+            old = liar.disk.log.record(liar.keeper.head[0])
+            votes = {peer_of(key): vote for key, vote in old.votes} if old else {}
+            holders = tuple((at, votes[each]) for at, each in enumerate(roster.members) if each in votes)
+            if old is not None and holders:
+                payload = roster.model_copy(update={"proposal": old.body.digest, "holders": holders}).pack()
         elif Roster.unpack(sent[0]).head == roster.head:
             payload = sent[0]
         await liar.host.call(peer, "roster", payload, 2.0)
@@ -203,6 +209,9 @@ async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
     assert sent
     for peer in peers:
         assert all(record.samples < 10**6 for record in peer.records)
+    if lie == "an old proposal":
+        swarm.check_rounds()
+        assert all(len(record.members) >= 3 for record in peers[1].records), "nobody goes on alone"
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -260,6 +269,29 @@ async def test_a_member_that_invents_a_proposal_for_each_attempt_is_named_and_le
         assert sum(f"The proposal of {liar.id} is refused" in why for why in third.failures) == third.attempts - 1
         took = peer.committed_at[3] - peer.committed_at[2]
         assert took < 2 * (swarm.manifest.round.roster_wait_s + LEADER_GRACE_S + VOTE_FLOOR_S)
+    swarm.check_rounds()
+
+
+@pytest.mark.parametrize("count", [3, 4])
+@virtual
+async def test_a_member_that_holds_a_proposal_of_itself_alone_decides_nothing(count: int) -> None:
+    """Its body is right in all else: a claim of its own, an aggregate of its own, and the state that follows."""
+    swarm = MemorySwarm(rounds=5)
+    *honest, liar = swarm.add(count)
+    gather = liar.desk.gather
+    made: list[Body] = []
+
+    async def lie(offer: Offer, *peers: frozenset[str]) -> Roster | None:
+        made.append(await liar.keeper.propose((offer.claim,), gradient(len(made))))
+        return await gather(held(liar, offer, made[-1].digest), *peers)
+
+    liar.desk.gather = lie  # type: ignore[method-assign, assignment]
+    await swarm.start()
+    await swarm.until(lambda: all(peer.keeper.head[0] == 5 for peer in honest), 600.0)
+    assert made
+    for peer in honest:
+        for record in peer.records[1:]:
+            assert record.members.keys() >= {other.id for other in honest}
     swarm.check_rounds()
 
 
