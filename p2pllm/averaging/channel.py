@@ -2,7 +2,7 @@
 
 A StreamReader costs three copies and an allocation a read. Where the stream stands on a socket, a Channel
 puts a BufferedProtocol under it, with asyncio's public `set_protocol`, and the kernel writes into the array
-itself; under TLS, where asyncio gives out what it has decrypted, that is copied once. Streams without a socket (those
+itself; under TLS it is decrypted into the array, as far as it fits. Streams without a socket (those
 of tests) are read the ordinary way. What does not live here: what the bytes mean, and whom to blame.
 """
 
@@ -28,6 +28,7 @@ CLOSE_S = 30.0
 """Time in which the other side may read the last of what was sent."""
 
 _REFUSAL_SECONDS = 1.0
+_RECORD_BYTES = 16 * 1024  # that TLS decrypts at once
 
 
 class Channel:
@@ -225,14 +226,16 @@ class _SocketProtocol(_Direct, asyncio.BufferedProtocol):
         return True  # the other direction goes on
 
 
-class _TlsProtocol(_Direct, asyncio.Protocol):
-    """Takes all that asyncio has decrypted, which is at most what it lets wait undecrypted and one read more.
+class _TlsProtocol(_Direct, asyncio.BufferedProtocol):
+    """Takes all that waits to be decrypted, into the array or, where that is shorter, into a buffer of its own first.
 
-    Once the other side's end has come, asyncio gives out its buffer a single time and drops what is not taken then.
+    Once the other side's end has come, asyncio asks for room a single time and drops what does not fit.
     """
 
     def __init__(self, transport: asyncio.Transport, receiving: Wait, report: Callable[[int], None]) -> None:
         super().__init__(transport, receiving, report)
+        self._between = bytearray()
+        self._lent = False  # the buffer, not the array
         self._spare = memoryview(b"")  # came, but no array was there for it
 
     async def fill(self, view: memoryview) -> None:
@@ -242,11 +245,22 @@ class _TlsProtocol(_Direct, asyncio.Protocol):
         if at < len(view):
             await super().fill(view[at:])
 
-    def data_received(self, data: bytes) -> None:
-        self._report(len(data))
-        at = min(len(data), len(self._target))
-        self._target[:at] = data[:at]
-        self._spare = memoryview(data)[at:]  # nothing is read while there is some
+    def get_buffer(self, sizehint: int) -> memoryview:
+        room = max(0, sizehint) + _RECORD_BYTES  # of a record that was begun, which the hint does not count
+        self._lent = room > len(self._target)
+        if not self._lent:
+            return self._target
+        if len(self._between) < room:
+            self._between = bytearray(room)
+        return memoryview(self._between)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._report(nbytes)
+        at = nbytes
+        if self._lent:
+            at = min(nbytes, len(self._target))
+            self._target[:at] = memoryview(self._between)[:at]
+            self._spare = memoryview(self._between)[at:nbytes]  # nothing is read while there is some
         self._came(at)
 
     def eof_received(self) -> bool:

@@ -34,11 +34,14 @@ NOTICE_SECONDS = 1.0
 """Longest time to tell the others that we gave up, within the deadline."""
 
 MAX_LANES = 4
+"""Streams to all other members together, but at least one to each: so many fill a long line from the start, and more
+cost processor time, as what lies in their buffers leaves the cache."""
+
 MAX_PENDING = MAX_MEMBERS * MAX_LANES
 """Streams, over all peers, whose group we have not started; we stop reading them after their header."""
 
 LANE_BYTES = 2 << 20
-"""A member's values of a span, and their mean, go over one stream for so many encoded bytes, at most MAX_LANES."""
+"""A member's values of a span, and their mean, go over one stream for so many encoded bytes, as far as there are."""
 
 MAX_PENDING_PER_PEER = 4 * MAX_LANES
 HEADER_SECONDS = 10.0
@@ -55,7 +58,8 @@ _REMEMBERED = 1024
 
 def lanes_for(group: Group) -> int:
     """Streams from each member to each other one: all come to the same."""
-    return max(1, min(codec(group.codec).bytes_for(group.size // len(group.members)) // LANE_BYTES, MAX_LANES))
+    there_are = MAX_LANES // max(1, len(group.members) - 1)
+    return max(1, min(codec(group.codec).bytes_for(group.size // len(group.members)) // LANE_BYTES, there_are))
 
 
 def part_bytes_for(group: Group) -> int:

@@ -35,10 +35,10 @@ from p2pllm.network.wire import short
 
 log = logging.getLogger(__name__)
 
-INTRODUCE_S, DIAL_S, IN_ALL_S = 1.0, 1.5, 2.0
-"""Time for the introduction, for a dial, and until p2pd gets its turn. A firewall that drops what comes must not hold
-up a round, and who is behind it must not seem silent in an exchange: of the least patience (`averaging.patience`) a
-second is left for p2pd."""
+INTRODUCE_S, DIAL_S = 1.0, 1.5
+"""Time for the introduction, and for a dial. A firewall that drops what comes must not hold up a round, and who is
+behind it must not seem silent in an exchange: of the least patience (`averaging.patience`) some is left for p2pd, which
+is connected by then."""
 
 MAX_HOSTS = 4
 """Hosts of one peer that are tried, all at once."""
@@ -135,12 +135,12 @@ class Direct:
     async def open(self, peer: str, proto: str) -> Stream | None:
         """A stream of `proto`, or None where this peer is not reached so, or does not take it.
 
-        Takes at most IN_ALL_S seconds.
+        Takes at most INTRODUCE_S + DIAL_S seconds.
         """
         if self._server is None or not self._reached.may_try(peer):
             return None
         try:
-            async with asyncio.timeout(IN_ALL_S):
+            async with asyncio.timeout(INTRODUCE_S + DIAL_S):
                 stream = await self._dial(peer)
                 is_taken = await self._is_taken(stream, peer, proto)
                 self._reached.worked(peer)

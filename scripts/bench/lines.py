@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/bench/lines.py [--mbit 100] [--seconds 8] [--congestion bbr reno] [--at-once 0 1 2 4]
 
-"fetch": one node fetches chunks from another as a joiner does, or so many at once, each on a stream of its own; the
-share of the rate is the payload that came within the seconds: the first ones, with the connection's start, and then as
-often again in the same fetch as --spans says. A rate counts whole packets, so
+"fetch": one node fetches chunks from another as a joiner does, or so many at once, each on a stream of its own; before
+the clock starts it has asked which there are, as a joiner has. The share of the rate is the payload that came within
+the seconds: the first ones, with the start of all streams but one, and then as often again in the same fetch as --spans
+says. A rate counts whole packets, so
 95.6 % is all that TCP can do. "all-reduce": values of 40 MB as fp32; the share is the physical limit,
 2 (N - 1) / N x bytes by rate, by the time that it took. A line is of no use as a measure if the emulator was late by
 more than a few milliseconds. --congestion: TCP's, of those that the kernel allows in namespaces
@@ -45,6 +46,7 @@ RUN = "b0" * 32
 VALUES = 10_000_000
 REDUCE_LIMIT_S = 120.0
 ENDLESS = 10_000  # pieces
+PLAN_BYTES = 8_000  # what names 250 of them
 FETCHES = {"20 ms": (20.0, 0.0), "150 ms": (150.0, 0.0), "50 ms, 0.5 % loss": (50.0, 0.005)}
 REDUCES = {"2 peers, 20 ms": (2, 20.0), "2 peers, 150 ms": (2, 150.0), "4 peers, 20 ms": (4, 20.0)}
 """Round trip in ms, and loss or peers."""
@@ -63,7 +65,7 @@ async def play(name: str, host: str, congestion: str, folder: Path) -> None:
     engine = DenseAllReduce(node)
 
     async def source(request: dict[str, Any]) -> Blob:
-        return Blob({}, [bytes(CHUNK_BYTES)])
+        return Blob({}, [bytes(PLAN_BYTES if request else CHUNK_BYTES)])
 
     try:
         await BulkServer(node, source).start()
@@ -98,6 +100,7 @@ async def _fetch(node: Node, peer: str, at_once: int, seconds: float, spans: int
         while True:
             await one(peer, 0)
 
+    await fetches.fetch(peer, {"what": "plan"}, CHUNK_BYTES)
     came = [node.traffic.received]
     works = [work() for _ in range(at_once)] or [Download(range(ENDLESS), [peer], one).run()]
     tasks = [asyncio.create_task(each) for each in works]

@@ -169,10 +169,14 @@ async def test_callers_mistakes_raise(cluster: Cluster) -> None:
         await engine.run(group, np.zeros(10, np.float32), 5)
 
 
-@pytest.mark.parametrize(("codec_name", "lanes"), [("fp32", 4), ("fp16", 3), ("int8", 1)])
-def test_lanes_follow_what_travels(codec_name: str, lanes: int) -> None:
-    group = make_group(4, 4 * 3 * LANE_BYTES // 2, codec_name)
-    assert lanes_for(group) == lanes <= MAX_LANES
+@pytest.mark.parametrize(
+    ("codec_name", "members", "lanes"), [("fp32", 2, 4), ("fp16", 2, 3), ("int8", 2, 1), ("fp32", 3, 2), ("fp32", 9, 1)]
+)
+def test_lanes_follow_what_travels_and_to_how_many(codec_name: str, members: int, lanes: int) -> None:
+    group = make_group(members, members * 3 * LANE_BYTES // 2, codec_name)
+    assert lanes_for(group) == lanes
+    assert lanes == 1 or lanes * (members - 1) <= MAX_LANES
+    assert lanes_for(make_group(1, 100, codec_name)) == 1
 
 
 class Noting(MemoryHost):

@@ -227,7 +227,8 @@ async def test_a_peer_that_never_answers_what_a_stream_is_for_is_not_tried_again
     place: Place, monkeypatch: pytest.MonkeyPatch
 ):
     """Else each of its streams would cost the time of a dial, for good."""
-    monkeypatch.setattr(direct, "IN_ALL_S", 0.5)
+    monkeypatch.setattr(direct, "INTRODUCE_S", 0.5)
+    monkeypatch.setattr(direct, "DIAL_S", 0.5)
     ann, bob = await place.start("ann"), await place.start("bob")
 
     async def silent(peer, reader, writer) -> None:
