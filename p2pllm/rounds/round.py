@@ -209,7 +209,7 @@ class RoundRunner:
     async def _settle(self, roster: Roster) -> _Proposed:
         """The roster's proposal. If it cannot be used, that speaks against all who hold it."""
         body, why = await self._fetched(roster.holding, roster.proposal, len(roster.members))
-        if body is not None and not plan.speaks_for(body.peers, roster.members):
+        if body is not None and not plan.speaks_for(body.peers, roster.members, self._keeper.members):
             self._keeper.forget(body.digest)
             body, why = (
                 None,

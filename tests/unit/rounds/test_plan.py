@@ -349,3 +349,23 @@ def test_fewer_than_half_of_the_last_roster_are_a_minority() -> None:
 def test_when_a_peer_has_gathered_enough(samples: int, gathered: int, fields: dict[str, bool], ends: bool) -> None:
     usual = {"deadline_passed": False, "others_are_over": False, "paused": False, "alone": False}
     assert plan.is_collected(samples, gathered, 12, **{**usual, **fields}) is ends
+
+
+@pytest.mark.parametrize(
+    ("proposed", "roster", "former", "expected"),
+    [
+        ("a", "abc", "abc", False),
+        ("a", "ab", "ab", False),  # half is not more than half
+        ("ab", "abc", "abc", True),
+        ("abcd", "a", "abcd", True),  # the others are gone
+        ("ab", "acd", "ab", True),  # two newcomers
+        ("ab", "acd", "abcd", False),
+        ("a", "abc", "", False),  # the first round: nobody is older than another
+        ("ab", "abc", "xyz", True),
+        ("xyz", "abc", "abc", False),
+    ],
+)
+def test_a_proposal_speaks_for_a_roster_with_more_than_half_of_it_in_it(
+    proposed: str, roster: str, former: str, expected: bool
+) -> None:
+    assert plan.speaks_for(proposed, roster, former) is expected
