@@ -69,11 +69,14 @@ def needless(home: Path, cache: Path) -> list[Held]:
 
 
 def _is_read(file: Path) -> bool:
-    with contextlib.suppress(OSError), file.open("rb") as tokens:
-        try:
+    """Whether a peer reads it, or may: where that cannot be told it is left alone."""
+    try:
+        with file.open("r+b") as tokens:  # NFS locks nothing that was opened to be read
             fcntl.flock(tokens, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
     return False
 
 

@@ -100,14 +100,12 @@ export function drawLoss(svg, rounds, output) {
     shapes.push(shape("text", { x: x(round), y: 252, "text-anchor": anchor }, String(round)));
   }
   const step = Math.max(1, Math.ceil(n / MOST_POINTS));
-  const line = (values) => rounds.round.map((round, row) => [round, values[row], row])
-    .filter(([, value, row]) => value !== null && (row % step === 0 || row === n - 1))
-    .map(([round, value], at) => `${at ? "L" : "M"}${x(round).toFixed(1)} ${y(value).toFixed(1)}`).join("");
-  const held = rounds.validation_loss.map((value, row) => (value === null ? null : [row, value])).filter(Boolean);
-  shapes.push(shape("path", { d: line(rounds.loss), class: "training" }));
-  shapes.push(shape("path", {
-    d: held.map(([row, value], at) => `${at ? "L" : "M"}${x(rounds.round[row]).toFixed(1)} ${y(value).toFixed(1)}`).join(""),
-    class: "validation" }));
+  // A line of one point is a dot: h0, with round ends.
+  const line = (values, every) => rounds.round.map((round, row) => [round, values[row], row])
+    .filter(([, value, row]) => value !== null && (row % every === 0 || row === n - 1))
+    .map(([round, value], at) => `${at ? "L" : "M"}${x(round).toFixed(1)} ${y(value).toFixed(1)}${at ? "" : "h0"}`).join("");
+  shapes.push(shape("path", { d: line(rounds.loss, step), class: "training" }));
+  shapes.push(shape("path", { d: line(rounds.validation_loss, 1), class: "validation" }));
   const at = shape("line", { y1: 8, y2: bottom, class: "at", visibility: "hidden" });
   svg.replaceChildren(...shapes, at);
   svg.onpointermove = (event) => {
