@@ -90,13 +90,7 @@ class Fetcher:
         """
         found = await asyncio.to_thread(self._disk.aggregates.get, body.aggregate)
         for peer in self._by_trust(peers) if found is None else ():
-            try:
-                async with asyncio.timeout(timeout):
-                    came = await self._aggregate_from(peer, body)
-            except TimeoutError:
-                self._failures[peer] += 1
-                continue
-            if came:
+            if await self._aggregate_from(peer, body, timeout):
                 return await asyncio.to_thread(self._disk.aggregates.get, body.aggregate)
         return found
 
@@ -110,10 +104,10 @@ class Fetcher:
         await download.run()
         self.refuted |= download.liars
 
-    async def _aggregate_from(self, peer: str, body: Body) -> bool | None:
+    async def _aggregate_from(self, peer: str, body: Body, timeout: float | None = None) -> bool | None:
         """As Fetch in `download`: True once it is on our disk."""
         bound = self._disk.form(self._layout).max_bytes(len(body.members))
-        got = await self._ask(peer, {"what": "aggregate", "digest": body.aggregate}, bound)
+        got = await self._ask(peer, {"what": "aggregate", "digest": body.aggregate}, bound, timeout)
         if got is None:
             return None
         if await asyncio.to_thread(digest_of, got[1]) != body.aggregate:
@@ -208,12 +202,15 @@ class Fetcher:
         """Those first that did not let us down."""
         return sorted(peers, key=lambda peer: (peer in self.refuted, self._failures[peer]))
 
-    async def _ask(self, peer: str, request: dict[str, Any], max_bytes: int) -> tuple[dict[str, Any], bytearray] | None:
+    async def _ask(
+        self, peer: str, request: dict[str, Any], max_bytes: int, timeout: float | None = None
+    ) -> tuple[dict[str, Any], bytearray] | None:
         try:
-            return await self._fetches.fetch(peer, request, max_bytes)
-        except NetworkError as error:
+            async with asyncio.timeout(timeout):
+                return await self._fetches.fetch(peer, request, max_bytes)
+        except (NetworkError, TimeoutError) as error:
             self._failures[peer] += 1
-            log.info("%s", error)
+            log.info("%s", str(error) or f"Peer {peer[-8:]} took too long to give a {request['what']}.")
             return None
 
 

@@ -228,8 +228,11 @@ class StateKeeper:
         self._in_spare = b""
         self._held.clear()
         self.branch, self.has_state = self.disk.log.branch, True
-        if self.disk.is_snapshot_round(new.round) or self.disk.is_full:
-            await self._save()
+        try:
+            if self.disk.is_snapshot_round(new.round) or self.disk.is_full:
+                await self._save()
+        except StateError as error:  # the round is taken all the same
+            log.error("%s", error)
 
     # -- what others hold ---------------------------------------------------------------------------------------------
 

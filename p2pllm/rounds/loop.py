@@ -70,7 +70,7 @@ class TrainingLoop:
         self._on_round = on_round
         self._stopping = False
         self._empty_handed = False  # the last round brought nothing, so nobody is to wait for us before we have some
-        self._pending = Pending(runner.exchange, manifest.round.fragments)
+        self._pending = Pending(runner.exchange, manifest.round.fragments, keeper.disk.log.record)
         self._failed_follows = 0
         self._arrivals = 0  # how often we were near the head since we were last in a record
         self._troubles = 0  # in a row
@@ -113,6 +113,8 @@ class TrainingLoop:
                 self._troubles += 1
                 await self._compute.abandon()
                 await self._rest(pause_s=min(MEND_S, RETRY_S * 2 ** min(self._troubles - 1, 10)))
+            finally:
+                self._pending.settle(self._keeper.head)
 
     async def _step(self) -> bool:
         """Do what is next; True when the run is complete."""
@@ -175,7 +177,6 @@ class TrainingLoop:
             if reached.head[0] > branch.head[0]:
                 # Whoever served more than it had last said is where we are now, or ahead.
                 self._view.presume_commit(donors, reached.head[0] - 1)
-            self._pending.note(self._keeper.disk.log.record(own[0] + 1))
             self._view.say(branch=reached)
             return
         self._failed_follows += 1
@@ -220,13 +221,8 @@ class TrainingLoop:
         if offered is None:
             await self._rest()
             return
-        try:
-            result = await self._runner.run(offered)
-            seconds = await self._commit(result.record) if result.record else {}
-        except StateError:
-            self._pending.note(None)
-            raise
-        self._pending.note(result.record)
+        result = await self._runner.run(offered)
+        seconds = await self._commit(result.record) if result.record else {}
         if result.included:
             self._arrivals = 0
         if result.record is None:
@@ -237,15 +233,15 @@ class TrainingLoop:
     async def _collect(self) -> None:
         """Gather samples until the swarm has enough of them, or the deadline passes and we have some."""
         branch, section = self._keeper.branch, self._manifest.round
-        head, pending = branch.head, self._pending.samples(branch.head)
-        self._view.say(branch=branch, phase=self._phase(0), samples=pending)
+        head = branch.head
+        self._view.say(branch=branch, phase=self._phase(0), samples=self._pending.samples(head, 0))
         while not self._over() and not self.paused and self._present(head) < section.min_peers:
             await self._view.wait_change(1.0)
         await self._compute.begin(head[0])
         loop = asyncio.get_running_loop()
         deadline = loop.time() + section.deadline_s
         while not self._over():
-            samples = self._compute.samples + pending
+            samples = self._pending.samples(head, self._compute.samples)
             phase, old = self._phase(samples), self._view.own
             if (samples, phase) != (old.samples, old.phase):
                 self._view.say(phase=phase, samples=samples, at_once=phase != old.phase)

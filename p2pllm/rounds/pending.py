@@ -23,24 +23,27 @@ class Pending:
     it packed has that already, without its samples: of it nothing is kept here once the head has moved.
     """
 
-    def __init__(self, exchange: Exchange, fragments: int) -> None:
-        """fragments: of the run."""
+    def __init__(self, exchange: Exchange, fragments: int, record: Callable[[int], Record | None]) -> None:
+        """fragments: of the run. record: of a round, in our log."""
         self._exchange = exchange
         self._fragments = fragments
+        self._record = record
         self._kept: dict[int, Update] = {}  # by fragment, not packed
         self._packed: Packed | None = None  # for the head that we were at last
 
-    def samples(self, head: Head) -> int:
-        """Samples that the round after `head` would have from before."""
-        self._release(head)
+    def samples(self, head: Head, fresh: int) -> int:
+        """Samples that we would bring to the round after `head`, with so many that are new."""
+        self._leave(head)
+        if self._packed is not None:
+            return self._packed.update.samples
         kept = self._kept.get(head[0] % self._fragments)
-        return (kept.samples if kept else 0) + (self._packed.update.samples if self._packed else 0)
+        return fresh + (kept.samples if kept else 0)
 
     async def offer(
         self, head: Head, fresh: Update | None, pack: Callable[[Update], Awaitable[Packed]]
     ) -> Packed | None:
         """What goes into the round after `head`: what was packed for it before, or else all there is, packed now."""
-        self._release(head)
+        self._leave(head)
         if self._packed is not None:
             self.keep(head, fresh)
             return self._packed
@@ -54,26 +57,31 @@ class Pending:
         if fresh is not None:
             self._add(head[0] % self._fragments, fresh)
 
-    def note(self, record: Record | None) -> None:
-        """This is the round after the head that we packed for last; None: there is none, or none that we know of.
+    def settle(self, head: Head) -> None:
+        """We are at `head` now, whatever became of the round that we packed for.
+
+        Where that is not beyond it, as after damage that took us back, what was packed may be in a round yet.
+        """
+        if self._packed is not None and head[0] <= self._packed.head[0]:
+            self._packed = self._packed.kept()  # the worker may write there again
+        else:
+            self._leave(head)
+
+    def _leave(self, head: Head) -> None:
+        """What was packed for another head than this is in the round after that one, or is free to be packed anew.
 
         A claim is signed for one head, so a record of another branch never has it.
         """
-        if self._packed is None:
+        packed = self._packed
+        if packed is None or packed.head == head:
             return
-        if record is not None and self._packed.claim in record.body.members:
-            self._exchange.delivered()
-            self._packed = None
-        else:
-            self._packed = self._packed.kept()  # the worker may write there again
-
-    def _release(self, head: Head) -> None:
-        """What was packed for another head than this is free to be packed anew."""
-        if self._packed is None or self._packed.head == head:
-            return
-        if not self._exchange.keeps:
-            self._add(self._packed.head[0] % self._fragments, self._packed.update)
         self._packed = None
+        record = self._record(packed.head[0] + 1)
+        if record is not None and packed.claim in record.body.members:
+            self._exchange.delivered()
+        elif not self._exchange.keeps:
+            self._add(packed.head[0] % self._fragments, packed.update)
 
     def _add(self, fragment: int, update: Update) -> None:
-        self._kept[fragment] = joined(self._kept.get(fragment), update.kept()) or update
+        both = joined(self._kept.get(fragment), update)
+        self._kept[fragment] = update.kept() if both is None or both is update else both

@@ -182,14 +182,12 @@ def proposal(enrolments: Mapping[str, Enrol], failed: frozenset[bytes] = frozens
     return max(held, key=lambda body: (held[body], body), default=b"")
 
 
-def speaks_for(proposed: Iterable[str], roster: Iterable[str], former: Iterable[str]) -> bool:
+def speaks_for(proposed: Iterable[str], roster: Iterable[str]) -> bool:
     """Whether more than half of a roster are members of a proposal that it is to settle.
 
-    Else one member could decide every round with a proposal of itself alone. former: members of the newest record;
-    newcomers, which can have had no part in the proposal, count only where there is nobody else.
+    Else one member could decide every round with a proposal of itself alone.
     """
     members = frozenset(roster)
-    members = members & frozenset(former) or members
     return 2 * len(members & frozenset(proposed)) > len(members)
 
 

@@ -97,6 +97,7 @@ class RoundRunner:
         self.exchange = exchange
         self._keeper = keeper
         self._section = section
+        self._met: set[tuple[Claim, ...]] = set()  # claims of the exchanges that we were in with what was packed last
         unmeasured_s = EXCHANGE_FLOOR_S + 2 * 4 * keeper.layout.size / SLOWEST_BYTES_PER_S
         self._exchange_time = Deadline(EXCHANGE_FACTOR, EXCHANGE_FLOOR_S, EXCHANGE_CAP_S, first=unmeasured_s)
         self._vote_time = Deadline(VOTE_FACTOR, VOTE_FLOOR_S, VOTE_CAP_S, first=VOTE_FLOOR_S)
@@ -106,6 +107,7 @@ class RoundRunner:
         payload = await asyncio.to_thread(self.exchange.pack, update.vector)
         digest = await asyncio.to_thread(digest_of, view_of(payload))
         head = self._keeper.head
+        self._met.clear()
         return Packed(head, Claim.sign(self._identity, head, update.samples, update.loss, digest), payload, update)
 
     async def run(self, offered: Packed) -> RoundResult:
@@ -134,6 +136,7 @@ class RoundRunner:
                 result.included = offered.claim in result.record.body.members
                 return result
             if len(roster.members) == 1:
+                await asyncio.sleep(SHORTEST_ATTEMPT_S)
                 return result  # nobody else to blame
             leaders[self._desk.leader] += 1
             proposals[roster.proposal] += 1
@@ -209,15 +212,21 @@ class RoundRunner:
     async def _settle(self, roster: Roster) -> _Proposed:
         """The roster's proposal. If it cannot be used, that speaks against all who hold it."""
         body, why = await self._fetched(roster.holding, roster.proposal, len(roster.members))
-        if body is not None and not plan.speaks_for(body.peers, roster.members, self._keeper.members):
+        if body is not None and (unfit := self._unfit(body, roster)):
             self._keeper.forget(body.digest)
-            body, why = (
-                None,
-                f"The proposal of {', '.join(roster.holding)} is refused: it is without half of the roster.",
-            )
+            body, why = None, f"The proposal of {', '.join(roster.holding)} is refused: {unfit}."
         failed = frozenset(roster.holding) - {self._view.peer_id} if why else frozenset[str]()
         reason = "" if body else why or "our state did not lead to the proposal, and was made anew"
         return _Proposed(body, ExchangeResult(failed=failed, reason=reason))
+
+    def _unfit(self, body: Body, roster: Roster) -> str:
+        """Why a proposal that is right in itself is not to be settled by this roster; empty: it is."""
+        if not plan.speaks_for(body.peers, roster.members):
+            return "it is without half of the roster"
+        ours = next((claim for claim in roster.claims if claim.peer == self._view.peer_id), None)
+        if ours in body.members and body.members not in self._met:
+            return "no exchange that we were in was of these updates"
+        return ""
 
     async def _fetched(self, holders: list[str], digest: bytes, members: int) -> tuple[Body | None, str]:
         """A body that these voted for, or None; and what was wrong with theirs, if our state is right.
@@ -232,6 +241,7 @@ class RoundRunner:
 
     async def _reduce(self, group_id: bytes, roster: Roster, payload: Payload) -> ExchangeResult:
         """The exchange; a roster that cannot be used, as one that was used before, is a failed one."""
+        self._met.add(roster.claims)
         first, last = span_of(self._keeper.layout.size, self._section.fragments, roster.round)
         try:
             group = Group(

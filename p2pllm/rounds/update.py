@@ -37,14 +37,11 @@ class Packed:
     update: Update
 
     def kept(self) -> Packed:
-        """The same in memory of its own."""
+        """The same in memory of its own. Where the payload is not the update itself, nobody needs that any more."""
+        if self.payload is not self.update.vector:
+            return self
         update = self.update.kept()
-        return replace(self, update=update, payload=update.vector if self.is_plain else self.payload)
-
-    @property
-    def is_plain(self) -> bool:
-        """What travels is the update itself."""
-        return self.payload is self.update.vector
+        return replace(self, update=update, payload=update.vector)
 
 
 def joined(*parts: Update | None) -> Update | None:

@@ -237,6 +237,19 @@ async def test_one_holder_that_is_silent_keeps_nobody_from_the_others(what: str)
 
 
 @virtual
+async def test_a_round_is_taken_though_the_disk_gives_no_list_for_its_snapshot() -> None:
+    (node,) = await make_nodes(1)
+    await train(node, rounds=EVERY - 1)
+
+    def broken() -> set[bytes]:
+        raise StateError("The folder cannot be read.")
+
+    node.disk.aggregates.digests = broken  # type: ignore[method-assign]
+    record = await commit(node)
+    assert node.head == record.head
+
+
+@virtual
 async def test_a_snapshot_that_is_written_drops_no_aggregate_that_is_voted_on() -> None:
     (node,) = await make_nodes(1)
     await train(node, rounds=EVERY - 1)

@@ -27,9 +27,18 @@ class FakeExchange:
         self.deliveries += 1
 
 
-def pending(keeps: bool = False, fragments: int = 1) -> tuple[Pending, FakeExchange]:
-    exchange = FakeExchange(keeps)
-    return Pending(cast(Exchange, exchange), fragments), exchange
+class Log:
+    """One record at most."""
+
+    record: Record | None = None
+
+    def __call__(self, round_: int) -> Record | None:
+        return self.record if self.record is not None and self.record.body.round == round_ else None
+
+
+def pending(keeps: bool = False, fragments: int = 1) -> tuple[Pending, FakeExchange, Log]:
+    exchange, log = FakeExchange(keeps), Log()
+    return Pending(cast(Exchange, exchange), fragments, log), exchange, log
 
 
 def update(samples: int, value: float = 1.0) -> Update:
@@ -49,6 +58,7 @@ def claimed(where: Head, samples: int) -> Claim:
 
 
 def round_with(*claims: Claim) -> Record:
+    """The round after HERE."""
     total = sum(claim.samples for claim in claims)
     return record_of(
         Body(
@@ -61,60 +71,70 @@ def round_with(*claims: Claim) -> Record:
 @pytest.mark.parametrize("keeps", [True, False])
 @virtual
 async def test_what_was_not_packed_goes_into_the_next_round(keeps: bool) -> None:
-    kept, _ = pending(keeps)
+    kept, _, _ = pending(keeps)
     lost = update(4, 1.0)
-    kept.keep(HERE, lost)
+    kept.keep(head(2, 1), lost)
     lost.vector[:] = 7.0  # the worker writes there again
-    assert kept.samples(THERE) == 4
-    both = await offer(kept, THERE, update(12, 5.0))
+    assert kept.samples(HERE, 12) == 16
+    both = await offer(kept, HERE, update(12, 5.0))
     assert both is not None and both.update.samples == 16
     np.testing.assert_allclose(both.update.vector, 4.0)
-    kept.note(round_with(both.claim))
-    assert kept.samples(THERE) == 0 and await offer(kept, THERE, None) is None
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 @virtual
 async def test_what_was_packed_for_a_head_is_offered_there_until_that_moves(keeps: bool) -> None:
     """Others may hold it in a proposal. What came since counts in the next round, and in no other."""
-    kept, exchange = pending(keeps)
+    kept, exchange, log = pending(keeps)
     first = update(4, 1.0)
     packed = await offer(kept, HERE, first)
-    assert packed is not None
-    kept.note(None)
+    kept.settle(HERE)
     first.vector[:] = 7.0
     again = await offer(kept, HERE, update(2, 2.0))
-    assert again is not None and again.claim == packed.claim and kept.samples(HERE) == 6
+    assert packed is not None and again is not None and again.claim == packed.claim
+    assert kept.samples(HERE, 8) == 4, "what is new does not go into this round"
     np.testing.assert_allclose(again.update.vector, 1.0)
     np.testing.assert_allclose(cast(np.ndarray, again.payload), 1.0)
-    kept.note(round_with(packed.claim))
-    assert (exchange.deliveries, kept.samples(THERE)) == (1, 2)
-    kept.note(round_with(packed.claim))
-    assert exchange.deliveries == 1
+    log.record = round_with(packed.claim)
+    kept.settle(log.record.head)
+    kept.settle(log.record.head)
+    assert (exchange.deliveries, kept.samples(log.record.head, 0)) == (1, 2)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 @virtual
 async def test_once_the_head_has_moved_it_is_packed_anew(keeps: bool) -> None:
-    kept, exchange = pending(keeps)
+    kept, exchange, log = pending(keeps)
     assert await offer(kept, HERE, update(4)) is not None
-    kept.note(round_with(claimed(HERE, 5)))  # ours, but another one, as of a former life
-    again = await offer(kept, THERE, update(2))
+    log.record = round_with(claimed(HERE, 5))  # ours, but another one, as of a former life
+    kept.settle(log.record.head)
+    again = await offer(kept, log.record.head, update(2))
     assert again is not None and again.update.samples == (2 if keeps else 6), "what it packed it keeps, without samples"
     assert exchange.deliveries == 0
 
 
 @virtual
+async def test_who_was_taken_back_by_damage_still_finds_out_that_it_was_delivered() -> None:
+    kept, exchange, log = pending()
+    packed = await offer(kept, HERE, update(4))
+    kept.settle(head(1, 1))
+    assert packed is not None
+    log.record = round_with(packed.claim)
+    kept.settle(head(9, 1))
+    assert (exchange.deliveries, kept.samples(head(9, 1), 0)) == (1, 0)
+
+
+@virtual
 async def test_a_fragment_waits_for_its_turn() -> None:
-    kept, _ = pending(fragments=3)
+    kept, _, _ = pending(fragments=3)
     assert await offer(kept, head(4, 1), update(4)) is not None
-    kept.note(None)
-    assert [kept.samples(head(round_, 1)) for round_ in (5, 6, 7)] == [0, 0, 4]
+    kept.settle(head(5, 1))
+    assert [kept.samples(head(round_, 1), 0) for round_ in (5, 6, 7)] == [0, 0, 4]
     assert await offer(kept, head(5, 1), None) is None
     kept.keep(head(5, 1), update(1))
     again = await offer(kept, head(7, 1), update(2))
     assert again is not None and again.update.samples == 6
-    assert [kept.samples(head(round_, 1)) for round_ in (8, 9)] == [1, 0]
+    assert [kept.samples(head(round_, 1), 0) for round_ in (8, 9)] == [1, 0]
 
 
 @pytest.mark.parametrize("strategy", [{"strategy": "sync"}, *STRATEGIES], ids=str)
@@ -191,4 +211,4 @@ def in_the_log(peer: MemoryPeer) -> int:
 def left_of(peer: MemoryPeer) -> int:
     """Samples that are pending, of all fragments."""
     fragments = range(peer.swarm.manifest.round.fragments)
-    return sum(peer.loop._pending.samples((peer.keeper.head[0] + at, bytes(32))) for at in fragments)
+    return sum(peer.loop._pending.samples((peer.keeper.head[0] + at, bytes(32)), 0) for at in fragments)

@@ -261,17 +261,36 @@ async def test_our_state_is_checked_when_somebody_comes_to_another_one(others: b
 
 @virtual
 async def test_what_is_held_is_offered_and_a_proposal_is_settled_without_an_exchange() -> None:
-    fakes = Fakes()
-    fakes.holding = fakes.proposal = OTHER_BODY.digest
-    fakes.votes = {B: OTHER_BODY.digest}
-    fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, OTHER_BODY.digest)]
-    fakes.fetched = OTHER_BODY
+    fakes, others = Fakes(), body_of(CLAIMS[1:], OTHER)
+    fakes.holding = fakes.proposal = others.digest
+    fakes.votes = {B: others.digest}
+    fakes.decisions = [plan.Decision(plan.Verdict.COMMIT, others.digest)]
+    fakes.fetched = others
     result = await fakes.run_once()
-    assert fakes.offers[0].holding == OTHER_BODY.digest
-    assert fakes.fetched_from == [([B], OTHER_BODY.digest)]
-    assert fakes.cast == [OTHER_BODY.digest]
+    assert fakes.offers[0].holding == others.digest
+    assert fakes.fetched_from == [([B], others.digest)]
+    assert fakes.cast == [others.digest]
     assert fakes.vectors == [], "nothing is exchanged"
-    assert result.record == Record.of(OTHER_BODY, {key.peer_id: sign_vote(key, OTHER_BODY.digest) for key in KEYS[:2]})
+    assert result.record == Record.of(others, {key.peer_id: sign_vote(key, others.digest) for key in KEYS[:2]})
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+@virtual
+async def test_a_proposal_with_our_update_is_of_an_exchange_that_we_were_in(exchanged: bool) -> None:
+    fakes = Fakes()
+    fakes.fetched = OTHER_BODY
+    fakes.votes = {B: OTHER_BODY.digest, C: b""}
+    fakes.decisions = [NO, plan.Decision(plan.Verdict.COMMIT, OTHER_BODY.digest)]
+    gather = fakes.gather
+
+    async def proposing(*asked: Any) -> Roster | None:
+        fakes.proposal = OTHER_BODY.digest if fakes.asked or not exchanged else b""
+        return await gather(*asked)
+
+    fakes.gather = proposing  # type: ignore[method-assign, assignment]
+    fakes.exchange = ExchangeResult(None, NOBODY, "It broke here.", 0, 0)
+    await fakes.run_once()
+    assert fakes.cast == ([b"", OTHER_BODY.digest] if exchanged else [b"", b""])
 
 
 @virtual

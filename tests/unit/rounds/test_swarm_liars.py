@@ -171,7 +171,9 @@ async def test_a_member_that_votes_for_nonsense_stops_nobody(count: int, lie: st
     await swarm.until(lambda: len({peer.keeper.head for peer in honest}) == 1)
 
 
-@pytest.mark.parametrize("lie", ["replay", "different", "forged claim", "made-up proposal", "an old proposal"])
+@pytest.mark.parametrize(
+    "lie", ["replay", "different", "forged claim", "made-up proposal", "an old proposal", "a mean of its own"]
+)
 @virtual
 async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
     swarm = MemorySwarm(rounds=20)  # enough for the liar to lead one
@@ -193,6 +195,10 @@ async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
             holder = roster.members.index(liar.id)
             holders = ((holder, sign_holding(liar.identity, roster.head, bytes(32))),)
             payload = roster.model_copy(update={"proposal": bytes(32), "holders": holders}).pack()
+        elif lie == "a mean of its own":  # of what everybody claims, with the right state after it
+            body = await liar.keeper.propose(roster.claims, gradient(99))
+            holders = ((roster.members.index(liar.id), sign_holding(liar.identity, roster.head, body.digest)),)
+            payload = roster.model_copy(update={"proposal": body.digest, "holders": holders}).pack()
         elif lie == "an old proposal":  # with the votes for it of those who are to look like liars
             old = liar.disk.log.record(liar.keeper.head[0])
             votes = {peer_of(key): vote for key, vote in old.votes} if old else {}
@@ -209,6 +215,7 @@ async def test_a_leader_that_lies_is_passed_over(lie: str) -> None:
     assert sent
     for peer in peers:
         assert all(record.samples < 10**6 for record in peer.records)
+        assert digest_of(gradient(99).data.cast("B")).hex() not in {record.aggregate_digest for record in peer.records}
     if lie == "an old proposal":
         swarm.check_rounds()
         assert all(len(record.members) >= 3 for record in peers[1].records), "nobody goes on alone"
@@ -293,6 +300,24 @@ async def test_a_member_that_holds_a_proposal_of_itself_alone_decides_nothing(co
         for record in peer.records[1:]:
             assert record.members.keys() >= {other.id for other in honest}
     swarm.check_rounds()
+
+
+@virtual
+async def test_a_founder_that_holds_a_proposal_of_itself_alone_does_not_keep_newcomers_out() -> None:
+    swarm = MemorySwarm(rounds=6)
+    liar, *honest = swarm.add(4)
+    gather = liar.desk.gather
+
+    async def lie(offer: Offer, *peers: frozenset[str]) -> Roster | None:
+        made = await liar.keeper.propose((offer.claim,), gradient(liar.keeper.head[0]))
+        return await gather(held(liar, offer, made.digest), *peers)
+
+    await swarm.start(liar)
+    await swarm.until(lambda: liar.keeper.head[0] >= 1)
+    liar.desk.gather = lie  # type: ignore[method-assign, assignment]
+    await swarm.start(*honest)
+    await swarm.until(lambda: all(peer.keeper.head[0] == 6 for peer in honest), 600.0)
+    assert honest[0].records[-1].members.keys() >= {peer.id for peer in honest}
 
 
 @virtual
