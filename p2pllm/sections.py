@@ -143,8 +143,8 @@ SUITED: dict[str, dict[str, Any]] = {
     },
     "sparse_loco": {
         "optimizer": _LOCAL_STEPS,
-        "round": {"strategy": "sparse_loco", "error_decay": 0.8, **_LONG_ROUNDS},
-        "outer": {"learning_rate": 1.3},
+        "round": {"strategy": "sparse_loco", "error_decay": 0.7, **_LONG_ROUNDS},
+        "outer": {"learning_rate": 2.1},
     },
 }
 """What a new run file says where a strategy's defaults, those of its paper, do not suit small models and short runs:

@@ -84,7 +84,7 @@ BATCH = 8
 AHEAD = 6  # with overlap, one of so many steps of a round is computed while the update before travels
 PLAIN = {"outer": {"learning_rate": 1.0, "momentum": 0.0}}
 MUON = {"optimizer": {"type": "muon", "learning_rate": 16e-3}}
-TUNED = Way("sparse_loco", decay=0.8, changes={"outer": {"learning_rate": 1.3}})
+TUNED = Way("sparse_loco", decay=0.7, changes={"outer": {"learning_rate": 2.1}})
 ALONE = Way("diloco", peers=1, changes=PLAIN)
 
 WAYS: dict[str, Way] = {
@@ -172,6 +172,9 @@ SEARCH: dict[str, Way] = {
             (2e-3, 1.3, 0.7),
             (2e-3, 1.3, 0.8),
             (2e-3, 1.7, 0.8),
+            (2e-3, 2.1, 0.8),
+            (2e-3, 2.1, 0.7),
+            (2.6e-3, 2.1, 0.8),
             (1.4e-3, 1.3, 0.8),
             (1.4e-3, 1.3, 0.95),
         )
