@@ -2,8 +2,8 @@
 
 A StreamReader costs three copies and an allocation a read. Where the stream stands on a socket, a Channel
 puts a BufferedProtocol under it, with asyncio's public `set_protocol`, and the kernel writes into the array
-itself; under TLS it is decrypted into the array, as far as it fits. Streams without a socket (those
-of tests) are read the ordinary way. What does not live here: what the bytes mean, and whom to blame.
+itself; under TLS it is decrypted into the array, as far as it fits. Streams without a socket (those of tests) are read
+the ordinary way. What does not live here: what the bytes mean, and whom to blame.
 """
 
 from __future__ import annotations

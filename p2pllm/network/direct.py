@@ -44,7 +44,7 @@ MAX_HOSTS = 4
 """Hosts of one peer that are tried, all at once."""
 
 MAX_OPEN, MAX_OPEN_PER_PEER = 2048, 48
-"""Streams that others have open at a time, until their sockets are closed: streams of a group of 256, several times; a
+"""Streams that others have open at a time, until their sockets are closed: several of each member of a group of 256; a
 peer's lanes and its fetches. TLS takes 0.31 MB each, so all of them 0.63 GB."""
 
 GOODBYE_S = 3.0
