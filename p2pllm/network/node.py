@@ -26,8 +26,9 @@ from p2pllm.network.control import P2PD_STOPPED, Control
 from p2pllm.network.dht import Directory
 from p2pllm.network.direct import Direct
 from p2pllm.network.introduction import METHOD as DIRECT
-from p2pllm.network.options import ListenSettings, NodeSettings, P2pdOptions
+from p2pllm.network.options import ListenSettings, NodeSettings, P2pdOptions, Reach
 from p2pllm.network.p2pd import Progress
+from p2pllm.network.relays import carries
 from p2pllm.network.streams import Traffic
 from p2pllm.network.supervisor import Supervisor
 from p2pllm.network.transport import MAX_CALL_BYTES, MUCH_BYTES, CallHandler, StreamHandler
@@ -78,21 +79,21 @@ class Node:
         runtime_dir: Path,
         settings: ListenSettings,
         *,
-        relays: Iterable[str] = (),
+        reach: Reach = Reach.UNKNOWN,
         progress: Progress | None = None,
         member: bool = True,
     ) -> Self:
         """Start p2pd and return once it answers.
 
         identity: with its key file. run_id: 64 hex digits. runtime_dir: private folder of the sockets, at
-        most 90 bytes. relays: addresses of peers that relay for us behind a NAT, those of the invite.
+        most 90 bytes. reach: who can dial us, if that is known; whoever founds a run must be PUBLIC.
         progress: called with phrases while p2pd starts. member: False for who only looks: it is in no
         directory and keeps nobody's records. Raises SettingsError (address or folder cannot be
         used) and NetworkError (port in use, p2pd does not start).
         """
         if identity.path is None:
             raise NetworkError("A node needs an identity that is in a file, because p2pd reads it.")
-        options = P2pdOptions.of(settings, identity.path, runtime_dir, tuple(relays))
+        options = P2pdOptions.of(settings, identity.path, runtime_dir, reach)
         self = cls(identity, run_id, options)
         self.traffic.pacer.mbit, self.traffic.intake.mbit = settings.upload_mbit, settings.download_mbit
         self.directory.member = member
@@ -132,6 +133,19 @@ class Node:
     def addresses(self) -> list[str]:
         """Where others can reach us, each ending in /p2p/ID; at most 8, loopback last. Refreshed every 2 s."""
         return [text for text in self._supervisor.addresses if len(text) <= MAX_ADDRESS_BYTES][:MAX_ADDRESSES]
+
+    @property
+    def reach(self) -> Reach:
+        """Who can dial us, as far as is known."""
+        return self._supervisor.reach
+
+    def change_reach(self, reach: Reach, relays: Iterable[str] = ()) -> None:
+        """Go on with a p2pd that knows who can dial us, and who relays for us where nobody can: one address of each."""
+        self._supervisor.change(reach, tuple(relays))
+
+    async def carries(self, peer: str) -> int:
+        """Bytes that a peer relays for us on one circuit, each way; 0 if it does not. Raises NetworkError."""
+        return await carries(await self._introduced(peer), peer)
 
     async def seen_at(self, peer: str) -> list[str]:
         """Multiaddresses from which a connected peer is connected with us. Raises NetworkError."""
@@ -315,4 +329,4 @@ def _peer(peer: str) -> PeerID:
     return PeerID.from_base58(peer)
 
 
-__all__ = ["ListenSettings", "Node", "NodeSettings"]
+__all__ = ["ListenSettings", "Node", "NodeSettings", "Reach"]

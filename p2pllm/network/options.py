@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +46,16 @@ class NodeSettings:
     monthly_gb: float = 0.0
 
 
+class Reach(Enum):
+    """What is known of who can dial us from outside."""
+
+    UNKNOWN = "unknown"
+    PUBLIC = "public"
+    """Anybody can."""
+    PRIVATE = "private"
+    """Nobody can, as behind a router: relays are needed."""
+
+
 @dataclass(frozen=True)
 class P2pdOptions:
     """What p2pd is started with. Addresses are multiaddresses."""
@@ -56,12 +67,15 @@ class P2pdOptions:
     announce: tuple[str, ...] = ()
     nat: bool = True
     relay_service: bool = True
-    """Relay for others behind routers. Of what is relayed we see nothing: it is neither slowed nor counted."""
+    """Relay for others behind routers, once we are PUBLIC. Of what is relayed we see nothing: it is neither slowed nor
+    counted."""
+    reach: Reach = Reach.UNKNOWN
     relays: tuple[str, ...] = ()
+    """Who relays for us while we are PRIVATE: one address of each."""
     startup_timeout_s: float = 120.0
 
     @classmethod
-    def of(cls, settings: ListenSettings, identity: Path, runtime_dir: Path, relays: tuple[str, ...]) -> P2pdOptions:
+    def of(cls, settings: ListenSettings, identity: Path, runtime_dir: Path, reach: Reach) -> P2pdOptions:
         """What the settings say, for one key file and one folder."""
         return cls(
             identity=identity,
@@ -71,6 +85,6 @@ class P2pdOptions:
             announce=settings.announce,
             nat=settings.nat,
             relay_service=settings.nat and not settings.upload_mbit and not settings.monthly_gb,
-            relays=relays,
+            reach=reach if settings.nat else Reach.UNKNOWN,
             startup_timeout_s=settings.startup_timeout_s,
         )

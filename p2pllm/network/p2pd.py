@@ -22,7 +22,7 @@ from pathlib import Path
 
 from p2pllm.errors import NetworkError
 from p2pllm.network.host import check_listen, port_in_use, prepare_runtime_dir, raise_file_limit
-from p2pllm.network.options import P2pdOptions
+from p2pllm.network.options import P2pdOptions, Reach
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,14 @@ _STOP_TIMEOUT_S = 1.0
 _ENVIRONMENT = {"GOMAXPROCS": "1"}
 """What a user may set otherwise. One core encrypts some 3 Gbit/s, at a tenth less processor time than two, and the
 others are left to those who compute."""
+
+_RELAYING = {
+    "relayDataLimit": str(1 << 40),
+    "relayTimeLimit": "168h",
+    "relayMaxCircuits": "256",  # of one peer: to all others of a group
+    "relayBufferSize": str(1 << 16),  # two of them a circuit; the default is 16 MiB
+}
+"""What we relay for others: a circuit that ends in the middle of an exchange fails it."""
 
 Progress = Callable[[str], None]
 
@@ -190,7 +198,7 @@ def p2pd_file() -> Path:
 
 def _arguments(options: P2pdOptions, control_socket: Path) -> list[str]:
     kind = "ip6" if ":" in options.listen_host else "ip4"
-    relaying = options.nat and bool(options.relays)
+    private = options.reach is Reach.PRIVATE
     switches = {
         # libp2p's own DHT finds the addresses of a peer of which hivemind's DHT told only the id
         "dhtServer": True,
@@ -202,18 +210,23 @@ def _arguments(options: P2pdOptions, control_socket: Path) -> list[str]:
         "relayService": options.relay_service,
         "natPortMap": options.nat,
         "autonat": options.nat,
-        # without relays of our own p2pd would ask the public IPFS nodes
-        "autoRelay": relaying,
+        # p2pd's own way to find out takes minutes, and never comes to an end where all others are behind routers
+        "forceReachabilityPublic": options.reach is Reach.PUBLIC,
+        "forceReachabilityPrivate": private,
+        # without relays of our own p2pd would ask the public IPFS nodes, and with a search for more wait for minutes
+        "autoRelay": private and bool(options.relays),
+        "relayDiscovery": False,
     }
     values = {
         "listen": f"/unix{control_socket}",
         "id": str(options.identity),
         "hostAddrs": f"/{kind}/{options.listen_host}/tcp/{options.listen_port}",
         "idleTimeout": f"{max(_IDLE_TIMEOUT_S, options.startup_timeout_s):.0f}s",
+        **_RELAYING,
     }
     if options.announce:
         values["announceAddrs"] = ",".join(options.announce)
-    if relaying:
+    if private and options.relays:
         values["trustedRelays"] = ",".join(options.relays)
     return [f"-{name}={int(on)}" for name, on in switches.items()] + [f"-{n}={v}" for n, v in values.items()]
 

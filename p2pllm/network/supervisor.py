@@ -14,8 +14,9 @@ from typing import Protocol
 from p2pllm.errors import NetworkError, P2PLLMError
 from p2pllm.network.addresses import ordered, port_of, to_text
 from p2pllm.network.control import Control
-from p2pllm.network.options import P2pdOptions
+from p2pllm.network.options import P2pdOptions, Reach
 from p2pllm.network.p2pd import P2pd, Progress
+from p2pllm.network.relays import relays_well
 from p2pllm.network.streams import Traffic
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ _SECOND_PROBE_S = 1.0
 _SHORT_LIFE_S = 1.0
 _SHORT_LIFE_PAUSE_S = 1.0
 _RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0)
+
+_RELAY_STARTS = 8
+"""Starts of a p2pd that is to relay, half of which go wrong; then it goes on with one that relays next to nothing."""
 
 
 class Owner(Protocol):
@@ -60,6 +64,7 @@ class Supervisor:
         self._control: Control | None = None
         self._ready = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
 
     async def start(self, progress: Progress | None) -> None:
         """Start p2pd and watch it. Raises SettingsError and NetworkError."""
@@ -81,6 +86,16 @@ class Supervisor:
         """Process id of p2pd; None between two of them."""
         return self._p2pd.pid if self._p2pd is not None else None
 
+    @property
+    def reach(self) -> Reach:
+        """Who can dial us, as far as is known."""
+        return self._options.reach
+
+    def change(self, reach: Reach, relays: tuple[str, ...]) -> None:
+        """Have p2pd started anew with these, soon."""
+        self._options = replace(self._options, reach=reach, relays=relays)
+        self._changed.set()
+
     async def up(self) -> Control:
         """The connection to p2pd, once there is one. Raises NetworkError if there never will be."""
         while True:
@@ -93,13 +108,12 @@ class Supervisor:
             await self._ready.wait()
 
     async def _boot(self, progress: Progress | None = None) -> None:
+        self._changed.clear()
         try:
-            self._p2pd = await P2pd.start(self._options, progress)
+            control = await self._launch(progress)
+            if self._options.reach is Reach.PUBLIC and self._options.relay_service:
+                control = await self._until_it_relays(control)
             async with asyncio.timeout(self._options.startup_timeout_s):
-                self._control = control = await Control.open(
-                    self._p2pd.control_socket, self._p2pd.stream_socket, self._traffic
-                )
-                await self._look_around(control)
                 await self._owner.came_up(control)
         except BaseException as error:
             await self._teardown(orderly=False)
@@ -107,6 +121,27 @@ class Supervisor:
                 raise NetworkError("p2pd has started but does not answer.") from None
             raise
         self._ready.set()
+
+    async def _launch(self, progress: Progress | None = None) -> Control:
+        """Start p2pd and connect to it. Raises NetworkError, SettingsError, TimeoutError."""
+        self._p2pd = await P2pd.start(self._options, progress)
+        async with asyncio.timeout(self._options.startup_timeout_s):
+            self._control = control = await Control.open(
+                self._p2pd.control_socket, self._p2pd.stream_socket, self._traffic
+            )
+            await self._look_around(control)
+        return control
+
+    async def _until_it_relays(self, control: Control) -> Control:
+        """Start p2pd anew until it relays as it was told to (see `relays`)."""
+        for _ in range(_RELAY_STARTS - 1):
+            if await relays_well(self._options, self.addresses):
+                return control
+            await control.close()
+            if self._p2pd is not None:
+                await self._p2pd.stop()
+            control = await self._launch()
+        return control
 
     async def _teardown(self, *, orderly: bool) -> None:
         self._ready.clear()
@@ -132,7 +167,8 @@ class Supervisor:
         while True:
             started = asyncio.get_running_loop().time()
             reason = await self._until_broken()
-            log.warning("%s; restarting it", reason)
+            wanted = self._changed.is_set()
+            log.log(logging.INFO if wanted else logging.WARNING, "%s; restarting p2pd", reason)
             await self._teardown(orderly=False)
             if asyncio.get_running_loop().time() - started < _SHORT_LIFE_S:
                 await asyncio.sleep(_SHORT_LIFE_PAUSE_S)  # what dies at once each time must not use a whole core
@@ -141,22 +177,25 @@ class Supervisor:
                 self.failed.set_result(NetworkError(f"p2pd cannot be restarted: {error}"))
                 self._ready.set()  # for those who wait
                 return
-            self.restarts += 1
+            self.restarts += not wanted
             self._owner.restarted(reason)
 
     async def _until_broken(self) -> str:
-        """Wait until p2pd exits or hangs; why, as a phrase."""
+        """Wait until p2pd exits or hangs, or is to be another; why, as a phrase."""
         assert self._p2pd is not None and self._control is not None  # noqa: S101 - `_boot` has set them
         exited = asyncio.create_task(self._p2pd.wait())
         lost = asyncio.create_task(self._control.lost.wait())
         hung = asyncio.create_task(self._until_hung(self._control))
-        tasks = (exited, lost, hung)
+        changed = asyncio.create_task(self._changed.wait())
+        tasks = (exited, lost, hung, changed)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if lost.done():
                 await asyncio.wait({exited}, timeout=_SECOND_PROBE_S)  # the better reason comes a moment later
             if exited.done():
                 return exited.result()
+            if changed.done():
+                return f"who can dial us: {self._options.reach.value}"
             return hung.result() if hung.done() else "p2pd closed its connection"
         finally:
             for task in tasks:

@@ -28,6 +28,7 @@ from p2pllm.invite import Invite
 from p2pllm.manifest import RunDraft
 from p2pllm.network.addresses import port_of
 from p2pllm.network.lean import load_lean
+from p2pllm.network.options import Reach
 from p2pllm.settings import new_runtime_dir
 from p2pllm_peers.commands import commands_of
 from p2pllm_peers.control import ControlServer
@@ -102,7 +103,7 @@ class Daemon:
         # A founder that goes on with its own invite finds itself in it.
         addresses = tuple(a for a in (invite.addresses if invite else ()) if not a.endswith(identity.peer_id))
         tell_progress("starting the network")
-        node = self._node = await self._start_node(folder, identity, addresses)
+        node = self._node = await self._start_node(folder, identity, folder.reach(bool(addresses)))
         sealed = folder.run.load()
         if sealed is None:
             if invite is None:
@@ -125,7 +126,7 @@ class Daemon:
         self._wishes.begin(folder)
         return folder
 
-    async def _start_node(self, folder: PeerFolder, identity: Identity, relays: tuple[str, ...]) -> Node:
+    async def _start_node(self, folder: PeerFolder, identity: Identity, reach: Reach) -> Node:
         """Start the network on the port of the last time if it is free, so that old addresses of ours stay true."""
         from p2pllm.network.node import Node
 
@@ -139,16 +140,17 @@ class Daemon:
                 folder.run.run_id,
                 self._runtime_dir,
                 settings,
-                relays=relays,
+                reach=reach,
                 progress=tell_progress,
             )
         except NetworkError:
             if self._settings.listen_port or not wanted:
                 raise
             remembered.unlink()
-            return await self._start_node(folder, identity, relays)
+            return await self._start_node(folder, identity, reach)
         if ports := [port for port in map(port_of, node.addresses()) if port]:
             write_whole(remembered, str(ports[0]).encode())
+        folder.remember_reach(reach)
         return node
 
     async def _open_for_commands(self, folder: PeerFolder, participant: Participant) -> None:

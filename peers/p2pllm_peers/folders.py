@@ -7,6 +7,7 @@
     <home>/runs/<run id>/<name>/flags.json          settings that the peer was given, see `flags`
     <home>/runs/<run id>/<name>/{log,aggregates/,state/}       the run's rounds and states, see `rounds.disk`
     <home>/runs/<run id>/<name>/{daemon.log,rounds.jsonl[.1 to .4],peers.json,worker.json}
+    <home>/runs/<run id>/<name>/{port,public}       where it listened last, and that it could be dialled from outside
 
 One machine may hold several peers of one run under different names: `start` makes the peer "founder", `join`
 makes "volunteer", and `--name` any other.
@@ -30,6 +31,7 @@ from typing import Any
 from p2pllm.errors import ManifestError, NoRoomError, OccupiedError, P2PLLMError, StateError
 from p2pllm.identity import verify
 from p2pllm.manifest import RunManifest
+from p2pllm.network.options import Reach
 
 FOUNDER, VOLUNTEER = "founder", "volunteer"
 SIGNING_DOMAIN = "manifest"
@@ -149,6 +151,20 @@ class PeerFolder:
             f"This machine already takes part in run {self.run.run_id[:16]} as '{self.name}'; look with "
             f"`p2pllm status`, or add a second peer with --name."
         )
+
+    def reach(self, knows_others: bool) -> Reach:
+        """Who could dial this peer the last time. The first of a run is there to be dialled."""
+        if not knows_others and not (self.path / "peers.json").exists():
+            return Reach.PUBLIC
+        is_public = (self.path / "public").exists()
+        return Reach.PUBLIC if is_public else Reach.UNKNOWN
+
+    def remember_reach(self, reach: Reach) -> None:
+        """Keep it for the next start."""
+        if reach is Reach.PUBLIC:
+            (self.path / "public").touch()
+        else:
+            (self.path / "public").unlink(missing_ok=True)
 
     def starting_pid(self) -> int | None:
         """Process id of the daemon that has the lock; None if it is no daemon, or has only just taken it."""

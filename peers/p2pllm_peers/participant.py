@@ -22,6 +22,7 @@ from p2pllm.network.bulk import Blob, BulkServer
 from p2pllm.network.lookback import Lookback
 from p2pllm.network.membership import Membership
 from p2pllm.network.node import Node
+from p2pllm.network.reachability import Reachability
 from p2pllm.rounds.credit import Ledger
 from p2pllm.rounds.disk import Disk
 from p2pllm.rounds.keeper import StateKeeper
@@ -123,6 +124,9 @@ class Participant:
         await Lookback(node).start()
         await membership.start(addresses)
         self._following = asyncio.create_task(self._follow_membership(membership))
+        if self._settings.nat:
+            reachability = Reachability(node, lambda: _living(membership), self.folder.remember_reach)
+            self._minding.append(asyncio.create_task(reachability.run()))
         await asyncio.to_thread(codec(self._manifest.round.codec).encode, _NOTHING)  # loads what it needs
         self._assemble(*await self._recover(progress))
         await self._desk.start()
@@ -185,7 +189,7 @@ class Participant:
         self._throttle = Throttle(lambda: compute.pids, compute.share)
         self._share(running_peers(self._settings.home))
         watching = watch_neighbours(self._settings.home, self._share)
-        self._minding = [asyncio.create_task(mind) for mind in (self.guest.run(), self._throttle.run(), watching)]
+        self._minding += [asyncio.create_task(mind) for mind in (self.guest.run(), self._throttle.run(), watching)]
 
     async def _give_way(self) -> None:
         """Rounds go before joiners."""
@@ -298,3 +302,8 @@ class Participant:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
+
+
+def _living(membership: Membership) -> dict[str, tuple[str, ...]]:
+    known = membership.known()
+    return {peer: known.get(peer, ()) for peer in sorted(membership.alive())}

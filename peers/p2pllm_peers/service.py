@@ -168,8 +168,6 @@ class Systemd(Manager):
         lines = [
             "[Unit]",
             f"Description=p2pllm: {peer.name} of run {peer.run.run_id[:16]}",
-            "Wants=network-online.target",
-            "After=network-online.target",
             "StartLimitIntervalSec=0",
             "",
             "[Service]",

@@ -1,4 +1,4 @@
-"""Targets: beats of other members, and their records in the DHT."""
+"""Targets: beats of other members, their records in the DHT, and what relays answer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from p2pllm.network.beat import MAX_BEAT_BYTES, MAX_HINTS, MAX_STATUS_BYTES, Bea
 from p2pllm.network.dht import MemberRecord, MemberValidator
 from p2pllm.network.membership import Membership
 from p2pllm.network.messages import pack
+from p2pllm.network.relays import granted
 from p2pllm.testing import MemoryNetwork, identity_number, peer_number, run
 
 RUN = "5a" * 32
@@ -26,6 +27,26 @@ STRANGER = 1
 
 UNFILLED = 96 << 20
 """What msgpack takes for lists that say that they are long, each in another one, before it finds that they end."""
+
+# -- relays ------------------------------------------------------------------------------------------------------------
+
+
+def _grants() -> list[bytes]:
+    limits = [b"", b"\x08\x78", b"\x08\x78\x10\x80\x80\x08"]
+    reserved = b"\x08\x02\x1a\x06\x08\x80\x88\xc4\xd3\x06"
+    return [reserved + b"\x22" + bytes([len(each)]) + each + b"\x28\x64" for each in limits]
+
+
+@target(_grants, max_bytes=1 << 14, memory=1 << 20)
+def grant(data: bytes) -> bool:
+    """What a peer answers who is asked to relay."""
+    try:
+        found = granted(data)
+    except ValueError:
+        return False
+    check(0 <= found < 1 << 70, "a number of bytes that is none")
+    return True
+
 
 # -- beat --------------------------------------------------------------------------------------------------------------
 

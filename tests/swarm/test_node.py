@@ -23,6 +23,7 @@ from p2pllm.network.introduction import METHOD as DIRECT
 from p2pllm.network.membership import Membership
 from p2pllm.network.messages import pack
 from p2pllm.network.node import Node, NodeSettings
+from p2pllm.network.options import P2pdOptions, Reach
 from p2pllm.network.transport import MAX_CALL_BYTES
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
@@ -383,3 +384,33 @@ async def test_membership_notices_arrival_restart_death_and_leaving(start, caplo
     await until(lambda: fourth.node.peer_id not in first.membership.known(), 2)
     for daemon in (first, second, third):
         await daemon.membership.stop()
+
+
+async def test_who_can_be_dialled_relays_as_much_as_it_was_told_to(folder):
+    """p2pd makes its relay twice; that of libp2p's own limits, 128 KiB, must not be what answers."""
+    nodes: list[Node] = []
+
+    async def make(reach: Reach) -> Node:
+        key, place = folder / f"key{len(nodes)}", folder / f"run{len(nodes)}"
+        identity = Identity.load_or_create(key)
+        nodes.append(node := Node(identity, RUN, P2pdOptions(key, place, "127.0.0.1", nat=False, reach=reach)))
+        await node._supervisor.start(None)
+        return node
+
+    try:
+        asking = await make(Reach.PRIVATE)
+        for _ in range(4):  # half of all starts go wrong
+            relay = await make(Reach.PUBLIC)
+            assert await asking.connect(relay.addresses()[0]) == relay.peer_id
+            assert await asking.carries(relay.peer_id) == 1 << 40
+            assert relay.restarts == 0
+        assert await relay.carries(asking.peer_id) == 1 << 17, "who does not mean to relay gives next to nothing"
+        before = asking._supervisor.pid
+        asking.change_reach(Reach.PUBLIC)
+        await until(lambda: asking._supervisor.pid not in (before, None), 20)
+        assert await relay.carries(asking.peer_id) == 1 << 40
+        assert asking.restarts == 0, "p2pd was started anew as it was told to, not because it died"
+    finally:
+        for node in nodes:
+            await node.stop()
+    assert p2pds() == []

@@ -21,8 +21,10 @@ from p2pllm.identity import Identity
 from p2pllm.invite import Invite
 from p2pllm.network.addresses import port_of
 from p2pllm.network.dht import MemberRecord
-from p2pllm.network.lookback import EVERY_S, Seen, look_back, upload_mbit
+from p2pllm.network.lookback import Seen, look_back, upload_mbit
 from p2pllm.network.node import Node
+from p2pllm.network.options import Reach
+from p2pllm.network.reachability import ROUTER_S, find_relays, is_global, verdict
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.doctor.findings import Outside
 from p2pllm_peers.entry import Sealed, fetch_manifest
@@ -39,9 +41,6 @@ LOOKUPS = 5
 
 UPLOAD_S = 1.5
 """How long the line up is measured."""
-
-ROUTER_S = 1.0 + EVERY_S
-"""After a first failure, how long a router is given to open a port; peers do not dial again any sooner."""
 
 Progress = Callable[[str], None]
 
@@ -79,16 +78,17 @@ async def _start(identity: Identity, invite: Invite, settings: PeerSettings, fol
     """On the port of the settings if it is free: a peer of this machine may be listening there, and at direct_port."""
     own = settings.model_copy(update={"direct_port": 0})
     try:
-        return await Node.start(identity, invite.run_id, folder, own, relays=invite.addresses, member=False)
+        return await Node.start(identity, invite.run_id, folder, own, member=False)
     except NetworkError:
         if not settings.listen_port:
             raise
         anywhere = own.model_copy(update={"listen_port": 0})
-        return await Node.start(identity, invite.run_id, folder, anywhere, relays=invite.addresses, member=False)
+        return await Node.start(identity, invite.run_id, folder, anywhere, member=False)
 
 
 async def _ask_peers(node: Node, invite: Invite, settings: PeerSettings) -> tuple[Outside, Pace | None]:
-    peers = await _peers(node, invite)
+    known = await _peers(node, invite)
+    peers = [*known][:MOST_ASKED]
     seen = await _views(node, peers)
     if settings.nat and any(view.took for view in seen) and not any(any(view.took.values()) for view in seen):
         await asyncio.sleep(ROUTER_S)  # a router that opens a port when asked to takes seconds for it
@@ -97,7 +97,7 @@ async def _ask_peers(node: Node, invite: Invite, settings: PeerSettings) -> tupl
     told = [pace for pace in paces if pace is not None]
     pace = max(told, key=lambda pace: (pace.round, pace.peers), default=None)
     mbit = settings.upload_mbit or (await _quietly(upload_mbit(node, seen[0].peer, UPLOAD_S)) if seen else None)
-    relayed = any("/p2p-circuit" in address for address in node.addresses())
+    relayed = verdict(seen) is Reach.PRIVATE and bool(await find_relays(node, known))
     outside = replace(
         view_of(seen, relayed=relayed, port=next(iter(_ports(node)), settings.listen_port)),
         asked=len(peers),
@@ -120,16 +120,15 @@ def _ports(node: Node) -> list[int]:
     return list(dict.fromkeys(port for address in node.addresses() if (port := port_of(address))))
 
 
-async def _peers(node: Node, invite: Invite) -> list[str]:
-    """A few members that we can ask, the invite's first. Those whom only the directory knows come after."""
-    named = list(dict.fromkeys(address.rpartition("/p2p/")[2] for address in invite.addresses))
-    for peer in named:
-        node.learn(peer, [address for address in invite.addresses if address.endswith(peer)])
+async def _peers(node: Node, invite: Invite) -> dict[str, tuple[str, ...]]:
+    """A few members that we can ask, and where they are, the invite's first, then those that the directory knows."""
+    named = dict.fromkeys(address.rpartition("/p2p/")[2] for address in invite.addresses)
+    found = {peer: tuple(each for each in invite.addresses if each.endswith(peer)) for peer in named}
     for record in await _records(node):
-        if record.peer not in named:
-            node.learn(record.peer, record.addresses)
-            named.append(record.peer)
-    return [peer for peer in named if peer != node.peer_id][:MOST_ASKED]
+        found.setdefault(record.peer, record.addresses)
+    for peer, addresses in found.items():
+        node.learn(peer, addresses)
+    return {peer: found[peer] for peer in found if peer != node.peer_id}
 
 
 async def _records(node: Node) -> Sequence[MemberRecord]:
@@ -170,7 +169,7 @@ def _width(host: str) -> int:
         address = ipaddress.ip_address(host)
     except ValueError:
         return 0
-    return 0 if address.is_loopback else 2 if address.is_global else 1
+    return 0 if address.is_loopback else 2 if is_global(host) else 1
 
 
 async def _quietly(asking: Awaitable[T]) -> T | None:

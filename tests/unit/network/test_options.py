@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pllm.network.options import NodeSettings, P2pdOptions
+from p2pllm.network.options import NodeSettings, P2pdOptions, Reach
 from p2pllm.network.p2pd import _arguments
 
 
@@ -21,6 +21,17 @@ from p2pllm.network.p2pd import _arguments
     ],
 )
 def test_what_is_relayed_cannot_be_limited(settings: NodeSettings, relays: bool) -> None:
-    options = P2pdOptions.of(settings, Path("key"), Path("run"), ())
+    options = P2pdOptions.of(settings, Path("key"), Path("run"), Reach.PUBLIC)
     assert options.relay_service == relays
     assert f"-relayService={int(relays)}" in _arguments(options, Path("run/sock"))
+
+
+@pytest.mark.parametrize("reach", Reach)
+def test_p2pd_is_told_who_can_dial_us_and_who_relays(reach: Reach) -> None:
+    options = P2pdOptions(Path("key"), Path("run"), reach=reach, relays=("/ip4/1.1.1.1/tcp/1/p2p/x",))
+    given = _arguments(options, Path("run/sock"))
+    private = reach is Reach.PRIVATE
+    assert f"-forceReachabilityPublic={int(reach is Reach.PUBLIC)}" in given
+    assert f"-forceReachabilityPrivate={int(private)}" in given and f"-autoRelay={int(private)}" in given
+    assert ("-trustedRelays=/ip4/1.1.1.1/tcp/1/p2p/x" in given) == private
+    assert P2pdOptions.of(NodeSettings(), Path("key"), Path("run"), reach).reach is Reach.UNKNOWN, "nat is off"
