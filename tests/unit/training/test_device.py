@@ -1,0 +1,52 @@
+"""Devices: which one a setting names, what its memory is capped at, and when memory is full; CUDA's part is played."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from p2pllm.errors import SettingsError
+from p2pllm.training import device
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, torch.device]]:
+    """Two cards of 8 GB; the shares of memory that this process was held to."""
+    held: list[tuple[float, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8_000_000_000))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, card: held.append((share, card)))
+    return held
+
+
+def test_the_memory_of_a_card_is_capped_where_somebody_wants_that(cuda: list[tuple[float, torch.device]]) -> None:
+    card = device.choose_device("cuda:1,cuda:0")
+    device.limit_memory(card, 2.0)
+    device.limit_memory(card, 0.0)
+    device.limit_memory(card, 80.0)
+    device.limit_memory(torch.device("cpu"), 2.0)
+    assert cuda == [(0.25, torch.device("cuda:1")), (1.0, torch.device("cuda:1"))]
+
+
+def test_a_card_that_is_not_there_is_refused(cuda: list[tuple[float, torch.device]]) -> None:
+    assert device.choose_device("auto") == torch.device("cuda")
+    with pytest.raises(SettingsError, match="has 2 CUDA devices"):
+        device.choose_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_is_full(error: BaseException, full: bool) -> None:
+    assert device.is_out_of_memory(error) is full
