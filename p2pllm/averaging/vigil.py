@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,22 +44,31 @@ _CERTAIN = (Want.INPUT, Want.GIVE, Want.OPEN)
 _PATIENT = (Want.OPEN, Want.PULL, Want.PUSH)
 
 
+class Progress:
+    """When a peer last did one kind of thing, on whichever stream: on a busy line one may stand while others go on."""
+
+    def __init__(self) -> None:
+        self.at = -math.inf  # by the loop's clock
+
+
 class Wait:
     """Since when we have waited for one thing of one peer without any progress."""
 
-    def __init__(self, peer: str, want: Want) -> None:
+    def __init__(self, peer: str, want: Want, progress: Progress | None = None) -> None:
+        """progress: shared by the waits for the same thing of the same peer."""
         self.peer = peer
         self.want = want
         self.longest = 0.0
         """Longest silence after which there was progress, in seconds."""
         self._since: float | None = None
+        self._progress = progress or Progress()
         self._loop = asyncio.get_running_loop()
 
     def touch(self) -> None:
         """There was progress."""
         if self._since is not None:
             self.longest = max(self.longest, self.silence())
-            self._since = self._loop.time()
+            self._progress.at = self._loop.time()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -72,7 +82,7 @@ class Wait:
 
     def silence(self) -> float:
         """Seconds without progress; negative while we do not wait."""
-        return -1.0 if self._since is None else self._loop.time() - self._since
+        return -1.0 if self._since is None else self._loop.time() - max(self._since, self._progress.at)
 
 
 class Vigil:
@@ -81,10 +91,11 @@ class Vigil:
     def __init__(self, stall_timeout: float) -> None:
         self._stall = stall_timeout
         self._waits: list[Wait] = []
+        self._progress: dict[tuple[str, Want], Progress] = {}
 
     def wait(self, peer: str, want: Want) -> Wait:
         """A new wait, watched from now on."""
-        self._waits.append(Wait(peer, want))
+        self._waits.append(Wait(peer, want, self._progress.setdefault((peer, want), Progress())))
         return self._waits[-1]
 
     @property

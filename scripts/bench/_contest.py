@@ -36,7 +36,10 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
         "round": {"strategy": "diloco", "codec": "int8", **LOCAL},
         "outer": {"learning_rate": 1.0, "momentum": 0.0},
     },
-    "p2pllm sparse_loco": {"round": {"strategy": "sparse_loco", **LOCAL}},
+    "p2pllm sparse_loco": {
+        "round": {"strategy": "sparse_loco", "error_decay": 0.7, **LOCAL},
+        "outer": {"learning_rate": 2.1},
+    },
 }
 """What changes in the run file of a scenario, beside samples, batch and rate, which is that of `losses.py --search`."""
 

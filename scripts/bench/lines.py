@@ -1,15 +1,15 @@
 """How much of a line bulk fills: chunks fetched from one peer, and dense all-reduces; real nodes, shaped lines, root.
 
-    .venv/bin/python scripts/bench/lines.py [--mbit 100] [--seconds 8] [--congestion bbr reno] [--at-once 0 1 2 4]
+    .venv/bin/python scripts/bench/lines.py [--mbit 100] [--seconds 8] [--values 50] [--congestion bbr reno]
 
-"fetch": one node fetches chunks from another as a joiner does, or so many at once, each on a stream of its own; before
-the clock starts it has asked which there are, as a joiner has. The share of the rate is the payload that came within
-the seconds: the first ones, with the start of all streams but one, and then as often again in the same fetch as --spans
-says. A rate counts whole packets, so
-95.6 % is all that TCP can do. "all-reduce": values of 40 MB as fp32; the share is the physical limit,
-2 (N - 1) / N x bytes by rate, by the time that it took. A line is of no use as a measure if the emulator was late by
-more than a few milliseconds. --congestion: TCP's, of those that the kernel allows in namespaces
-(net.ipv4.tcp_allowed_congestion_control); reno and cubic lose nearly everything where one packet in 200 is lost.
+"fetch": one node fetches chunks from another as a joiner does, or as many at once as --at-once says, each on a stream
+of its own; before the clock starts it has asked which there are, as a joiner has. The share of the rate is the payload
+that came within the seconds: the first ones, with the start of all streams but one, and then as often again in the same
+fetch as --spans says. A rate counts whole packets, so 95.6 % is all that TCP can do. "all-reduce": so many million
+values as fp32; the share is the physical limit, 2 (N - 1) / N x bytes by rate, by the time that it took. A line is of
+no use as a measure if the emulator was late by more than a few milliseconds. --congestion: TCP's, of those that the
+kernel allows in namespaces (net.ipv4.tcp_allowed_congestion_control); reno and cubic lose nearly everything where one
+packet in 200 is lost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from p2pllm_peers.lab.network.checking import answer, program
 from p2pllm_peers.lab.scenario import Link
 
 RUN = "b0" * 32
-VALUES = 10_000_000
 REDUCE_LIMIT_S = 120.0
 ENDLESS = 10_000  # pieces
 PLAN_BYTES = 8_000  # what names 250 of them
@@ -115,10 +114,10 @@ async def _fetch(node: Node, peer: str, at_once: int, seconds: float, spans: int
     return [after - before for before, after in itertools.pairwise(came)]
 
 
-async def _reduce(engine: DenseAllReduce, members: list[str], number: int) -> float:
+async def _reduce(engine: DenseAllReduce, members: list[str], number: int, values: int) -> float:
     """Seconds of one all-reduce."""
-    group = Group(number.to_bytes(32, "big"), tuple(members), (1.0,) * len(members), VALUES, "fp32")
-    vector = np.ones(VALUES, np.float32)
+    group = Group(number.to_bytes(32, "big"), tuple(members), (1.0,) * len(members), values, "fp32")
+    vector = np.ones(values, np.float32)
     began = time.monotonic()
     result = await engine.run(group, vector, REDUCE_LIMIT_S)
     assert result.aggregate is not None, result.reason
@@ -192,7 +191,7 @@ def fetches(mbit: float, seconds: float, spans: int, at_once: list[int], congest
                     yield [what, label, congestion, f"{size * 8e-6 / seconds / mbit:.0%}", late]
 
 
-def reduces(mbit: float, repeats: int, congestion: str) -> Iterator[list[str]]:
+def reduces(mbit: float, values: int, repeats: int, congestion: str) -> Iterator[list[str]]:
     """Rows: a number of peers and a round trip each; the median of the repeats."""
     for label, (count, trip_ms) in REDUCES.items():
         line = Link(up_mbit=mbit, down_mbit=mbit, delay_ms=trip_ms / 4)
@@ -201,10 +200,10 @@ def reduces(mbit: float, repeats: int, congestion: str) -> Iterator[list[str]]:
             took = []
             for number in range(1 + repeats):  # the first one connects
                 for name in names:
-                    made.tell(name, "reduce", members=list(made.peers.values()), number=number)
+                    made.tell(name, "reduce", members=list(made.peers.values()), number=number, values=values)
                 took.append(max(made.hear(name)["seconds"] for name in names))
             median = sorted(took[1:])[repeats // 2]
-            limit = 2 * (count - 1) / count * 4 * VALUES * 8e-6 / mbit
+            limit = 2 * (count - 1) / count * 4 * values * 8e-6 / mbit
             late = f"{made.star.emulator().late_p99_ms:.1f}"
             yield [f"all-reduce, {median:.2f} s", label, congestion, f"{limit / median:.0%}", late]
 
@@ -219,6 +218,7 @@ def main() -> None:
     parser.add_argument("--mbit", type=float, default=100.0)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each span of a fetch")
     parser.add_argument("--spans", type=int, default=2, help="of each fetch")
+    parser.add_argument("--values", type=float, default=50.0, help="millions, of each all-reduce")
     parser.add_argument("--repeats", type=int, default=3, help="of each all-reduce")
     usual = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     parser.add_argument("--congestion", nargs="+", default=[usual])
@@ -229,7 +229,7 @@ def main() -> None:
     rows = []
     jobs: list[Callable[[str], Iterator[list[str]]]] = [
         lambda congestion: fetches(options.mbit, options.seconds, options.spans, options.at_once, congestion),
-        lambda congestion: reduces(options.mbit, options.repeats, congestion),
+        lambda congestion: reduces(options.mbit, int(options.values * 1e6), options.repeats, congestion),
     ]
     for congestion in options.congestion:
         for job in jobs:
