@@ -122,6 +122,7 @@ class Channel:
         """Wait until the stream takes more. Raises ConnectionError if it is gone."""
         with self.sending.waiting():
             await self._writer.drain()
+            self.sending.touch()
 
     def close(self) -> None:
         """Close once what was sent has left, or in CLOSE_S seconds; does not wait."""

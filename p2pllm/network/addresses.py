@@ -19,7 +19,9 @@ __all__ = [
     "checked_addresses",
     "host_of",
     "hosts_of",
+    "is_global",
     "is_loopback",
+    "is_relayed",
     "ordered",
     "port_of",
     "split",
@@ -70,8 +72,27 @@ def to_text(raw: bytes) -> str:
 
 
 def ordered(addresses: Iterable[str]) -> list[str]:
-    """Without repetitions, those that only this machine can reach last."""
-    return sorted(dict.fromkeys(addresses), key=is_loopback)
+    """Without repetitions, by how many can use them: all, all over a relay, those in the same house, this machine."""
+    return sorted(dict.fromkeys(addresses), key=_narrowness)
+
+
+def _narrowness(address: str) -> int:
+    if is_loopback(address):
+        return 3
+    return 1 if is_relayed(address) else 0 if is_global(host_of(address)) else 2
+
+
+def is_relayed(address: str) -> bool:
+    """Whether the way there leads over a relay."""
+    return "/p2p-circuit" in address
+
+
+def is_global(host: str) -> bool:
+    """Whether a text is an IP address out on the internet."""
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
 
 
 def is_loopback(address: str) -> bool:
@@ -94,9 +115,9 @@ def reach(addresses: Iterable[str]) -> str:
     """How the Internet gets to whoever has these: "direct", "relay", or "" if by none of them, as in a lab."""
     kinds = set[str]()
     for address in addresses:
-        if "/p2p-circuit" in address:
+        if is_relayed(address):
             kinds.add("relay")
-        elif (host := host_of(address)) and ipaddress.ip_address(host).is_global:
+        elif is_global(host_of(address)):
             kinds.add("direct")
     return min(kinds, default="")
 
@@ -108,12 +129,12 @@ def hosts_of(seen: Iterable[str], said: Iterable[str]) -> list[str]:
     whom it likes in our own networks.
     """
     hosts = [host for host in map(host_of, seen) if host]
-    return hosts or [host for host in map(host_of, said) if host and ipaddress.ip_address(host).is_global]
+    return hosts or [host for host in map(host_of, said) if is_global(host)]
 
 
 def port_of(address: str) -> int | None:
     """The TCP port in an address, if it has one of its own and is not a relay's."""
-    if "/p2p-circuit" in address:
+    if is_relayed(address):
         return None
     parts = address.split("/")
     if "tcp" in parts[:-1]:

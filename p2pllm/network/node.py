@@ -139,13 +139,17 @@ class Node:
         """Who can dial us, as far as is known."""
         return self._supervisor.reach
 
-    def change_reach(self, reach: Reach, relays: Iterable[str] = ()) -> None:
-        """Go on with a p2pd that knows who can dial us, and who relays for us where nobody can: one address of each."""
-        self._supervisor.change(reach, tuple(relays))
+    def change_reach(self, reach: Reach, relay: str = "") -> None:
+        """Go on with a p2pd that knows who can dial us, and who relays for us where nobody can."""
+        self._supervisor.change(reach, (relay,) if relay else ())
 
     async def carries(self, peer: str) -> int:
         """Bytes that a peer relays for us on one circuit, each way; 0 if it does not. Raises NetworkError."""
-        return await carries(await self._introduced(peer), peer)
+        try:
+            async with asyncio.timeout(OPEN_STREAM_S):
+                return await carries(await self._introduced(peer), peer)
+        except TimeoutError:
+            raise NetworkError(f"Peer {short(peer)} does not say whether it relays.") from None
 
     async def seen_at(self, peer: str) -> list[str]:
         """Multiaddresses from which a connected peer is connected with us. Raises NetworkError."""

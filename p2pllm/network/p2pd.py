@@ -46,6 +46,7 @@ _RELAYING = {
     "relayDataLimit": str(1 << 40),
     "relayTimeLimit": "168h",
     "relayMaxCircuits": "256",  # of one peer: to all others of a group
+    "relayMaxReservations": "4096",  # whoever asks what we carry takes one, too, for half an hour
     "relayBufferSize": str(1 << 16),  # two of them a circuit; the default is 16 MiB
 }
 """What we relay for others: a circuit that ends in the middle of an exchange fails it."""

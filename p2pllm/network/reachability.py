@@ -1,24 +1,23 @@
-"""Reachability: finds out who can dial this machine, and has others relay for it where nobody can.
+"""Reachability: finds out who can dial this machine, and has another one relay for it where nobody can.
 
-Peers of the run dial back (`lookback`). One that sees us out on the internet and gets through settles it: anybody can
-dial us. Where all of those fail, twice, nobody can, as behind a router: then we reserve places at peers that can be
-dialled, and others come to us over these. Peers of the same machine or house tell nothing of the world outside. What
-does not live here: how p2pd is told (`node`), and what a relay carries (`relays`).
+Peers of the run dial back (`lookback`). Most of those that see us out on the internet settle it: they get through, and
+anybody can dial us; or they do not, also after a router had time to open a port, and nobody can. Then we take a place
+at a peer that can be dialled, and others come to us over it. Peers of the same machine or house tell nothing of the
+world outside. What does not live here: how p2pd is told (`node`), and what a relay carries (`relays`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
 from p2pllm.errors import NetworkError
-from p2pllm.network.addresses import host_of, port_of, split
-from p2pllm.network.lookback import EVERY_S, Seen, Watcher, look_back
+from p2pllm.network.addresses import host_of, is_global, is_relayed, port_of
+from p2pllm.network.lookback import Seen, Watcher, look_back
 from p2pllm.network.options import Reach
 from p2pllm.network.relays import ENOUGH_BYTES
 
@@ -30,13 +29,15 @@ FIRST_S, LAST_S = 3.0, 600.0
 ASK_S = 5.0
 """How long a peer may take to answer, without its dialling."""
 
-ROUTER_S = 1.0 + EVERY_S
-"""After a first failure, how long a router is given to open a port; peers do not dial again any sooner."""
+ROUTER_S = 11.0
+"""After a first failure, how long a router is given to be found and to open a port, of which libp2p takes 10 s; peers
+do not dial the same host again for some seconds."""
 
-MOST_ASKED, MOST_RELAYS = 3, 3
+MOST_ASKED = 3
 
 PATIENCE_S, WATCH_S = 10.0, 2.0
-"""Who has had no address at a relay for so long, which is looked at so often, looks for other relays."""
+"""Who has had no address at a relay for so long, which is looked at so often, looks for another one; for twice as long
+each time after that, until it has one."""
 
 Peers = Mapping[str, Sequence[str]]
 """Addresses by peer id."""
@@ -48,51 +49,76 @@ class Reachable(Watcher, Protocol):
     @property
     def reach(self) -> Reach: ...
     def addresses(self) -> list[str]: ...
-    def change_reach(self, reach: Reach, relays: Iterable[str] = ()) -> None: ...
+    def change_reach(self, reach: Reach, relay: str = "") -> None: ...
     async def carries(self, peer: str) -> int: ...
 
 
 class Reachability:
     """Looks now and then. `run` it."""
 
-    def __init__(self, node: Reachable, peers: Callable[[], Peers], on_change: Callable[[Reach], None]) -> None:
-        """peers: other members that live now, and where they say that they are."""
-        self._node, self._peers, self._on_change = node, peers, on_change
+    def __init__(
+        self,
+        node: Reachable,
+        peers: Callable[[], Peers],
+        give_way: Callable[[], Awaitable[None]],
+        on_change: Callable[[Reach], None],
+    ) -> None:
+        """peers: other members that live now, and where they say that they are. give_way: waits until p2pd may be
+        started anew.
+        """
+        self._node, self._peers, self._give_way, self._on_change = node, peers, give_way, on_change
+        self._patience = PATIENCE_S
+        self._tried: set[str] = set()  # relays that we have been told to take since we last had one
 
     async def run(self) -> None:
-        """Look for good: soon at first, then seldom, but whenever our relays are gone."""
+        """Look for good: soon at first, then seldom, but whenever our relay is gone."""
         pause = FIRST_S
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception:
+                log.exception("who can dial us was not found out")
             await self._rest(pause)
             pause = min(2 * pause, LAST_S)
 
     async def _rest(self, seconds: float) -> None:
-        """Wait so long, or until relays have been missing for PATIENCE_S."""
+        """Wait so long, or until a relay has been missing for longer than we bear."""
         missing = 0.0
-        while seconds > 0 and missing < PATIENCE_S:
+        while seconds > 0 and missing < self._patience:
             await asyncio.sleep(min(WATCH_S, seconds))
             seconds -= WATCH_S
-            missing = missing + WATCH_S if self._lacks_relays() else 0.0
+            if self._lacks_relay():
+                missing += WATCH_S
+            else:
+                missing, self._patience = 0.0, PATIENCE_S
+                self._tried.clear()
 
     async def look(self) -> None:
         """Ask once, and have p2pd go by the answer."""
-        if self._lacks_relays() and (relays := await find_relays(self._node, self._peers())):
-            self._tell(Reach.PRIVATE, relays)
-            return
+        if self._lacks_relay():
+            self._patience = min(2 * self._patience, LAST_S)
+            if relay := await self._find_relay():
+                return await self._tell(Reach.PRIVATE, relay)
         reach = await self._reach()
         if reach is not Reach.UNKNOWN and reach is not self._node.reach:
-            private = reach is Reach.PRIVATE
-            self._tell(reach, await find_relays(self._node, self._peers()) if private else [])
+            await self._tell(reach, await self._find_relay() if reach is Reach.PRIVATE else "")
+        return None
 
-    def _lacks_relays(self) -> bool:
-        private = self._node.reach is Reach.PRIVATE
-        return private and not any("/p2p-circuit" in each for each in self._node.addresses())
+    async def _find_relay(self) -> str:
+        found = await find_relay(self._node, self._peers(), self._tried)
+        if not found:
+            self._tried.clear()  # those that had no place for us may have one the next time
+        return found
 
-    def _tell(self, reach: Reach, relays: Sequence[str] = ()) -> None:
-        log.info("who can dial us: %s; relays: %s", reach.value, ", ".join(relays) or "none")
-        self._node.change_reach(reach, relays)
+    async def _tell(self, reach: Reach, relay: str) -> None:
+        await self._give_way()
+        log.info("who can dial us: %s; relay: %s", reach.value, relay or "none")
+        self._tried.add(relay)
+        self._node.change_reach(reach, relay)
         self._on_change(reach)
+
+    def _lacks_relay(self) -> bool:
+        return self._node.reach is Reach.PRIVATE and not any(map(is_relayed, self._node.addresses()))
 
     async def _reach(self) -> Reach:
         """What the world outside says; UNKNOWN if nobody there was asked."""
@@ -105,9 +131,11 @@ class Reachability:
     async def _views(self) -> list[Seen]:
         # Those out on the internet first: who comes to us over a relay sees no address of ours.
         peers = [*dict.fromkeys([peer for peer, _ in outside(self._peers())] + [*self._peers()])][:MOST_ASKED]
-        ports = list(dict.fromkeys(port for each in self._node.addresses() if (port := port_of(each))))
+        own = [each for each in self._node.addresses() if port_of(each)]
+        ports = [port for port in dict.fromkeys(map(port_of, own)) if port]
+        kinds = {":" in host_of(each) for each in own}  # that of IPv6 tells nothing where we listen on IPv4 alone
         views = await asyncio.gather(*(self._view(peer, ports) for peer in peers))
-        return [view for view in views if view is not None]
+        return [view for view in views if view is not None and (":" in view.host) in kinds]
 
     async def _view(self, peer: str, ports: Sequence[int]) -> Seen | None:
         with suppress(NetworkError):
@@ -115,43 +143,39 @@ class Reachability:
         return None
 
 
-async def find_relays(node: Reachable, peers: Peers) -> list[str]:
-    """An address of each of a few peers that can be dialled and carry enough."""
-    found = list[str]()
+async def find_relay(node: Reachable, peers: Peers, tried: Iterable[str] = ()) -> str:
+    """The address of a peer that can be dialled and carries enough, none of those that were tried; "" if there is none.
+
+    Of more than one any, so that all of them relay for some.
+    """
     for peer, address in outside(peers):
         with suppress(NetworkError):
-            if len(found) < MOST_RELAYS and await node.carries(peer) >= ENOUGH_BYTES:
-                found.append(address)
-    return found
+            if address not in tried and await node.carries(peer) >= ENOUGH_BYTES:
+                return address
+    return ""
 
 
 def outside(peers: Peers) -> list[tuple[str, str]]:
-    """Who says to be out on the internet, and where; in any order, so that each is asked by some."""
+    """Who says to be out on the internet, and where, in any order.
+
+    The addresses are put together anew: p2pd ends at once if it is started with one that it cannot read.
+    """
     found = []
     for peer, addresses in peers.items():
-        direct = next((each for each in addresses if is_global(host_of(each)) and _is_of(peer, each)), "")
-        if direct:
-            found.append((peer, direct))
+        for address in addresses:
+            host, port = host_of(address), port_of(address)
+            whole = f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}/p2p/{peer}"
+            if is_global(host) and port is not None and 0 < port < 1 << 16 and address == whole:
+                found.append((peer, whole))
+                break
     random.shuffle(found)
     return found
 
 
 def verdict(views: Iterable[Seen]) -> Reach:
-    """What peers' views of us come to: those of peers out on the internet that have dialled back count."""
-    outside = [view for view in views if view.took and is_global(view.host)]
-    if any(any(view.took.values()) for view in outside):
-        return Reach.PUBLIC
-    return Reach.PRIVATE if outside else Reach.UNKNOWN
-
-
-def is_global(host: str) -> bool:
-    """Whether a text is an IP address out on the internet."""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_global
-    return False
-
-
-def _is_of(peer: str, address: str) -> bool:
-    with suppress(ValueError):
-        return split(address)[0] == peer
-    return False
+    """What most peers out on the internet that have dialled back found; UNKNOWN where they are of two minds."""
+    outside_views = [any(view.took.values()) for view in views if view.took and is_global(view.host)]
+    through, not_through = outside_views.count(True), outside_views.count(False)
+    if through == not_through:
+        return Reach.UNKNOWN
+    return Reach.PUBLIC if through > not_through else Reach.PRIVATE

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import tempfile
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from hivemind.p2p import PeerID
 
 from p2pllm.errors import NetworkError, P2PLLMError
 from p2pllm.identity import Identity
-from p2pllm.network.addresses import split
+from p2pllm.network.addresses import to_bytes
 from p2pllm.network.control import Control
 from p2pllm.network.options import P2pdOptions
 from p2pllm.network.p2pd import P2pd
@@ -114,18 +115,20 @@ async def _read_framed(reader: StreamReader) -> bytes:
     return await reader.readexactly(size)
 
 
-async def own_carries(options: P2pdOptions, addresses: list[str]) -> int:
+async def own_carries(options: P2pdOptions, peer: str) -> int:
     """The same of our own p2pd, which cannot ask itself: a second one does, for a moment.
 
-    options: of ours. addresses: where it listens, each ending in /p2p/ID. Raises P2PLLMError if that cannot be done.
+    options: of ours, with its port. peer: our id. Raises P2PLLMError if that cannot be done.
     """
+    kind, home = ("ip6", "::1") if ":" in options.listen_host else ("ip4", "127.0.0.1")
+    any_host = ipaddress.ip_address(options.listen_host).is_unspecified
+    place = f"/{kind}/{home if any_host else options.listen_host}/tcp/{options.listen_port}"
     with tempfile.TemporaryDirectory(prefix="", dir=options.runtime_dir) as folder:
         Identity.load_or_create(Path(folder) / "key")
-        host = "::1" if ":" in options.listen_host else "127.0.0.1"
         asking = P2pdOptions(
             Path(folder) / "key",
             Path(folder),
-            listen_host=host,
+            listen_host=home,
             nat=False,
             relay_service=False,
             startup_timeout_s=options.startup_timeout_s,
@@ -134,10 +137,8 @@ async def own_carries(options: P2pdOptions, addresses: list[str]) -> int:
         try:
             control = await Control.open(p2pd.control_socket, p2pd.stream_socket, Traffic())
             try:
-                peer, _ = split(addresses[0])
-                places = [split(address)[1] for address in addresses if "/p2p-circuit" not in address]
                 async with asyncio.timeout(ASK_S):
-                    await control.connect(PeerID.from_base58(peer), places)
+                    await control.connect(PeerID.from_base58(peer), [to_bytes(place)])
                 return await carries(control, peer)
             finally:
                 await control.close()
@@ -145,8 +146,8 @@ async def own_carries(options: P2pdOptions, addresses: list[str]) -> int:
             await p2pd.stop()
 
 
-async def relays_well(options: P2pdOptions, addresses: list[str]) -> bool:
+async def relays_well(options: P2pdOptions, peer: str) -> bool:
     """Whether our own p2pd carries enough for others; True where that cannot be found out."""
     with contextlib.suppress(P2PLLMError, OSError, ValueError):
-        return await own_carries(options, addresses) >= ENOUGH_BYTES
+        return await own_carries(options, peer) >= ENOUGH_BYTES
     return True

@@ -135,7 +135,7 @@ class Supervisor:
     async def _until_it_relays(self, control: Control) -> Control:
         """Start p2pd anew until it relays as it was told to (see `relays`)."""
         for _ in range(_RELAY_STARTS - 1):
-            if await relays_well(self._options, self.addresses):
+            if await relays_well(self._options, self._peer_id):
                 return control
             await control.close()
             if self._p2pd is not None:
@@ -230,6 +230,8 @@ class Supervisor:
             except P2PLLMError as failure:
                 log.warning("p2pd did not restart: %s", failure)
                 error = failure
+                if self._options.relays:  # what others say must not keep it from starting
+                    self._options = replace(self._options, reach=Reach.UNKNOWN, relays=())
         return error
 
     async def _look_around(self, control: Control) -> None:
@@ -245,6 +247,6 @@ class Supervisor:
                 log.debug("p2pd listens on an address of an unknown kind: %s", error)
         if self._options.listen_port == 0:
             # others know us by this port, so the next p2pd shall have it too
-            port = next((port for place in places if "p2p-circuit" not in place and (port := port_of(place))), 0)
+            port = next((port for place in places if (port := port_of(place))), 0)
             self._options = replace(self._options, listen_port=port)
         self.addresses = [f"{place}/p2p/{self._peer_id}" for place in ordered(self._options.announce or places)]

@@ -103,7 +103,7 @@ class Daemon:
         # A founder that goes on with its own invite finds itself in it.
         addresses = tuple(a for a in (invite.addresses if invite else ()) if not a.endswith(identity.peer_id))
         tell_progress("starting the network")
-        node = self._node = await self._start_node(folder, identity, folder.reach(bool(addresses)))
+        node = self._node = await self._start_node(folder, identity, self._reach(folder, bool(addresses)))
         sealed = folder.run.load()
         if sealed is None:
             if invite is None:
@@ -125,6 +125,9 @@ class Daemon:
         folder = occupy(run.peer(name))
         self._wishes.begin(folder)
         return folder
+
+    def _reach(self, folder: PeerFolder, knows_others: bool) -> Reach:
+        return Reach.PUBLIC if self._settings.announce else folder.reach(knows_others)
 
     async def _start_node(self, folder: PeerFolder, identity: Identity, reach: Reach) -> Node:
         """Start the network on the port of the last time if it is free, so that old addresses of ours stay true."""
@@ -150,7 +153,7 @@ class Daemon:
             return await self._start_node(folder, identity, reach)
         if ports := [port for port in map(port_of, node.addresses()) if port]:
             write_whole(remembered, str(ports[0]).encode())
-        folder.remember_reach(reach)
+        folder.remember_reach(node.reach)
         return node
 
     async def _open_for_commands(self, folder: PeerFolder, participant: Participant) -> None:

@@ -161,10 +161,11 @@ class PeerFolder:
 
     def remember_reach(self, reach: Reach) -> None:
         """Keep it for the next start."""
-        if reach is Reach.PUBLIC:
-            (self.path / "public").touch()
-        else:
-            (self.path / "public").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk; the next start finds it out again
+            if reach is Reach.PUBLIC:
+                (self.path / "public").touch()
+            else:
+                (self.path / "public").unlink(missing_ok=True)
 
     def starting_pid(self) -> int | None:
         """Process id of the daemon that has the lock; None if it is no daemon, or has only just taken it."""

@@ -124,8 +124,9 @@ class Participant:
         await Lookback(node).start()
         await membership.start(addresses)
         self._following = asyncio.create_task(self._follow_membership(membership))
-        if self._settings.nat:
-            reachability = Reachability(node, lambda: _living(membership), self.folder.remember_reach)
+        if self._settings.nat and not self._settings.announce:  # who says where it is dialled knows better
+            told = self.folder.remember_reach
+            reachability = Reachability(node, lambda: _living(membership), self._give_way, told)
             self._minding.append(asyncio.create_task(reachability.run()))
         await asyncio.to_thread(codec(self._manifest.round.codec).encode, _NOTHING)  # loads what it needs
         self._assemble(*await self._recover(progress))
@@ -192,7 +193,7 @@ class Participant:
         self._minding += [asyncio.create_task(mind) for mind in (self.guest.run(), self._throttle.run(), watching)]
 
     async def _give_way(self) -> None:
-        """Rounds go before joiners."""
+        """Rounds go before joiners, and before a p2pd that is to be another."""
         await self.view.wait_until(lambda: self.view.own.phase != "exchange", GIVE_WAY_S)
 
     async def _hear_the_swarm(self, expected: bool, progress: Progress) -> None:

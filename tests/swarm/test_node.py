@@ -408,6 +408,7 @@ async def test_who_can_be_dialled_relays_as_much_as_it_was_told_to(folder):
         before = asking._supervisor.pid
         asking.change_reach(Reach.PUBLIC)
         await until(lambda: asking._supervisor.pid not in (before, None), 20)
+        await asking._supervisor.up()
         assert await relay.carries(asking.peer_id) == 1 << 40
         assert asking.restarts == 0, "p2pd was started anew as it was told to, not because it died"
     finally:

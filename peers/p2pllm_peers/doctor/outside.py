@@ -19,12 +19,12 @@ from typing import TypeVar
 from p2pllm.errors import NetworkError
 from p2pllm.identity import Identity
 from p2pllm.invite import Invite
-from p2pllm.network.addresses import port_of
+from p2pllm.network.addresses import is_global, port_of
 from p2pllm.network.dht import MemberRecord
 from p2pllm.network.lookback import Seen, look_back, upload_mbit
 from p2pllm.network.node import Node
 from p2pllm.network.options import Reach
-from p2pllm.network.reachability import ROUTER_S, find_relays, is_global, verdict
+from p2pllm.network.reachability import ROUTER_S, find_relay, verdict
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.doctor.findings import Outside
 from p2pllm_peers.entry import Sealed, fetch_manifest
@@ -97,7 +97,7 @@ async def _ask_peers(node: Node, invite: Invite, settings: PeerSettings) -> tupl
     told = [pace for pace in paces if pace is not None]
     pace = max(told, key=lambda pace: (pace.round, pace.peers), default=None)
     mbit = settings.upload_mbit or (await _quietly(upload_mbit(node, seen[0].peer, UPLOAD_S)) if seen else None)
-    relayed = verdict(seen) is Reach.PRIVATE and bool(await find_relays(node, known))
+    relayed = verdict(seen) is Reach.PRIVATE and settings.nat and bool(await find_relay(node, known))
     outside = replace(
         view_of(seen, relayed=relayed, port=next(iter(_ports(node)), settings.listen_port)),
         asked=len(peers),
