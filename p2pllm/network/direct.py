@@ -211,18 +211,21 @@ class Direct:
             sock.setblocking(False)
             tune(sock)
             await loop.sock_connect(sock, (host, known.port))
-            stream = await open_with(
-                lambda make: loop.create_connection(
-                    make,
-                    sock=sock,
-                    ssl=known.context,
-                    server_hostname=name_of(self._certificate),
-                    ssl_shutdown_timeout=GOODBYE_S,
-                )
-            )
         except BaseException:
             sock.close()
             raise
+        # From here on the socket is asyncio's, which may go on with a handshake that was cancelled as it began: closed
+        # by us, its number would be another socket's while asyncio still listens to it.
+        stream = await open_with(
+            lambda make: loop.create_connection(
+                make,
+                sock=sock,
+                ssl=known.context,
+                server_hostname=name_of(self._certificate),
+                ssl_handshake_timeout=HANDSHAKE_S,
+                ssl_shutdown_timeout=GOODBYE_S,
+            )
+        )
         if name_of_other(stream[1]) != known.name:
             stream[1].transport.abort()
             raise OSError("it has another certificate than it said")

@@ -74,15 +74,10 @@ class Door:
         await asyncio.wait(self._handshakes, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
 
     async def _let_in(self, sock: socket.socket) -> None:
+        """The socket is asyncio's from here on: it may go on with a handshake that was cancelled as it began."""
         loop = asyncio.get_running_loop()
-        try:
-            with contextlib.suppress(OSError):  # ssl.SSLError is one, and so is TimeoutError
-                await loop.connect_accepted_socket(
-                    self._make, sock, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S
-                )
-        except BaseException:
-            sock.close()
-            raise
+        with contextlib.suppress(OSError):  # ssl.SSLError is one, and so is TimeoutError
+            await loop.connect_accepted_socket(self._make, sock, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S)
 
     def close(self) -> None:
         """Stop listening, and give up what has not come in."""

@@ -185,6 +185,24 @@ async def test_a_peer_that_was_started_anew_is_found_again(place: Place):
     assert await mirrored(await ann.open("bob", PROTO)) == BLOCK
 
 
+async def test_a_dial_that_is_given_up_at_any_step_is_not_in_the_way_of_the_next(place: Place):
+    ann, _ = await place.start("ann"), await place.start("bob")
+    stream = await ann.open("bob", PROTO)
+    assert stream is not None
+    known = ann._known["bob"]
+    for steps in range(40):
+        dial = asyncio.create_task(ann._connect_to("127.0.0.1", known))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        dial.cancel()
+        (given_up,) = await asyncio.gather(dial, return_exceptions=True)
+        following = await ann._connect_to("127.0.0.1", known)  # may get the number of the socket before
+        for each in (given_up, following):
+            if not isinstance(each, BaseException):
+                each[1].transport.abort()
+    stream[1].transport.abort()
+
+
 async def test_who_is_not_reached_is_not_tried_again_for_a_while(place: Place, monkeypatch: pytest.MonkeyPatch):
     ann = await place.start("ann")
     assert await ann.open("bob", PROTO) is None
