@@ -1,165 +1,245 @@
-"""The entropy coding of positions: gaps between kept elements as a prefix in unary and a suffix in plain bits.
+"""The entropy coding of positions: how many elements of a tensor are kept where, by what is known so far.
 
-Two families of codes, each with a parameter b. In Golomb-Rice codes all suffixes have b bits, and the prefix counts
-what does not fit in: best where positions are random. In exponential Golomb codes prefix p says that the suffix has
-b + p bits, so few long gaps among many short ones are cheap: best where kept elements stand close together, as they
-do in updates of real models. Either counts along the rows or down the columns of a tile. Each tensor uses what is
-shortest for it, of equals the first, so there is one right choice.
+In updates of real models some rows or columns of a tensor move more than others. A tensor is therefore read along its
+rows or down its columns, whichever tells more; such a row or column is a "line" here, and 64 elements of it, its part
+of one tile, are a "cell". Positions are coded in two steps:
+
+1. How many elements each cell has, the first cells of all lines, then all second ones, and so on. What a line had so
+   far says how many come next: its rate is taken for Gamma-distributed, so the next count is negative binomial
+   (a Gamma-Poisson mixture). How much lines differ is the shape of that Gamma distribution, one of eight for each
+   tensor. The last cell of a tile is not coded, as it holds what the others leave of the tile's elements.
+2. Which elements of the cell these are: their number among all choices of as many (the combinatorial number system),
+   all of which are equally likely.
 
 Bits an index, of 7.36 that random positions need at least:
 
-    positions                             Golomb-Rice   exp-Golomb   the shortest for each tensor
-    random                                       7.50         7.68                           7.50
-    llama, 0.76 M, rounds of 30 steps       7.45-7.50    6.58-6.98                      6.58-6.98
+    positions                                        one Golomb code a tensor   this
+    random                                                               7.49   7.41
+    llama, 0.76 M, six rounds of 30 steps, batch 8                  6.77-7.35   6.11-7.02
+    llama, 4.9 M, five rounds of 30 steps, batch 2                  7.14-7.24   6.42-6.59
 
-Prefixes coded with no loss at all would save another 3 % on the latter, at many times the work. All prefixes stand
-together, and so do all lowest suffix bits, all second lowest and so on: NumPy then codes a whole model without a loop
-over indices. What does not live here: which elements are kept, and where (`tiles`).
+Numbers become bits in the range coder of `constriction`. Its probabilities come from multiplications, divisions and
+running sums in a fixed order, which IEEE 754 makes the same on every machine. What does not live here: which elements
+are kept (`tiles`), and their values (`sparse`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+import math
+from collections.abc import Iterator
+from typing import Any
 
+import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from p2pllm.averaging.tiles import AREA, Grid, Ints
+from p2pllm.averaging.tiles import SIDE, Grid, Ints
 
-Number = TypeVar("Number", bound=np.generic)
+Words = NDArray[np.uint64]
 
-Bits = NDArray[np.uint8]
-"""One bit an element, 0 or 1."""
+CODES = 16
+"""A code of positions: 3 bits say the shape, 2 ** (bits - 3); then one, whether lines are columns."""
 
-_PARAMETERS = 12
-_CODES = [(grows, parameter) for grows in (False, True) for parameter in range(_PARAMETERS)]
-"""(whether the suffix grows with the prefix, its bits at prefix 0)."""
+_DOWN = 8
 
-_DOWN = 128
-"""Added to the number of a code where gaps count down the columns."""
+_MANY = 16
+"""Counts from here on are coded alike, then which of them it is with equal probabilities."""
 
+_CHOICES: Words = np.array([[math.comb(n, k) for k in range(SIDE + 1)] for n in range(SIDE + 1)], np.uint64)
+"""Ways to choose k of n; the most are 1.8e18."""
 
-def _prefixes(grows: bool, parameter: int) -> Ints:
-    """The prefix of each gap from 0 to 4095."""
-    quotient = np.arange(AREA) >> parameter
-    # frexp gives the bit length, exactly
-    return np.frexp(quotient + 1.0)[1].astype(np.int64) - 1 if grows else quotient
-
-
-_PREFIXES = np.stack([_prefixes(*code) for code in _CODES])
-_COSTS = np.stack([each + 1 + b + grows * each for (grows, b), each in zip(_CODES, _PREFIXES, strict=True)])
-"""Bits of each gap in each code."""
+_COUNTS = constriction.stream.model.Categorical(perfect=False)
+_RESTS = constriction.stream.model.Uniform(SIDE - _MANY + 1)
+_NUMBERS = constriction.stream.model.Uniform()
+_ONE = np.uint64(1)
+_BITS = 16  # that the range coder, whose probabilities have 24, codes well at once
 
 
-def encode(grids: Sequence[Grid], positions: Sequence[Ints]) -> tuple[bytes, Bits, Bits]:
-    """The code of each tensor, one byte each; the prefixes; and the suffixes, of the positions in each tensor."""
-    codes, prefixes, suffixes, widths = bytearray(), [], [], []
-    for grid, where in zip(grids, positions, strict=True):
-        choices = grid.gaps(where)
-        costs = np.concatenate([_bits(np.bincount(gaps)) for gaps in choices])
-        down, number = divmod(int(costs.argmin()), len(_CODES))
-        prefix = _PREFIXES[number][choices[down]]
-        base, width = _spread(number, prefix)
-        codes.append(number + _DOWN * down)
-        prefixes.append(prefix)
-        suffixes.append((choices[down] - base).astype(np.uint16))
-        widths.append(width)
-    return (
-        bytes(codes),
-        _unary(joined(prefixes, np.int64)),
-        _planes(joined(suffixes, np.uint16), joined(widths, np.uint8)),
-    )
+class _Lines:
+    """A tensor's rows, or its columns, cut into cells. A "place" is an index into the lines, one after another."""
+
+    def __init__(self, grid: Grid, down: bool) -> None:
+        self.count, self.length = (grid.cols, grid.rows) if down else (grid.rows, grid.cols)
+        self.kept = grid.kept.T if down else grid.kept  # (bands of 64 lines, cells of a line)
+        self.cells = self.kept.shape[1]
+        self.widths = np.minimum(SIDE, self.length - SIDE * np.arange(self.cells))
+        numbers = np.arange(self.count)
+        self.coded = (numbers % SIDE != SIDE - 1) & (numbers != self.count - 1)
+        """Of each line, whether its counts are coded."""
+        self.expected = self.widths * (grid.count / (self.count * self.length))
+        """Of each cell of a line, how many elements it has on average."""
 
 
-def _bits(counts: Ints) -> Ints:
-    """What each code takes for so many gaps of each size. The largest is far below 4095, so few columns are read."""
-    bits: Ints = _COSTS[:, : len(counts)] @ counts
-    return bits
+def choose(grid: Grid, positions: Ints) -> int:
+    """The code that takes the fewest bits, by the totals of lines."""
+    costs = []
+    for down in (False, True):
+        lines = _Lines(grid, down)
+        line = positions % grid.cols if down else positions // grid.cols
+        totals = np.bincount(np.bincount(line, minlength=lines.count))
+        costs += _costs(lines, totals, grid.count / lines.count)
+    return int(np.argmin(costs))
 
 
-def worst_bits(grids: Sequence[Grid]) -> int:
-    """The most bits that prefixes and suffixes of these tensors can take together.
+def _costs(lines: _Lines, totals: Ints, mean: float) -> list[float]:
+    """Bits with each shape, where so many lines have 0, 1, 2, ... elements."""
+    number = np.arange(len(totals))
+    factorials = _rising(1.0, lines.length)
+    within = factorials[lines.length] - factorials[number] - factorials[lines.length - number]
+    share = np.count_nonzero(lines.coded) / lines.count
+    costs = []
+    for code in range(_DOWN):
+        shape = _shape(code)
+        chance = mean / (shape + mean)
+        ways = _rising(shape, len(totals) - 1) - factorials[number]
+        bits = -ways - shape * math.log2(1 - chance) - number * math.log2(chance)
+        costs.append(float(totals @ (share * bits + within)))
+    return costs
 
-    It is what one Golomb-Rice code would take at worst, whose parameter fits the density; the best takes no more.
+
+def _rising(start: float, steps: int) -> NDArray[np.float64]:
+    """log2 of start * (start + 1) * ... with 0 to `steps` factors."""
+    return np.concatenate([[0.0], np.cumsum(np.log2(start + np.arange(steps)))])
+
+
+def _shape(code: int) -> float:
+    return float(2.0 ** (code % _DOWN - 3))
+
+
+def encode(coder: Any, grid: Grid, code: int, positions: Ints) -> None:
+    """Put the positions of a tensor, ascending, into a RangeEncoder."""
+    lines = _Lines(grid, code >= _DOWN)
+    places = positions
+    if code >= _DOWN:
+        row, col = np.divmod(positions, grid.cols)
+        places = np.sort(col * grid.rows + row)
+    line, inside = np.divmod(places, lines.length)
+    cells = line * lines.cells + (inside // SIDE)
+    counts = np.bincount(cells, minlength=lines.count * lines.cells).reshape(lines.count, lines.cells)
+    _encode_counts(coder, lines, _shape(code), counts[lines.coded])
+    used = np.flatnonzero(counts)
+    sizes = counts.reshape(-1)[used]
+    ends = np.cumsum(sizes)
+    order = np.arange(len(places)) - np.repeat(ends - sizes, sizes)  # of each element in its cell
+    # sums that overflow are right all the same once they are taken from each other
+    sums = np.cumsum(_CHOICES[inside % SIDE, order + 1])
+    numbers = np.diff(sums[ends - 1], prepend=np.uint64(0))
+    _encode_numbers(coder, numbers, _CHOICES[lines.widths[used % lines.cells], sizes])
+
+
+def decode(coder: Any, grid: Grid, code: int) -> Ints:
+    """The positions of a tensor, ascending, from a RangeDecoder.
+
+    Raises ValueError if a cell would hold what it cannot, AssertionError as the coder does.
     """
-    total = 0
-    for grid in grids:
-        parameter = min((AREA // grid.keep).bit_length() - 1, _PARAMETERS - 1)
-        total += grid.count * (parameter + 1) + int(((grid.areas - grid.kept) >> parameter).sum())
-    return total
+    lines = _Lines(grid, code >= _DOWN)
+    counts = np.zeros((lines.count, lines.cells), np.int64)
+    counts[lines.coded] = _decode_counts(coder, lines, _shape(code))
+    counts[~lines.coded] = lines.kept - np.add.reduceat(counts, np.arange(0, lines.count, SIDE), axis=0)
+    if ((counts < 0) | (counts > lines.widths)).any():
+        raise ValueError("A sparse update keeps another number of elements in a tile than its layout demands.")
+    used = np.flatnonzero(counts)
+    sizes = counts.reshape(-1)[used]
+    limits = _CHOICES[lines.widths[used % lines.cells], sizes]
+    numbers = _decode_numbers(coder, limits)
+    if (numbers >= limits).any():
+        raise ValueError("A sparse update has an index outside of its tile.")
+    line, cell = np.divmod(np.repeat(used, sizes), lines.cells)
+    places: Ints = line * lines.length + cell * SIDE + _chosen(numbers, sizes)
+    if code < _DOWN:
+        return places
+    col, row = np.divmod(places, grid.rows)
+    positions: Ints = np.sort(row * grid.cols + col)
+    return positions
 
 
-def decode_prefixes(bits: Bits, count: int) -> Ints:
-    """The prefixes of `count` indices, which must fill `bits` exactly. Raises ValueError if they do not."""
-    ones = np.flatnonzero(bits)
-    if len(ones) != count or (len(bits) - 1 if count else 0) != (ones[-1] if count else len(bits)):
-        raise ValueError(f"The indices of a sparse update are not {count}, as its layout demands.")
-    return np.diff(ones, prepend=-1) - 1
+def _chosen(numbers: Words, sizes: Ints) -> Ints:
+    """Elements of each cell, ascending, from their number among all choices of as many."""
+    first = np.cumsum(sizes) - sizes
+    order = np.argsort(-sizes, kind="stable")
+    sizes, first, rest = sizes[order], first[order], numbers[order]
+    found = np.empty(int(sizes.sum()), np.int64)
+    for size in range(int(sizes.max(initial=0)), 0, -1):
+        some = int(np.count_nonzero(sizes >= size))
+        # the largest element is the last one below which so many can be chosen in no more ways than that
+        largest = np.searchsorted(_CHOICES[:SIDE, size], rest[:some], "right") - 1
+        found[first[:some] + size - 1] = largest
+        rest[:some] -= _CHOICES[largest, size]
+    return found
 
 
-def decode(grids: Sequence[Grid], codes: bytes, prefixes: Ints, bits: Bits) -> list[Ints]:
-    """The positions in each tensor, ascending, from the output of `encode`.
+def _encode_counts(coder: Any, lines: _Lines, shape: float, counts: Ints) -> None:
+    had, before = np.zeros(len(counts), np.int64), 0.0
+    for each, expected in zip(counts.T, lines.expected, strict=True) if len(counts) else ():
+        coder.encode(np.minimum(each, _MANY).astype(np.int32), _COUNTS, _chances(had, shape, before, expected))
+        coder.encode((each[each >= _MANY] - _MANY).astype(np.int32), _RESTS)
+        had, before = had + each, before + expected
 
-    bits: the suffixes, and up to 7 more, which are not read. Raises ValueError for a code that does not exist, an
-    index outside of its tile, or another number of bits.
+
+def _decode_counts(coder: Any, lines: _Lines, shape: float) -> Ints:
+    had, before = np.zeros(np.count_nonzero(lines.coded), np.int64), 0.0
+    counts = np.zeros((len(had), lines.cells), np.int64)
+    for cell, expected in enumerate(lines.expected) if len(had) else ():
+        each = counts[:, cell]
+        each[:] = coder.decode(_COUNTS, _chances(had, shape, before, expected))
+        many = each >= _MANY
+        each[many] += coder.decode(_RESTS, np.count_nonzero(many))
+        had, before = had + each, before + expected
+    return counts
+
+
+def _chances(had: Ints, shape: float, before: float, expected: float) -> NDArray[np.float32]:
+    """Of counts 0 to 15 and of all above, for each line by what it had so far; (lines, 17).
+
+    had: of which `before` were to be expected; of large ones only five bits are looked at, so there are few to work on.
     """
-    bases, widths, ends = [], [], np.cumsum([grid.count for grid in grids])
-    for grid, code, end in zip(grids, codes, ends, strict=True):
-        number, prefix = code % _DOWN, prefixes[end - grid.count : end]
-        if number >= len(_CODES):
-            raise ValueError(f"A sparse update uses the unknown index code {code}.")
-        if prefix.max() > _PREFIXES[number][-1]:
-            raise ValueError("A sparse update has an index outside of its tile.")
-        base, width = _spread(number, prefix)
-        bases.append(base)
-        widths.append(width)
-    gaps = joined(bases, np.int64) + _suffixes(bits, joined(widths, np.uint8))
-    return [
-        grid.positions(gaps[end - grid.count : end], down=code >= _DOWN)
-        for grid, code, end in zip(grids, codes, ends, strict=True)
-    ]
+    spare = np.maximum(np.frexp(had.astype(np.float64))[1] - 5, 0)
+    known = had >> spare << spare
+    levels = np.flatnonzero(np.bincount(known))
+    step = np.arange(SIDE)
+    ratios = np.ones((len(levels), SIDE + 1))
+    # the probability of one more, as a multiple
+    ratios[:, 1:] = (shape + levels[:, None] + step) / (step + 1) * (expected / (shape + before + expected))
+    chances = np.cumprod(ratios, axis=1)
+    sums = np.cumsum(chances, axis=1)
+    table = np.empty((len(levels), _MANY + 1), np.float32)
+    table[:, :_MANY] = chances[:, :_MANY] / sums[:, -1:]
+    table[:, _MANY] = (sums[:, -1] - sums[:, _MANY - 1]) / sums[:, -1]
+    rows = np.zeros(int(levels[-1]) + 1, np.int64)
+    rows[levels] = np.arange(len(levels))
+    chosen: NDArray[np.float32] = table[rows[known]]
+    return chosen
 
 
-def _spread(number: int, prefix: Ints) -> tuple[Ints, NDArray[np.uint8]]:
-    """The smallest gap with each prefix in a code, and the bits of its suffix."""
-    grows, parameter = _CODES[number]
-    if grows:
-        return ((1 << prefix) - 1) << parameter, (prefix + parameter).astype(np.uint8)
-    return prefix << parameter, np.full(len(prefix), parameter, np.uint8)
+def _encode_numbers(coder: Any, numbers: Words, limits: Words) -> None:
+    """Numbers from 0 to below their limits, all equally likely: their highest bits, then 16 and 16 of the others."""
+    low, tops = _highest(limits)
+    some = tops > 1
+    coder.encode((numbers >> low)[some].astype(np.int32), _NUMBERS, tops[some])
+    for place, some, sizes in _others(low):
+        coder.encode((numbers[some] >> place & sizes - _ONE).astype(np.int32), _NUMBERS, sizes.astype(np.int32))
 
 
-def joined(parts: Sequence[NDArray[Number]], dtype: type[Number]) -> NDArray[Number]:
-    """np.concatenate, also of nothing."""
-    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+def _decode_numbers(coder: Any, limits: Words) -> Words:
+    low, tops = _highest(limits)
+    some = tops > 1
+    numbers = np.zeros(len(limits), np.uint64)
+    numbers[some] = coder.decode(_NUMBERS, tops[some])
+    numbers <<= low
+    for place, some, sizes in _others(low):
+        numbers[some] |= coder.decode(_NUMBERS, sizes.astype(np.int32)).astype(np.uint64) << place
+    return numbers
 
 
-def _unary(prefixes: Ints) -> Bits:
-    """As many zeros as the prefix says, then a one."""
-    ends = np.cumsum(prefixes + 1) - 1
-    bits = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
-    bits[ends] = 1
-    return bits
+def _highest(limits: Words) -> tuple[Words, NDArray[np.int32]]:
+    """How many bits of each number are not among its highest, and what these are below."""
+    length = np.frexp((limits - _ONE).astype(np.float64))[1]
+    low = np.maximum(length - _BITS, 0).astype(np.uint64)
+    return low, ((limits - _ONE >> low) + _ONE).astype(np.int32)
 
 
-def _planes(suffixes: NDArray[np.uint16], widths: NDArray[np.uint8]) -> Bits:
-    """The lowest bit of all suffixes that have one, the second lowest of those that have two, and so on."""
-    planes = []
-    for place in range(int(widths.max(initial=0))):
-        planes.append((suffixes[widths > place] >> place & 1).astype(np.uint8))
-    return joined(planes, np.uint8)
-
-
-def _suffixes(bits: Bits, widths: NDArray[np.uint8]) -> Ints:
-    """The reverse of `_planes`."""
-    needed = int(widths.sum(dtype=np.int64))
-    if needed + 7 < len(bits) or needed > len(bits):
-        raise ValueError(f"A sparse update ends with {len(bits)} bits of indices instead of {needed}.")
-    suffixes = np.zeros(len(widths), np.int64)
-    at = 0
-    for place in range(int(widths.max(initial=0))):
-        wide = widths > place
-        taken = bits[at : at + int(np.count_nonzero(wide))]
-        suffixes[wide] |= taken.astype(np.int64) << place
-        at += len(taken)
-    return suffixes
+def _others(low: Words) -> Iterator[tuple[np.uint64, NDArray[np.bool_], Words]]:
+    """A place of bits, which numbers have some there, and what these are below."""
+    for place in range(0, int(low.max(initial=0)), _BITS):
+        some = low > place
+        yield np.uint64(place), some, _ONE << np.minimum(low[some] - np.uint64(place), np.uint64(_BITS))

@@ -17,27 +17,29 @@ nothing. Squared error, as a share of the kept values' squares:
 Four free values a tensor, found by Lloyd's iteration, take 0 to 11 % off that error in these cases, and double tables
 that are 3 % of a small model's bytes.
 
-An encoding is, little-endian: magic, kept elements of a full tile (uint16), the first 8 bytes of the layout's digest,
-the number U of prefix bits (uint64); for each tensor that is not empty the code of its indices (1 byte), then for each
-its two magnitudes (2 x float32, the smaller first; the larger is 0 if no value has it); then bits, the lowest of a byte
-first: a sign for each kept element, a class for each (1: large), U bits of prefixes, the suffixes (see `indices`), and
-zeros up to the next byte. Elements come in ascending order of their positions, except for indices, which come tile
-after tile. Only one encoding of an update is valid: the decoder packs again what it read, and compares.
+An encoding is, little-endian: magic, kept elements of a full tile (uint16), the first 8 bytes of the layout's digest;
+for each tensor that is not empty one byte, the code of its positions (see `indices`) and above it four bits that say
+which share of its values is large; for each its two magnitudes (2 x bfloat16, the smaller first; the larger is 0 if no
+value has it); then the words of a range coder (uint32). These hold for each tensor its positions, for each of them
+whether its value is large, and the signs.
 
-The same bytes decode to the same bits on any machine, because a value is put together from bits of the encoding, with
-no arithmetic. What does not live here: error feedback (`feedback`), what becomes of several updates (`sparse_mean`).
+The same bytes decode to the same bits on any machine: a value is put together from bits of the encoding, with no
+arithmetic, and that of positions is exact. An update can be encoded in more than one way; a claim names the digest of
+one. What does not live here: error feedback (`feedback`), what becomes of several updates (`sparse_mean`).
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import constriction
 import numpy as np
 from numpy.typing import NDArray
 
 from p2pllm.averaging import indices
-from p2pllm.averaging.indices import joined
 from p2pllm.averaging.tiles import AREA, Floats, Grid, Ints
 from p2pllm.state.layout import Entry, Layout
 
@@ -47,8 +49,12 @@ KEEP = 64
 MAX_MAGNITUDE = np.float32(65536.0)
 """Larger values are encoded as this and refused when decoded: a model that moves so far in a round is lost."""
 
-_HEADER = struct.Struct("<4sH8sQ")
-_MAGIC = b"p2s\x01"
+_HEADER = struct.Struct("<4sH8s")
+_MAGIC = b"p2s\x02"
+_TENSOR_BYTES = 5
+
+_SHARES = 16
+"""Steps in which the share of large values is said."""
 
 Bools = NDArray[np.bool_]
 
@@ -64,13 +70,15 @@ class SparseUpdate:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """What an encoding says, before it is packed or after it is read."""
+class _Tensor:
+    """What an encoding says of one tensor, before it is packed or after it is read."""
 
-    positions: list[Ints]  # of each tensor, inside it
-    negative: Bools  # of each kept element, in ascending order of positions
+    positions: Ints
+    """Inside it, ascending."""
+    negative: Bools  # of each kept element
     large: Bools
-    tables: Floats  # (tensors, 2)
+    table: NDArray[np.uint16]
+    """Its two magnitudes as bfloat16."""
 
 
 class SparseCodec:
@@ -88,12 +96,14 @@ class SparseCodec:
         self._digest = bytes.fromhex(layout.digest())[:8]
         self._entries: list[Entry] = [entry for entry in layout.entries if entry.size]
         self._grids = [Grid(entry.shape, keep) for entry in self._entries]
-        self._ends: list[int] = [int(end) for end in np.cumsum([0, *(grid.count for grid in self._grids)])]
-        self.count: int = self._ends[-1]
+        self.count: int = sum(grid.count for grid in self._grids)
         """Elements that are kept, of any vector."""
-        self._fixed = _HEADER.size + 9 * len(self._grids)
-        self.max_bytes: int = self._fixed + -(-(2 * self.count + indices.worst_bits(self._grids)) // 8)
-        """Bytes of the longest encoding that there is."""
+        self._fixed = _HEADER.size + _TENSOR_BYTES * len(self._grids)
+        # random positions take log2(AREA / keep) + 1.44 bits each, a sign and a class 2; the rest is for patterns in
+        # which what a line had so far misleads
+        bits = ((AREA - 1) // keep).bit_length() + 8
+        self.max_bytes: int = self._fixed + 8 * len(self._grids) + -(-self.count * bits // 8)
+        """No encoding has more bytes."""
 
     def encode(self, vector: Floats) -> bytes:
         """Keep and encode the largest elements of `vector`, float32 (layout.size,), which is left as it is.
@@ -105,85 +115,92 @@ class SparseCodec:
                 f"A vector to be compressed is {vector.dtype} of shape {vector.shape}, but must be float32 of shape "
                 f"({self.layout.size},)."
             )
-        positions, negative, large, tables = [], [], [], np.zeros((len(self._grids), 2), np.float32)
-        for grid, entry, table in zip(self._grids, self._entries, tables, strict=True):
+        tensors = []
+        for grid, entry in zip(self._grids, self._entries, strict=True):
             tensor = vector[entry.offset : entry.offset + entry.size]
-            positions.append(grid.select(tensor))
-            values = tensor[positions[-1]]
-            large.append(_quantise(np.minimum(np.abs(values), MAX_MAGNITUDE), table))
-            negative.append((values < 0) & (table[large[-1].astype(np.intp)] > 0))
-        return self._pack(_Parts(positions, joined(negative, np.bool_), joined(large, np.bool_), tables))
+            positions = grid.select(tensor)
+            values = tensor[positions]
+            large, table = _quantise(np.minimum(np.abs(values), MAX_MAGNITUDE))
+            tensors.append(_Tensor(positions, (values < 0) & (table[large.astype(np.intp)] > 0), large, table))
+        return self._pack(tensors)
 
     def decode(self, data: bytes | bytearray | memoryview) -> SparseUpdate:
         """The elements in `data`, of which `count` are kept.
 
-        Raises ValueError unless `data` is exactly the one encoding of an update of this layout. Whatever `data` says,
-        this takes about 100 bytes of memory for each of `count` elements, and none if it is above `max_bytes`.
+        Raises ValueError unless `data` is an encoding of an update of this layout. Whatever `data` says, this takes
+        about 100 bytes of memory for each of `count` elements and each row and column of the largest tensor, and none
+        if it is above `max_bytes`.
         """
-        parts = self._parse(data)
-        # Whatever could be said in two ways, from the choice of a code to the bits that fill up the last byte.
-        if self._pack(parts) != data:
-            raise ValueError("A sparse update is not in the one form that the codec writes.")
-        magnitudes = [
-            table[flags.astype(np.intp)] for table, flags in zip(parts.tables, self._split(parts.large), strict=True)
-        ]
-        bits = joined(magnitudes, np.float32).view(np.uint32) | parts.negative.astype(np.uint32) << np.uint32(31)
-        moved = [where + entry.offset for where, entry in zip(parts.positions, self._entries, strict=True)]
-        return SparseUpdate(joined(moved, np.int64), bits.view(np.float32))
+        self._check_header(data)
+        codes = bytes(data[_HEADER.size : _HEADER.size + len(self._grids)])
+        tables = np.frombuffer(data, "<u2", 2 * len(self._grids), _HEADER.size + len(self._grids)).reshape(-1, 2)
+        coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, "<u4", offset=self._fixed).astype(np.uint32))
+        positions, values = np.empty(self.count, np.int64), np.empty(self.count, np.uint32)
+        start = 0
+        for grid, entry, code, table in zip(self._grids, self._entries, codes, tables, strict=True):
+            tensor = _read(coder, grid, code, table.astype(np.uint16))
+            end = start + grid.count
+            positions[start:end] = tensor.positions + entry.offset
+            values[start:end] = tensor.table[tensor.large.astype(np.intp)]
+            values[start:end] = values[start:end] << 16 | tensor.negative.astype(np.uint32) << 31
+            start = end
+        if not coder.maybe_exhausted():
+            raise ValueError(f"A sparse update of {len(data)} bytes is longer than what it says.")
+        return SparseUpdate(positions, values.view(np.float32))
 
-    def _pack(self, parts: _Parts) -> bytes:
-        codes, prefixes, suffixes = indices.encode(self._grids, parts.positions)
-        header = _HEADER.pack(_MAGIC, self._keep, self._digest, len(prefixes))
-        bits = np.concatenate([parts.negative, parts.large, prefixes.view(np.bool_), suffixes.view(np.bool_)])
-        return b"".join(
-            [header, codes, parts.tables.astype("<f4").tobytes(), np.packbits(bits, bitorder="little").tobytes()]
-        )
+    def _pack(self, tensors: Sequence[_Tensor]) -> bytes:
+        coder, codes = constriction.stream.queue.RangeEncoder(), bytearray()
+        for grid, tensor in zip(self._grids, tensors, strict=True):
+            code = indices.choose(grid, tensor.positions)
+            share = int(np.count_nonzero(tensor.large)) * _SHARES // grid.count  # never all of them
+            codes.append(code + indices.CODES * share)
+            indices.encode(coder, grid, code, tensor.positions)
+            coder.encode(tensor.large.astype(np.int32), _large(share))
+            coder.encode(tensor.negative.astype(np.int32), _SIGN)
+        header = _HEADER.pack(_MAGIC, self._keep, self._digest)
+        tables = b"".join(tensor.table.astype("<u2").tobytes() for tensor in tensors)
+        words: bytes = coder.get_compressed().astype("<u4").tobytes()
+        return header + codes + tables + words
 
-    def _parse(self, data: bytes | bytearray | memoryview) -> _Parts:
-        prefix_bits = self._check_header(data)
-        tensors, start = len(self._grids), _HEADER.size
-        codes = bytes(data[start : start + tensors])
-        tables = np.frombuffer(data, "<f4", 2 * tensors, start + tensors).reshape(-1, 2).astype(np.float32)
-        bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=self._fixed), bitorder="little")
-        end = 2 * self.count + prefix_bits
-        if end > len(bits):
-            raise ValueError(f"A sparse update of {len(data)} bytes is too short for what its header says.")
-        negative, large = bits[: self.count].view(np.bool_), bits[self.count : 2 * self.count].view(np.bool_)
-        self._check_tables(tables, negative, large)
-        prefixes = indices.decode_prefixes(bits[2 * self.count : end], self.count)
-        return _Parts(indices.decode(self._grids, codes, prefixes, bits[end:]), negative, large, tables)
-
-    def _check_header(self, data: bytes | bytearray | memoryview) -> int:
-        """The number of bits of all prefixes."""
-        if not self._fixed <= len(data) <= self.max_bytes:
+    def _check_header(self, data: bytes | bytearray | memoryview) -> None:
+        if not self._fixed <= len(data) <= self.max_bytes or (len(data) - self._fixed) % 4:
             raise ValueError(
                 f"A sparse update has {len(data)} bytes, but those of its layout have {self._fixed} to "
-                f"{self.max_bytes}."
+                f"{self.max_bytes}, in steps of 4."
             )
-        magic, keep, digest, prefix_bits = _HEADER.unpack_from(data)
+        magic, keep, digest = _HEADER.unpack_from(data)
         if magic != _MAGIC:
             raise ValueError("These bytes are no sparse update of a version that is known here.")
         if (keep, digest) != (self._keep, self._digest):
             raise ValueError("A sparse update is of another layout, or keeps another share of it.")
-        return int(prefix_bits)
-
-    def _check_tables(self, tables: Floats, negative: Bools, large: Bools) -> None:
-        # the bits of floats order as their values do, those of negative ones and of NaN come after infinity
-        if (tables.view(np.uint32) > MAX_MAGNITUDE.view(np.uint32)).any():
-            raise ValueError(f"A sparse update has a magnitude that is not from 0 to {MAX_MAGNITUDE:g}.")
-        for table, minus, flags in zip(tables, self._split(negative), self._split(large), strict=True):
-            used = int(np.count_nonzero(flags))
-            fits = used < len(flags) and (table[1] > table[0] if used else not table[1])
-            if not fits or (not table[0] and (minus & ~flags).any()):
-                raise ValueError("A sparse update has magnitudes that its values do not use in the one right way.")
-
-    def _split(self, flags: Bools) -> list[Bools]:
-        """Of each tensor."""
-        return [flags[start:end] for start, end in zip(self._ends, self._ends[1:], strict=False)]
 
 
-def _quantise(magnitudes: Floats, table: Floats) -> Bools:
-    """Which of a tensor's magnitudes are large; their mean and that of the others go to `table`.
+_SIGN = constriction.stream.model.Bernoulli(0.5, perfect=False)
+
+
+def _large(share: int) -> Any:
+    return constriction.stream.model.Bernoulli((share + 0.5) / _SHARES, perfect=False)
+
+
+def _read(coder: Any, grid: Grid, code: int, table: NDArray[np.uint16]) -> _Tensor:
+    """Raises ValueError for what no encoder writes."""
+    share, code = divmod(code, indices.CODES)
+    try:
+        positions = indices.decode(coder, grid, code)
+        large = coder.decode(_large(share), grid.count).astype(np.bool_)
+        negative = coder.decode(_SIGN, grid.count).astype(np.bool_)
+    except AssertionError:  # the coder's way to say so
+        raise ValueError("A sparse update holds bits that say nothing.") from None
+    used = np.count_nonzero(large)
+    if (table > _MAX_BITS).any() or (not (table[0] < table[1] and used < len(large)) if used else table[1]):
+        raise ValueError(f"A sparse update has magnitudes that are not two that ascend from 0 to {MAX_MAGNITUDE:g}.")
+    if not table[0] and (negative & ~large).any():
+        raise ValueError("A sparse update has a zero with a sign.")
+    return _Tensor(positions, negative, large, table)
+
+
+def _quantise(magnitudes: Floats) -> tuple[Bools, NDArray[np.uint16]]:
+    """Which of a tensor's magnitudes are large, and as bfloat16 the mean of the others and of these.
 
     The split is the best there is: of the n - 1 in sorted order, the one with the most variance between classes.
     """
@@ -195,9 +212,17 @@ def _quantise(magnitudes: Floats, table: Floats) -> Bools:
     # equal magnitudes are of one class
     cut = int(ordered.searchsorted(ordered[between.argmax() + 1])) if count > 1 else 0
     if cut:
-        table[:] = sums[cut - 1] / cut, (total - sums[cut - 1]) / (count - cut)
-    if not cut or table[0] >= table[1]:
-        table[:] = total / count, 0
-        return np.zeros(count, np.bool_)
-    large: Bools = magnitudes >= ordered[cut]
-    return large
+        table = _bfloat16([sums[cut - 1] / cut, (total - sums[cut - 1]) / (count - cut)])
+        if table[0] < table[1]:
+            return magnitudes >= ordered[cut], table
+    return np.zeros(count, np.bool_), _bfloat16([total / count, 0])
+
+
+def _bfloat16(values: Sequence[float]) -> NDArray[np.uint16]:
+    """The upper half of each float32, rounded to the nearest, of two as near to the even one; none is negative."""
+    bits = np.array(values, np.float32).view(np.uint32)
+    rounded: NDArray[np.uint16] = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+    return rounded
+
+
+_MAX_BITS = _bfloat16([float(MAX_MAGNITUDE)])[0]

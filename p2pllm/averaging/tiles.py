@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -34,8 +33,8 @@ _GROUP = 16
 class Grid:
     """One tensor as a matrix (first axis x the rest; a vector is one row), cut into tiles from the upper left.
 
-    Tiles are numbered row by row; those at the right and lower edges may be smaller. Of a tile with n elements
-    ceil(n * keep / 4096) are kept. "Positions" are indices into the flat tensor, C order.
+    Tiles at the right and lower edges may be smaller. Of a tile with n elements ceil(n * keep / 4096) are kept.
+    "Positions" are indices into the flat tensor, C order.
     """
 
     def __init__(self, shape: tuple[int, ...], keep: int) -> None:
@@ -43,21 +42,12 @@ class Grid:
         self.rows = shape[0] if len(shape) > 1 else 1
         self.cols = math.prod(shape) // self.rows
         self.keep = keep
-        self._across = -(-self.cols // SIDE)
         heights = np.minimum(SIDE, self.rows - np.arange(0, self.rows, SIDE))
         widths = np.minimum(SIDE, self.cols - np.arange(0, self.cols, SIDE))
-        self._heights, self._widths = np.repeat(heights, self._across), np.tile(widths, len(heights))
-        self.areas: Ints = self._heights * self._widths
-        """Elements of each tile."""
-        self.kept: Ints = -(-self.areas * keep // AREA)
-        """Of these, how many are kept; at least 1."""
+        self.kept: Ints = -(-heights[:, None] * widths * keep // AREA)
+        """Of each tile how many elements are kept, at least 1; (tiles down, tiles across)."""
         self.count = int(self.kept.sum())
         """Kept in the whole tensor."""
-
-    @cached_property
-    def _firsts(self) -> Ints:
-        """Number of elements kept in the tiles before each tile."""
-        return np.cumsum(self.kept) - self.kept
 
     def select(self, tensor: Floats) -> Ints:
         """Positions of the largest magnitudes of each tile, ascending; of equal ones those that come first.
@@ -75,50 +65,13 @@ class Grid:
 
     def _blocks(self) -> Iterator[tuple[int, int, int, int]]:
         """Top, bottom, left and right of parts of whole tiles; either one row of tiles high, or of full tiles."""
-        width = min(self._across * SIDE, _BLOCK // min(self.rows, SIDE) // SIDE * SIDE)
+        width = min(self.kept.shape[1] * SIDE, _BLOCK // min(self.rows, SIDE) // SIDE * SIDE)
         bands = max(1, _BLOCK // (SIDE * width))
         full = self.rows // SIDE * SIDE
         tops = [*range(0, full, bands * SIDE), full]
         for top, bottom in [*pairwise(tops), (full, self.rows)]:
             for left in range(0, self.cols, width) if bottom > top else ():
                 yield top, bottom, left, min(left + width, self.cols)
-
-    def gaps(self, positions: Ints) -> tuple[Ints, Ints]:
-        """How many elements are skipped before each kept one, tile after tile; 0 to 4095.
-
-        First counted along the rows of a tile, then down its columns. positions: as `select` gives them.
-        """
-        row = positions // self.cols
-        col = positions - row * self.cols
-        tile = (row >> _SHIFT) * self._across + (col >> _SHIFT)
-        row, col = row & SIDE - 1, col & SIDE - 1
-        start = tile * AREA
-        along, down = start + row * self._widths[tile] + col, start + col * self._heights[tile] + row
-        return self._differences(along), self._differences(down)
-
-    def _differences(self, places: Ints) -> Ints:
-        """places: index in its tile + 4096 x number of the tile, in any order."""
-        inside = np.sort(places) & AREA - 1
-        gaps = np.diff(inside, prepend=-1) - 1
-        gaps[self._firsts] = inside[self._firsts]
-        return gaps
-
-    def positions(self, gaps: Ints, down: bool) -> Ints:
-        """The reverse of `gaps`; no gap may be negative. Raises ValueError where they lead out of a tile."""
-        ends = np.cumsum(gaps + 1)
-        start = ends[self._firsts] - gaps[self._firsts]
-        inside = ends - np.repeat(start, self.kept)
-        tile = np.repeat(np.arange(len(self.kept)), self.kept)
-        if (inside >= self.areas[tile]).any():
-            raise ValueError("A sparse update has an index outside of its tile.")
-        if down:
-            col, row = np.divmod(inside, self._heights[tile])
-        else:
-            row, col = np.divmod(inside, self._widths[tile])
-        band = tile // self._across
-        row += band * SIDE
-        col += (tile - band * self._across) * SIDE
-        return np.sort(row * self.cols + col)
 
 
 def _largest(part: Floats, keep: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import constriction
 import numpy as np
 import torch
 from _table import table
 
 from p2pllm.averaging import indices
-from p2pllm.averaging.sparse import MAX_MAGNITUDE, SparseCodec, _Parts, _quantise
+from p2pllm.averaging.sparse import MAX_MAGNITUDE, SparseCodec, _quantise, _Tensor
 from p2pllm.averaging.sparse_mean import sparse_mean
 from p2pllm.state import Layout
 
@@ -38,25 +39,27 @@ class Ours:
     def select(self, vector: np.ndarray) -> Any:
         return [grid.select(vector[entry.offset : entry.offset + entry.size]) for grid, entry in self.tensors]
 
-    def quantise(self, vector: np.ndarray, positions: Any) -> _Parts:
-        tables = np.zeros((len(self.tensors), 2), np.float32)
-        negative, large = [], []
-        for (_, entry), where, row in zip(self.tensors, positions, tables, strict=True):
+    def quantise(self, vector: np.ndarray, positions: Any) -> list[_Tensor]:
+        tensors = []
+        for (_, entry), where in zip(self.tensors, positions, strict=True):
             values = vector[entry.offset + where]
-            large.append(_quantise(np.minimum(np.abs(values), MAX_MAGNITUDE), row))
-            negative.append((values < 0) & (row[large[-1].astype(np.intp)] > 0))
-        return _Parts(positions, np.concatenate(negative), np.concatenate(large), tables)
+            large, table = _quantise(np.minimum(np.abs(values), MAX_MAGNITUDE))
+            negative = (values < 0) & (table[large.astype(np.intp)] > 0)
+            tensors.append(_Tensor(where, negative, large, table))
+        return tensors
 
-    def pack(self, parts: _Parts) -> bytes:
-        return self.codec._pack(parts)
+    def pack(self, tensors: list[_Tensor]) -> bytes:
+        return self.codec._pack(tensors)
 
     def decode(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         update = self.codec.decode(data)
         return update.positions, update.values
 
-    def bits_an_index(self, parts: _Parts) -> float:
-        _, prefixes, suffixes = indices.encode(self.codec._grids, parts.positions)
-        return (len(prefixes) + len(suffixes)) / self.codec.count
+    def bits_an_index(self, tensors: list[_Tensor]) -> float:
+        coder = constriction.stream.queue.RangeEncoder()
+        for (grid, _), tensor in zip(self.tensors, tensors, strict=True):
+            indices.encode(coder, grid, indices.choose(grid, tensor.positions), tensor.positions)
+        return coder.num_bits() / self.codec.count
 
 
 class Plain:
