@@ -141,7 +141,7 @@ class Node:
 
     def change_reach(self, reach: Reach, relay: str = "") -> None:
         """Go on with a p2pd that knows who can dial us, and who relays for us where nobody can."""
-        self._supervisor.change(reach, (relay,) if relay else ())
+        self._supervisor.change(reach, relay)
 
     async def carries(self, peer: str) -> int:
         """Bytes that a peer relays for us on one circuit, each way; 0 if it does not. Raises NetworkError."""

@@ -70,8 +70,8 @@ class P2pdOptions:
     """Relay for others behind routers, once we are PUBLIC. Of what is relayed we see nothing: it is neither slowed nor
     counted."""
     reach: Reach = Reach.UNKNOWN
-    relays: tuple[str, ...] = ()
-    """Who relays for us while we are PRIVATE: one address of each."""
+    relay: str = ""
+    """Who relays for us while we are PRIVATE: its address, if there is one."""
     startup_timeout_s: float = 120.0
 
     @classmethod

@@ -214,8 +214,8 @@ def _arguments(options: P2pdOptions, control_socket: Path) -> list[str]:
         # p2pd's own way to find out takes minutes, and never comes to an end where all others are behind routers
         "forceReachabilityPublic": options.reach is Reach.PUBLIC,
         "forceReachabilityPrivate": private,
-        # without relays of our own p2pd would ask the public IPFS nodes, and with a search for more wait for minutes
-        "autoRelay": private and bool(options.relays),
+        # without a relay of our own p2pd would ask the public IPFS nodes, and with a search for more wait for minutes
+        "autoRelay": private and bool(options.relay),
         "relayDiscovery": False,
     }
     values = {
@@ -227,8 +227,8 @@ def _arguments(options: P2pdOptions, control_socket: Path) -> list[str]:
     }
     if options.announce:
         values["announceAddrs"] = ",".join(options.announce)
-    if private and options.relays:
-        values["trustedRelays"] = ",".join(options.relays)
+    if private and options.relay:
+        values["trustedRelays"] = options.relay
     return [f"-{name}={int(on)}" for name, on in switches.items()] + [f"-{n}={v}" for n, v in values.items()]
 
 

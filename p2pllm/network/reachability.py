@@ -131,16 +131,27 @@ class Reachability:
     async def _views(self) -> list[Seen]:
         # Those out on the internet first: who comes to us over a relay sees no address of ours.
         peers = [*dict.fromkeys([peer for peer, _ in outside(self._peers())] + [*self._peers()])][:MOST_ASKED]
-        own = [each for each in self._node.addresses() if port_of(each)]
-        ports = [port for port in dict.fromkeys(map(port_of, own)) if port]
-        kinds = {":" in host_of(each) for each in own}  # that of IPv6 tells nothing where we listen on IPv4 alone
-        views = await asyncio.gather(*(self._view(peer, ports) for peer in peers))
-        return [view for view in views if view is not None and (":" in view.host) in kinds]
+        return await views_of_us(self._node, peers)
 
-    async def _view(self, peer: str, ports: Sequence[int]) -> Seen | None:
-        with suppress(NetworkError):
-            return await look_back(self._node, peer, ports, ASK_S)
-        return None
+
+async def views_of_us(node: Reachable, peers: Iterable[str]) -> list[Seen]:
+    """How we look to each of these peers that tells."""
+    ports = own_ports(node)
+    views = await asyncio.gather(*(_view(node, peer, ports) for peer in peers))
+    # that of IPv6 tells nothing where we listen on IPv4 alone
+    kinds = {":" in host_of(each) for each in node.addresses() if port_of(each)}
+    return [view for view in views if view is not None and (":" in view.host) in kinds]
+
+
+def own_ports(node: Reachable) -> list[int]:
+    """Where we listen, and where the router listens for us."""
+    return list(dict.fromkeys(port for address in node.addresses() if (port := port_of(address))))
+
+
+async def _view(node: Reachable, peer: str, ports: Sequence[int]) -> Seen | None:
+    with suppress(NetworkError):
+        return await look_back(node, peer, ports, ASK_S)
+    return None
 
 
 async def find_relay(node: Reachable, peers: Peers, tried: Iterable[str] = ()) -> str:

@@ -91,9 +91,9 @@ class Supervisor:
         """Who can dial us, as far as is known."""
         return self._options.reach
 
-    def change(self, reach: Reach, relays: tuple[str, ...]) -> None:
+    def change(self, reach: Reach, relay: str) -> None:
         """Have p2pd started anew with these, soon."""
-        self._options = replace(self._options, reach=reach, relays=relays)
+        self._options = replace(self._options, reach=reach, relay=relay)
         self._changed.set()
 
     async def up(self) -> Control:
@@ -230,8 +230,8 @@ class Supervisor:
             except P2PLLMError as failure:
                 log.warning("p2pd did not restart: %s", failure)
                 error = failure
-                if self._options.relays:  # what others say must not keep it from starting
-                    self._options = replace(self._options, reach=Reach.UNKNOWN, relays=())
+                if self._options.relay:  # what others say must not keep it from starting
+                    self._options = replace(self._options, reach=Reach.UNKNOWN, relay="")
         return error
 
     async def _look_around(self, control: Control) -> None:

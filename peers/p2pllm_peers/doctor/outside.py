@@ -19,19 +19,16 @@ from typing import TypeVar
 from p2pllm.errors import NetworkError
 from p2pllm.identity import Identity
 from p2pllm.invite import Invite
-from p2pllm.network.addresses import is_global, port_of
+from p2pllm.network.addresses import is_global
 from p2pllm.network.dht import MemberRecord
-from p2pllm.network.lookback import Seen, look_back, upload_mbit
+from p2pllm.network.lookback import Seen, upload_mbit
 from p2pllm.network.node import Node
 from p2pllm.network.options import Reach
-from p2pllm.network.reachability import ROUTER_S, find_relay, verdict
+from p2pllm.network.reachability import ASK_S, ROUTER_S, find_relay, own_ports, verdict, views_of_us
 from p2pllm.settings import PeerSettings
 from p2pllm_peers.doctor.findings import Outside
 from p2pllm_peers.entry import Sealed, fetch_manifest
 from p2pllm_peers.pace import Pace, ask_pace
-
-ASK_S = 5.0
-"""How long a peer may take to answer."""
 
 MOST_ASKED = 3
 """Peers of the run whose clocks are compared, and who dial back."""
@@ -89,17 +86,17 @@ async def _start(identity: Identity, invite: Invite, settings: PeerSettings, fol
 async def _ask_peers(node: Node, invite: Invite, settings: PeerSettings) -> tuple[Outside, Pace | None]:
     known = await _peers(node, invite)
     peers = [*known][:MOST_ASKED]
-    seen = await _views(node, peers)
+    seen = await views_of_us(node, peers)
     if settings.nat and any(view.took for view in seen) and not any(any(view.took.values()) for view in seen):
         await asyncio.sleep(ROUTER_S)  # a router that opens a port when asked to takes seconds for it
-        seen = await _views(node, peers) or seen
+        seen = await views_of_us(node, peers) or seen
     paces = await asyncio.gather(*(_quietly(ask_pace(node, peer, ASK_S)) for peer in peers))
     told = [pace for pace in paces if pace is not None]
     pace = max(told, key=lambda pace: (pace.round, pace.peers), default=None)
     mbit = settings.upload_mbit or (await _quietly(upload_mbit(node, seen[0].peer, UPLOAD_S)) if seen else None)
     relayed = verdict(seen) is Reach.PRIVATE and settings.nat and bool(await find_relay(node, known))
     outside = replace(
-        view_of(seen, relayed=relayed, port=next(iter(_ports(node)), settings.listen_port)),
+        view_of(seen, relayed=relayed, port=next(iter(own_ports(node)), settings.listen_port)),
         asked=len(peers),
         upload_mbit=mbit,
         upload_limited=bool(settings.upload_mbit),
@@ -107,17 +104,6 @@ async def _ask_peers(node: Node, invite: Invite, settings: PeerSettings) -> tupl
     if pace is not None:
         outside = replace(outside, peers=pace.peers, round=pace.round, swarm_tokens_per_s=pace.tokens_per_s)
     return outside, pace
-
-
-async def _views(node: Node, peers: list[str]) -> list[Seen]:
-    """How we look to each of these peers that tells."""
-    views = await asyncio.gather(*(_quietly(look_back(node, peer, _ports(node), ASK_S)) for peer in peers))
-    return [view for view in views if view is not None]
-
-
-def _ports(node: Node) -> list[int]:
-    """Where we listen, and where the router listens for us."""
-    return list(dict.fromkeys(port for address in node.addresses() if (port := port_of(address))))
 
 
 async def _peers(node: Node, invite: Invite) -> dict[str, tuple[str, ...]]:

@@ -28,7 +28,7 @@ def test_what_is_relayed_cannot_be_limited(settings: NodeSettings, relays: bool)
 
 @pytest.mark.parametrize("reach", Reach)
 def test_p2pd_is_told_who_can_dial_us_and_who_relays(reach: Reach) -> None:
-    options = P2pdOptions(Path("key"), Path("run"), reach=reach, relays=("/ip4/1.1.1.1/tcp/1/p2p/x",))
+    options = P2pdOptions(Path("key"), Path("run"), reach=reach, relay="/ip4/1.1.1.1/tcp/1/p2p/x")
     given = _arguments(options, Path("run/sock"))
     private = reach is Reach.PRIVATE
     assert f"-forceReachabilityPublic={int(reach is Reach.PUBLIC)}" in given
