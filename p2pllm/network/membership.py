@@ -31,7 +31,7 @@ _LEAVE = "leave"
 _FULL = b"full"  # the reply of a member whose table holds as many living ones as it may
 _TICK_S = 0.1
 _BEAT_TIMEOUT_S, _LEAVE_TIMEOUT_S = 4.0, 1.0
-_LOOK_UP_EVERY_S, _LOOK_UP_ALONE_S = 30.0, 5.0
+_LOOK_UP_EVERY_S, _LOOK_UP_ALONE_S = 120.0, 5.0
 _STALL_S = 1.0
 _TIDY_EVERY_S = 1.0
 _TURNED_AWAY_S = 60.0
@@ -81,7 +81,7 @@ class Membership:
         """status: packs our own status, at most 4 KiB. on_status: called with (peer id, status) of others,
         unchecked.
 
-        addresses: where we can be reached. directory: looked through every 30 s, every 5 s while nobody is
+        addresses: where we can be reached. directory: looked through every 120 s, every 5 s while nobody is
         alive. saved: file with the peers of former sessions.
         """
         self._transport = transport

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from p2pllm.network.beat import Beat, plain
 from p2pllm.network.table import MemberTable
 
-AGAIN_S = 10.0
+AGAIN_S = 30.0
 """After this a member is told once more what fits, in swarms that the table does not slow down."""
 
 LATER_HINTS = 8

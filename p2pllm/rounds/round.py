@@ -264,7 +264,8 @@ class RoundRunner:
         """Announce a phase, await its work, and add its seconds to the result."""
         clock = asyncio.get_running_loop().time
         begin = clock()
-        self._view.say(phase=phase)
+        # that the update is on its way moves nobody who is not told of it by the roster
+        self._view.say(phase=phase, at_once=phase != "exchange")
         try:
             return await work
         finally:

@@ -77,7 +77,7 @@ class Fakes:
         self.fetched_from: list[tuple[list[str], bytes]] = []
         self.checks = 0
 
-    def say(self, phase: str) -> None:
+    def say(self, phase: str, at_once: bool = True) -> None:
         self.phases.append(phase)
 
     async def gather(
