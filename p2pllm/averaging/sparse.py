@@ -24,8 +24,10 @@ value has it); then the words of a range coder (uint32). These hold for each ten
 whether its value is large, and the signs.
 
 The same bytes decode to the same bits on any machine: a value is put together from bits of the encoding, with no
-arithmetic, and that of positions is exact. An update can be encoded in more than one way; a claim names the digest of
-one. What does not live here: error feedback (`feedback`), what becomes of several updates (`sparse_mean`).
+arithmetic, and what positions need is rounded alike everywhere (see `indices`). An update can be encoded in more than
+one way; a claim names the digest of one.
+
+What does not live here: error feedback (`feedback`), what becomes of several updates (`sparse_mean`).
 """
 
 from __future__ import annotations
@@ -128,8 +130,8 @@ class SparseCodec:
         """The elements in `data`, of which `count` are kept.
 
         Raises ValueError unless `data` is an encoding of an update of this layout. Whatever `data` says, this takes
-        about 100 bytes of memory for each of `count` elements and each row and column of the largest tensor, and none
-        if it is above `max_bytes`.
+        about 100 bytes of memory for each of `count` elements and each row and column of the largest tensor, 20 for
+        each 64 elements of that, and none if it is above `max_bytes`.
         """
         self._check_header(data)
         codes = bytes(data[_HEADER.size : _HEADER.size + len(self._grids)])

@@ -275,14 +275,18 @@ class Membership:
     # -- other sources ---------------------------------------------------------------------------------------
 
     async def _look_up(self, directory: Lookup) -> None:
+        due, saved = -math.inf, frozenset[str]()
         while True:
-            for record in await directory.members():
-                self._hearsay(record.peer, record.addresses)
-                if record.peer != self._transport.peer_id:
-                    self.on_announced(record.status)
-            if self.alive():
-                await self._save(self.alive())
-            await asyncio.sleep(_LOOK_UP_EVERY_S if self.alive() else _LOOK_UP_ALONE_S)
+            if not self.alive() or self._clock() >= due:
+                for record in await directory.members():
+                    self._hearsay(record.peer, record.addresses)
+                    if record.peer != self._transport.peer_id:
+                        self.on_announced(record.status)
+                due = self._clock() + _LOOK_UP_EVERY_S
+            if (alive := self.alive()) != saved:
+                await self._save(alive)
+                saved = alive
+            await asyncio.sleep(_LOOK_UP_ALONE_S)
 
     async def _save(self, alive: frozenset[str]) -> None:
         """Remember the living for the next session; if there are none, the former ones stay."""

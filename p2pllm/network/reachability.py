@@ -131,16 +131,16 @@ class Reachability:
     async def _views(self) -> list[Seen]:
         # Those out on the internet first: who comes to us over a relay sees no address of ours.
         peers = [*dict.fromkeys([peer for peer, _ in outside(self._peers())] + [*self._peers()])][:MOST_ASKED]
-        return await views_of_us(self._node, peers)
+        # that of IPv6 tells nothing where we listen on IPv4 alone
+        kinds = {":" in host_of(each) for each in self._node.addresses() if port_of(each)}
+        return [view for view in await views_of_us(self._node, peers) if (":" in view.host) in kinds]
 
 
 async def views_of_us(node: Reachable, peers: Iterable[str]) -> list[Seen]:
     """How we look to each of these peers that tells."""
     ports = own_ports(node)
     views = await asyncio.gather(*(_view(node, peer, ports) for peer in peers))
-    # that of IPv6 tells nothing where we listen on IPv4 alone
-    kinds = {":" in host_of(each) for each in node.addresses() if port_of(each)}
-    return [view for view in views if view is not None and (":" in view.host) in kinds]
+    return [view for view in views if view is not None]
 
 
 def own_ports(node: Reachable) -> list[int]:

@@ -264,7 +264,7 @@ class RoundRunner:
         """Announce a phase, await its work, and add its seconds to the result."""
         clock = asyncio.get_running_loop().time
         begin = clock()
-        # that the update is on its way moves nobody who is not told of it by the roster
+        # who is in the roster knows of the exchange; who is not hears with the next beat, which its patience outlasts
         self._view.say(phase=phase, at_once=phase != "exchange")
         try:
             return await work

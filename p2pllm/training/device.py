@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from p2pllm.errors import SettingsError
+from p2pllm.settings import GPU_DRIVER_GB
 
 
 def choose_device(setting: str) -> torch.device:
@@ -43,10 +44,14 @@ def choose_device(setting: str) -> torch.device:
 
 
 def limit_memory(device: torch.device, gigabytes: float) -> None:
-    """Take no more of a CUDA device's memory than that, 0: than there is; more is answered as if it were full."""
+    """Take no more of a CUDA device's memory than that, 0: than there is; more is answered as if it were full.
+
+    gigabytes: of 1e9 bytes, the driver's GPU_DRIVER_GB included, which torch's own limit leaves out.
+    """
     if gigabytes and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), device)
+        share = max(0.0, gigabytes - GPU_DRIVER_GB) * 1e9 / whole
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -18,12 +18,15 @@ import psutil
 
 from p2pllm.errors import SettingsError
 from p2pllm.network.pacing import ON_THE_LINE
-from p2pllm.settings import PeerSettings, settings_file
+from p2pllm.settings import GPU_DRIVER_GB, PeerSettings, settings_file
 from p2pllm_peers.folders import PeerFolder, all_runs
 from p2pllm_peers.presence import tells_idleness
 
 _CUDA_DEVICES = ("nvidia[0-9]*", "dxg", "nvhost-gpu", "kfd")
 """What PyTorch calls CUDA, as a driver shows it under /dev: NVIDIA, the same under WSL, on Jetson, and AMD."""
+
+LEAST_GPU_GB = 1.0
+"""What is left of less is no use to a model."""
 
 LEAST_CELSIUS = 30.0
 """A machine at work is never cooler."""
@@ -77,6 +80,13 @@ def _pairs(settings: PeerSettings, here: Here) -> Iterable[Rule]:
         f"gpu_memory_gb = {settings.gpu_memory_gb:g} limits CUDA devices, and device = {settings.device} {found}; "
         "set gpu_memory_gb=0 or another device"
         if settings.gpu_memory_gb and not gpus
+        else "",
+    )
+    yield (
+        ("gpu_memory_gb",),
+        f"gpu_memory_gb = {settings.gpu_memory_gb:g} leaves nothing for a model, as CUDA's driver takes up to "
+        f"{GPU_DRIVER_GB:g} GB; set {LEAST_GPU_GB:g} or more, or 0 for what is free"
+        if 0 < settings.gpu_memory_gb < LEAST_GPU_GB
         else "",
     )
     ported = [address for address in settings.announce if "/p2p-circuit" not in address]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import tracemalloc
 from itertools import accumulate
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_tensors_larger_than_a_block(rows: int, cols: int, kind: str) -> None:
 
 
 def test_bits_on_random_data() -> None:
-    """Within 5 % of log2 C(4096, 64) / 64 = 7.36 bits an index, and 2 bits a value."""
+    """Within 1 % of log2 C(4096, 64) / 64 = 7.36 bits an index, and 2 bits a value."""
     codec = SparseCodec(Layout.of([("weight", (1024, 512))]))
     bound = (math.lgamma(4097) - math.lgamma(65) - math.lgamma(4033)) / math.log(2) / 64
     data = codec.encode(vector_of(codec.layout, 3))
@@ -280,8 +281,37 @@ def test_format_is_as_recorded() -> None:
         "76ba6f320b3b347c",
     )
     small = SparseCodec(Layout.of([("a", (2, 3)), ("b", (130,))]))
-    data = small.encode(np.arange(136, dtype=np.float32) - 100)
-    assert data.hex() == "703273024000d440908d5127bb2f0750c84200000842bc425374e7a8"
+    recorded = bytes.fromhex("703273024000d440908d5127bb2f0750c84200000842bc425374e7a8")
+    assert small.encode(np.arange(136, dtype=np.float32) - 100) == recorded
+    update = small.decode(recorded)
+    assert update.positions.tolist() == [0, 6, 133, 135]
+    assert update.values.tolist() == [-100, -94, 34, 34]
+
+
+def test_long_lines_take_no_memory_for_each_count_that_they_may_have() -> None:
+    had = np.array([0, 40, 10_000_000])
+    tracemalloc.start()
+    chances = indices._chances(had, 1.0, 1e5, 1.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert chances.shape == (3, 17) and peak < 100_000
+    np.testing.assert_allclose(chances.sum(axis=1), 1, rtol=1e-6)
+
+
+def test_the_chosen_code_is_nearly_the_shortest() -> None:
+    random = np.random.default_rng(8)
+    for shape in ((320, 320), (257, 320), (864, 320)):
+        grid = Grid(shape, 64)
+        values = random.standard_normal(shape) * random.lognormal(0, 0.5, (shape[0], 1))
+        values *= random.lognormal(0, 0.3, shape[1])
+        positions = grid.select(values.astype(np.float32).reshape(-1))
+        bits = []
+        for code in range(indices.CODES):
+            coder = stream.queue.RangeEncoder()
+            indices.encode(coder, grid, code, positions)
+            bits.append(coder.num_bits())
+        assert bits[indices.choose(grid, positions)] <= 1.01 * min(bits)
+        assert max(bits) > 1.1 * min(bits)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,10 +17,25 @@ from p2pllm.network.table import ALIVE_S
 from p2pllm.testing import MemoryNetwork, peer_number, virtual
 
 
+class Board:
+    """A directory of one look at a time."""
+
+    def __init__(self):
+        self.records, self.looks = [], 0
+
+    async def members(self):
+        self.looks += 1
+        return self.records
+
+    def pin(self, host):
+        self.records.append(SimpleNamespace(peer=host.peer_id, addresses=(host.address,), status=b""))
+
+
 class Swarm:
     """Some members that know the first one, on hosts that reach only whose address they have learnt."""
 
-    def __init__(self, count, tmp_path=None):
+    def __init__(self, count, tmp_path=None, board=None):
+        self.board = board
         self.network = MemoryNetwork(needs_addresses=True)
         self.hosts = [self.network.host(number) for number in range(count)]
         self.heard = [{} for _ in self.hosts]
@@ -34,6 +50,7 @@ class Swarm:
             status=lambda: self.status[n],
             on_status=self.heard[n].__setitem__,
             addresses=lambda: [host.address],
+            directory=self.board,
             saved=self.folder / f"peers{n}.json" if self.folder else None,
             clock=asyncio.get_running_loop().time,
         )
@@ -121,6 +138,22 @@ async def test_push_brings_a_new_status_at_once():
     swarm.members[0].push()
     await asyncio.sleep(0.2)
     assert all(swarm.heard[n][swarm.hosts[0].peer_id] == b"new" for n in (1, 2, 3))
+
+
+@virtual
+async def test_the_directory_is_looked_through_seldom_but_soon_by_who_is_alone():
+    board = Board()
+    swarm = Swarm(3, board=board)
+    for n in (0, 1):
+        await swarm.begin(n, swarm.hosts[0].address)
+    await asyncio.sleep(110)
+    assert swarm.alive(0) == {1} and board.looks <= 4
+    await swarm.begin(2)  # knows nobody, and nobody knows it
+    board.pin(swarm.hosts[2])
+    await asyncio.sleep(1)
+    swarm.hosts[1].kill()
+    await asyncio.sleep(9)  # 2 s until it is dead, 5 s until the next look
+    assert swarm.alive(0) == {2}
 
 
 @virtual

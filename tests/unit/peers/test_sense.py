@@ -62,6 +62,7 @@ def test_the_command_refuses(machine, changes: str, words: str) -> None:
         ({"gpu_memory_gb": 4, "device": "mps"}, "device", Here(), "device = mps"),
         ({"gpu_memory_gb": 4, "device": "cpu"}, "nice", Here(), ""),  # it was so before
         ({"gpu_memory_gb": 4, "device": "auto"}, "gpu_memory_gb", Here(), ""),
+        ({"gpu_memory_gb": 0.7, "device": "auto"}, "gpu_memory_gb", Here(), "leaves nothing for a model"),
         ({"gpu_memory_gb": 4, "device": "auto"}, "gpu_memory_gb", Here(has_cuda=False), "finds none on this machine"),
         ({"gpu_memory_gb": 4, "device": "cuda:0"}, "gpu_memory_gb", Here(has_cuda=False), ""),  # it is hidden, perhaps
         ({"only_when_idle": True}, "only_when_idle", Here(tells_idleness=False), "no effect here"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +30,26 @@ def test_the_memory_of_a_card_is_capped_where_somebody_wants_that(cuda: list[tup
     device.limit_memory(card, 0.0)
     device.limit_memory(card, 80.0)
     device.limit_memory(torch.device("cpu"), 2.0)
-    assert cuda == [(0.25, torch.device("cuda:1")), (1.0, torch.device("cuda:1"))]
+    # of 2 GB 1.4 are torch's own, as the driver takes the rest
+    assert cuda == [(pytest.approx(1.4 / 8), torch.device("cuda:1")), (1.0, torch.device("cuda:1"))]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_card_keeps_to_its_cap() -> None:
+    program = """
+import torch
+from p2pllm.training.device import is_out_of_memory, limit_memory
+card = torch.device("cuda:0")
+limit_memory(card, 2.0)
+fits = torch.empty(1_300_000_000, dtype=torch.uint8, device=card)
+try:
+    torch.empty(300_000_000, dtype=torch.uint8, device=card)
+except RuntimeError as error:
+    print(is_out_of_memory(error))
+"""
+    # a process of its own: the limit is for all that this one does later
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
 def test_a_card_that_is_not_there_is_refused(cuda: list[tuple[float, torch.device]]) -> None:
