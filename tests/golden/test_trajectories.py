@@ -70,12 +70,12 @@ GOLDEN: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"strategy": "sparse_loco"},
         [
-            "31075c7814a6ecdb",
-            "3b0b1545baf4bd51",
-            "2ebd0e7c61b5841c",
-            "bd46251798754fb5",
-            "c1bcdcd556552c7d",
-            "19b59985fa917175",
+            "e72d566d7e7f8f8d",
+            "baa072e4b887a4b8",
+            "ac18003215fbf9c9",
+            "3865cbf1c299cb30",
+            "acef507583228635",
+            "60cc81f6ad2dc92f",
         ],
     ),
 ]
