@@ -32,8 +32,8 @@ from p2pllm.errors import SettingsError
 from p2pllm.explain import explain
 
 GPU_DRIVER_GB = 0.6
-"""What CUDA's driver takes of a GPU for each process that uses it, at most: outside of torch's account, and out of
-reach of its limit."""
+"""Set aside of each GPU for what CUDA's driver keeps for a process, some hundred MB: torch neither counts nor
+limits it. Not measured by us."""
 
 _RUNTIME_DIR_BUDGET = 60
 """Longest base of the runtime folder, in bytes: a Unix socket's whole path must stay under 104 (macOS)."""
@@ -103,7 +103,7 @@ class PeerSettings(BaseSettings):
         0.0,
         ge=0,
         le=10**4,
-        description="GB of each CUDA GPU's memory that the worker may take, the driver's included; 0 = what is free",
+        description="GB of each CUDA GPU's memory for the worker, 0.6 of them for the driver; 0 = what is free",
     )
     hours: str = Field("", description="when the peer may compute, local time, as 22-7 or 22:30-07:00; empty = always")
     only_on_mains: bool = Field(False, description="compute only while the machine is not on battery")

@@ -84,8 +84,8 @@ def _pairs(settings: PeerSettings, here: Here) -> Iterable[Rule]:
     )
     yield (
         ("gpu_memory_gb",),
-        f"gpu_memory_gb = {settings.gpu_memory_gb:g} leaves nothing for a model, as CUDA's driver takes up to "
-        f"{GPU_DRIVER_GB:g} GB; set {LEAST_GPU_GB:g} or more, or 0 for what is free"
+        f"gpu_memory_gb = {settings.gpu_memory_gb:g} leaves nothing for a model, as {GPU_DRIVER_GB:g} GB are "
+        f"set aside for CUDA's driver; set {LEAST_GPU_GB:g} or more, or 0 for what is free"
         if 0 < settings.gpu_memory_gb < LEAST_GPU_GB
         else "",
     )

@@ -30,7 +30,7 @@ def test_the_memory_of_a_card_is_capped_where_somebody_wants_that(cuda: list[tup
     device.limit_memory(card, 0.0)
     device.limit_memory(card, 80.0)
     device.limit_memory(torch.device("cpu"), 2.0)
-    # of 2 GB 1.4 are torch's own, as the driver takes the rest
+    # of 2 GB 1.4 are torch's own, the rest is set aside for the driver
     assert cuda == [(pytest.approx(1.4 / 8), torch.device("cuda:1")), (1.0, torch.device("cuda:1"))]
 
 
